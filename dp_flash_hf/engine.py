@@ -1,0 +1,396 @@
+"""Exact clipped sums of per-unit gradients, in one backward pass where layers have rules, one unit at a time where not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dp_flash_hf import layers
+from dp_flash_hf.clipping import clip_factors
+from dp_flash_hf.config import Clipping
+from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
+from dp_flash_hf.records import Recorder
+from dp_flash_hf.units import Batch, Units, leading_shape, select_unit
+
+Strategy = Literal["auto", "bookkeeping", "two_pass", "microbatch"]
+LossFunction = Callable[[Any], Tensor]
+Select = Callable[[Batch, int], Batch]
+
+
+class ClippingEngine:
+    """Attaches to a model and leaves in `.grad` the sum of per-unit clipped gradients.
+
+        engine = ClippingEngine(model, max_grad_norm=1.0)
+        engine.backward(lambda batch: model(**batch, num_items_in_batch=1).loss, batch)
+
+    No noise is added here. The sum has sensitivity `max_grad_norm` with respect to adding or removing one unit, provided that
+    the loss is a sum of terms that each depend on one unit alone; `check` tests that on a batch.
+
+    model: the module whose parameters with `requires_grad` are trained. It may be in any dtype; sums accumulate in float32
+        (float64 for float64 parameters).
+    max_grad_norm: C > 0.
+    clipping: "flat", "automatic" or "per_layer" (a layer is the module that owns the parameters); see `clipping.clip_factors`.
+    strategy: "bookkeeping" (one backward), "two_pass" (two forward and backward passes, least memory), "microbatch" (one unit
+        at a time), or "auto": bookkeeping, and microbatch for models with parameters that no rule covers. All give the same
+        numbers. A strategy asked for by name runs or raises PrivacyError.
+
+    Raises ValueError for arguments out of range, UnsupportedError for models that couple units (batch normalisation) or have
+    nothing to train.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, max_grad_norm: float, clipping: Clipping = "flat", strategy: Strategy = "auto"
+    ) -> None:
+        if not isinstance(max_grad_norm, (int, float)) or not 0 < max_grad_norm < float("inf"):
+            raise invalid("max_grad_norm", expected="a finite number above 0", actual=max_grad_norm, remedy="1.0 is a usual choice")
+        if clipping not in get_args(Clipping):
+            raise invalid("clipping", expected=f"one of {get_args(Clipping)}", actual=clipping, remedy="choose one of them")
+        if strategy not in get_args(Strategy):
+            raise invalid("strategy", expected=f"one of {get_args(Strategy)}", actual=strategy, remedy="choose one of them")
+        _refuse_coupled(model)
+        self.model, self.max_grad_norm, self.clipping, self.strategy = model, float(max_grad_norm), clipping, strategy
+        self.parameters = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise UnsupportedError("the model has no parameter with requires_grad=True; unfreeze what is to be trained")
+        self.norms = torch.zeros(0)  # per-unit gradient norms of the last batch, scaled, before clipping
+        self.dropped_units = 0  # units whose gradient was not finite, since the engine was made; not private information
+        self._sums: dict[nn.Parameter, tuple[Tensor, Tensor, int]] = {}
+        self._uncovered: set[nn.Parameter] = set()
+        self._recorder = Recorder(_groups(model, self.parameters, clipping))
+        self._n_groups = len(set(_groups(model, self.parameters, clipping).values()))
+        self._attached: list[nn.Module] = []
+        self._attach()
+
+    def backward(
+        self,
+        loss_fn: LossFunction,
+        batch: Batch,
+        units: Tensor | Units | None = None,
+        loss_scale: Tensor | None = None,
+        select: Select | None = None,
+    ) -> Tensor:
+        """Add the clipped sum of this physical batch to `.grad` and return the loss, detached, as `loss_fn` gave it.
+
+        loss_fn: batch -> scalar, a sum of terms that each depend on one unit alone. It is called again on parts of the batch
+            whenever the engine works unit by unit, and must then give those units' terms.
+        batch: mapping of model inputs.
+        units: the unit of every row (int64 (rows,)) or token (int64 (rows, length)), or int32 cumulative sequence lengths of one
+            packed row; default: each row is a unit.
+        loss_scale: (units,), finite; multiplies each unit's gradient before clipping (1 / label count makes means of sums).
+        select: (batch, unit) -> that unit's batch, for batches whose tensors are not laid out by rows.
+
+        Either the whole batch is added, or an exception is raised and `.grad` is what it was before.
+        """
+        if not isinstance(batch, Mapping):
+            raise invalid("batch", expected="a mapping of model inputs", actual=type(batch).__name__, remedy="pass a dict")
+        resolved = Units.of(units, leading_shape(batch))
+        scale = self._scale(loss_scale, resolved)
+        if resolved.n == 0:
+            self.norms = torch.zeros(0)
+            return torch.zeros(())
+        choose = select or (lambda whole, unit: select_unit(whole, resolved, unit))
+        with self._isolated_gradients():
+            if self.strategy == "microbatch" or (self.strategy == "auto" and self._uncovered):
+                return self._microbatch(loss_fn, batch, resolved, scale, choose)
+            if not self._recorder.knows(resolved):
+                self._learn(loss_fn, batch, choose(batch, resolved.last), resolved)
+            try:
+                if self.strategy == "two_pass":
+                    return self._two_pass(loss_fn, batch, resolved, scale)
+                self._recorder.start("record", resolved)
+                loss = loss_fn(batch)
+                _plain_backward(loss)
+                self._require_coverage()
+                self._add_recorded(resolved, scale)
+                return loss.detach()
+            except UncoveredParametersError as error:
+                if self.strategy != "auto":
+                    raise
+                self._uncovered |= error.parameters
+                warnings.warn(f"{error} Every unit is now computed by itself: exact, but slower.", stacklevel=2)
+                self._recorder.stop()
+                self._clear_gradients()
+                return self._microbatch(loss_fn, batch, resolved, scale, choose)
+
+    @contextmanager
+    def batch(self, units: Tensor | Units | None = None, loss_scale: Tensor | None = None) -> Iterator[None]:
+        """The thin primitive under `backward`: run one forward of the model and one backward inside it.
+
+            with engine.batch():
+                model(**inputs, num_items_in_batch=1).loss.backward()
+
+        Bookkeeping only, with the model called by keyword. Raises PrivacyError when a parameter's gradient escaped the rules
+        (use `backward`, which then works unit by unit); `.grad` is then what it was before.
+        """
+        scale = None
+        seen: list[Units] = []
+
+        def prepare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal scale
+            if seen or not torch.is_grad_enabled():
+                return
+            inputs = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+            resolved = Units.of(units, leading_shape(inputs))
+            seen.append(resolved)
+            scale = self._scale(loss_scale, resolved)
+            if not self._recorder.knows(resolved):
+
+                def forward(part: Batch) -> Any:
+                    return module(*(part[f"argument {i}"] for i in range(len(args))), **{name: part[name] for name in kwargs})
+
+                self._learn(forward, inputs, select_unit(inputs, resolved, resolved.last), resolved)
+            self._recorder.start("record", resolved)
+
+        with self._isolated_gradients():
+            handle = self.model.register_forward_pre_hook(prepare, with_kwargs=True)
+            try:
+                yield
+            finally:
+                handle.remove()
+            if not seen:
+                raise PrivacyError("engine.batch: the model was not called inside it; run forward and backward inside the block")
+            self._require_coverage()
+            self._add_recorded(seen[0], scale)
+
+    def clipped_sum(self, parameter: nn.Parameter) -> Tensor:
+        """The accumulated clipped sum of one parameter, float32 (float64): `.grad` itself, or what it was rounded from.
+
+        Raises PrivacyError when `.grad` holds anything else.
+        """
+        if parameter not in self.parameters:
+            raise PrivacyError("clipped_sum: a parameter the engine does not train")
+        total, released, version = self._sums.get(parameter, (None, None, 0))
+        if parameter.grad is None or total is None:
+            if parameter.grad is not None:
+                raise PrivacyError(f"{self.parameters[parameter]}.grad was not made by the engine: it is not clipped; zero_grad() first")
+            total = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            parameter.grad = released = total.to(parameter.dtype)
+            self._sums[parameter] = (total, released, released._version)
+            return total
+        if parameter.grad is not released or (released is not total and released._version != version):
+            if bool((parameter.grad == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
+                parameter.grad = None
+                return self.clipped_sum(parameter)
+            raise PrivacyError(f"{self.parameters[parameter]}.grad was changed since the engine made it: zero_grad() first")
+        return total
+
+    def forms(self) -> dict[str, str]:
+        """How the last batch's gradient norm of each parameter was computed."""
+        if self._uncovered or self.strategy == "microbatch":
+            return dict.fromkeys(self.parameters.values(), "microbatch")
+        return {name: self._recorder.forms[p] for p, name in self.parameters.items() if p in self._recorder.forms}
+
+    def detach(self) -> None:
+        """Give the model back as it was, bit for bit; `.grad` stays."""
+        self._recorder.stop()
+        for module in self._attached:
+            layers.detach(module)
+        self._attached = []
+
+    # Attaching and learning.
+
+    def _attach(self) -> None:
+        try:
+            for module in self.model.modules():
+                if layers.is_attached(module):
+                    raise UnsupportedError("the model already has a ClippingEngine; call its detach() first")
+            for module in list(self.model.modules()):
+                if any(p.requires_grad for p in module.parameters()):
+                    rule = layers.rule_for(module)
+                    if rule is not None:
+                        layers.attach(module, rule, self._recorder)
+                        self._attached.append(module)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _learn(self, forward: LossFunction, batch: Batch, alone: Batch, units: Units) -> None:
+        """Run the last unit alone and the whole batch without dropout, so that it is known where each layer keeps which unit."""
+        items = int((units.of_item == units.last).sum())
+        modes = [(module, module.training) for module in self.model.modules()]
+        devices = {p.device for p in self.parameters if p.device.type != "cpu"}
+        try:
+            with torch.no_grad(), torch.random.fork_rng(list(devices)):
+                self.model.eval()
+                self._recorder.observe(Units("rows" if units.kind == "rows" else "tokens", torch.zeros(items, dtype=torch.long), 1))
+                forward(alone)
+                self._recorder.compare(units)
+                forward(batch)
+        finally:
+            for module, training in modes:
+                module.training = training
+            self._recorder.stop()
+
+    # Strategies.
+
+    def _two_pass(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
+        devices = sorted({p.device.index or 0 for p in self.parameters if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices):  # both passes must see the same dropout
+            self._recorder.start("norms", units)
+            loss = loss_fn(batch)
+            _plain_backward(loss)
+            self._require_coverage()
+            factors = self._factors(self._recorder.squared_norms(self._like), scale)
+        sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.parameters}
+        self._recorder.start("sum", units, factors, sums)
+        again = loss_fn(batch)
+        if not torch.allclose(again, loss, rtol=1e-5, atol=1e-6, equal_nan=True):
+            raise PrivacyError(
+                f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss.detach())}; the model "
+                "draws random numbers that torch does not replay, use strategy='bookkeeping'"
+            )
+        _plain_backward(again)
+        self._require_coverage()
+        self._recorder.stop()
+        self._commit(sums)
+        return loss.detach()
+
+    def _microbatch(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select) -> Tensor:
+        sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.parameters}
+        groups = _groups(self.model, self.parameters, self.clipping)
+        total = torch.zeros(())
+        norms = []
+        for unit in range(units.n):
+            squared = self._like.new_zeros(1, self._n_groups)
+            if units.sizes[unit]:
+                loss = loss_fn(select(batch, unit))
+                _plain_backward(loss)
+                total = total.to(loss.device) + loss.detach()
+                for p in self.parameters:
+                    if p.grad is not None:
+                        squared[0, groups[p]] += p.grad.to(squared.dtype).square().sum()
+            factors = self._factors(squared, None if scale is None else scale[unit : unit + 1])
+            norms.append(self.norms)
+            for p in self.parameters:
+                factor = float(factors[0, groups[p]])
+                if p.grad is not None and factor != 0.0:
+                    sums[p].add_(p.grad.to(sums[p].dtype), alpha=factor)
+                p.grad = None
+        self.norms = torch.cat(norms)
+        self._commit(sums)
+        return total
+
+    # Shared steps.
+
+    @property
+    def _like(self) -> Tensor:
+        first = next(iter(self.parameters))
+        return torch.zeros((), device=first.device, dtype=torch.promote_types(first.dtype, torch.float32))
+
+    def _scale(self, loss_scale: Tensor | None, units: Units) -> Tensor | None:
+        if loss_scale is None:
+            return None
+        scale = torch.as_tensor(loss_scale).detach()
+        if scale.shape != (units.n,) or not bool(torch.isfinite(scale).all()):
+            raise invalid(
+                "loss_scale", expected=f"({units.n},) finite numbers", actual=scale, remedy="give one factor for every unit"
+            )
+        return scale.to(self._like)
+
+    def _factors(self, squared_norms: Tensor, scale: Tensor | None) -> Tensor:
+        """Sets `norms`, counts what is dropped, and returns the factors (units, groups) of the unscaled gradients."""
+        if scale is not None:
+            squared_norms = squared_norms * scale.square().unsqueeze(1)
+        factors = clip_factors(squared_norms, self.max_grad_norm, self.clipping)
+        norms = squared_norms.sum(1).sqrt()
+        self.norms = norms
+        self.dropped_units += int((~torch.isfinite(norms)).sum())
+        return factors if scale is None else factors * scale.unsqueeze(1)
+
+    def _add_recorded(self, units: Units, scale: Tensor | None) -> None:
+        groups = _groups(self.model, self.parameters, self.clipping)
+        factors = self._factors(self._recorder.squared_norms(self._like), scale)
+        records = self._recorder.records
+        self._restore_gradients()
+        for parameter in self.parameters:
+            total = self.clipped_sum(parameter)
+            record = records.pop(parameter, None)
+            if record is not None:
+                record.add_clipped_sum_(total, factors[:, groups[parameter]])
+            self._publish(parameter)
+        self._recorder.stop()
+
+    def _commit(self, sums: dict[nn.Parameter, Tensor]) -> None:
+        self._restore_gradients()
+        for parameter, added in sums.items():
+            self.clipped_sum(parameter).add_(added)
+            self._publish(parameter)
+
+    def _publish(self, parameter: nn.Parameter) -> None:
+        total, released, _ = self._sums[parameter]
+        if released is not total:
+            released.copy_(total)
+        self._sums[parameter] = (total, released, released._version)
+
+    def _require_coverage(self) -> None:
+        found = {p for p in self.parameters if p.grad is not None}
+        if found:
+            raise UncoveredParametersError(found, [self.parameters[p] for p in found])
+
+    @contextmanager
+    def _isolated_gradients(self) -> Iterator[None]:
+        """Backward starts from empty `.grad`s, so that whatever autograd leaves there escaped the rules."""
+        if not self._attached and self.strategy != "microbatch":
+            raise PrivacyError("the engine was detached; make a new ClippingEngine")
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                self.clipped_sum(parameter)
+        self._held = {p: p.grad for p in self.parameters}
+        self._clear_gradients()
+        try:
+            yield
+        finally:
+            self._recorder.stop()
+            self._restore_gradients()
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _restore_gradients(self) -> None:
+        for parameter, held in self._held.items():
+            parameter.grad = held
+        self._held = {}
+
+
+class UncoveredParametersError(PrivacyError):
+    """Autograd left gradients of parameters used outside any rule: their per-unit norms are unknown."""
+
+    def __init__(self, parameters: set[nn.Parameter], names: list[str]) -> None:
+        self.parameters = parameters
+        shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        super().__init__(
+            f"no rule covers how the model uses {shown}; use engine.backward with strategy='auto', freeze them, or register a rule."
+        )
+
+
+def _plain_backward(loss: Tensor) -> None:
+    if loss.dim() != 0:
+        raise invalid("loss_fn", expected="a scalar", actual=tuple(loss.shape), remedy="sum the units' losses")
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _groups(model: nn.Module, parameters: Mapping[nn.Parameter, str], clipping: Clipping) -> dict[nn.Parameter, int]:
+    """The clipping group of each parameter: one for all, or with per_layer one for every module that owns parameters."""
+    if clipping != "per_layer":
+        return dict.fromkeys(parameters, 0)
+    owners: dict[nn.Parameter, int] = {}
+    for number, module in enumerate(model.modules()):
+        for parameter in module.parameters(recurse=False):
+            if parameter in parameters:
+                owners.setdefault(parameter, number)
+    numbers = {owner: group for group, owner in enumerate(dict.fromkeys(owners.values()))}
+    return {parameter: numbers[owner] for parameter, owner in owners.items()}
+
+
+def _refuse_coupled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UnsupportedError(
+                f"{name}: batch normalisation makes every example's gradient depend on the others; replace it by GroupNorm or LayerNorm"
+            )

@@ -1,0 +1,107 @@
+"""Squared norms of per-unit gradients, from what a layer saw and what came back to it (torch implementation).
+
+Everything is stored in *unit order*: the rows of unit 0, then those of unit 1, ..., with `sizes[u]` rows for unit u.
+Sums run in float32, or float64 for float64 inputs, whatever the dtype of the records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Below this fraction of its bound (sum_t |a_t| |g_t|)^2 a Gram sum has cancelled so far that float32 rounding (2^-24 of the bound
+# per term) could hide a norm; such a unit is computed anew from its gradient itself, whose squares cannot cancel.
+CANCELLED = 2.0**-16
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in the dtype sums run in: float64 stays, everything else becomes float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def is_uniform(sizes: Sequence[int]) -> bool:
+    """Whether all units have the same number of rows, at least one."""
+    return len(sizes) > 0 and sizes[0] > 0 and all(size == sizes[0] for size in sizes)
+
+
+class InputGram:
+    """A A^T of the last inputs asked for: projections that share an input (q, k, v; gate, up) follow one another."""
+
+    def __init__(self) -> None:
+        self._inputs: Tensor | None = None
+        self._gram: Tensor | None = None
+
+    def __call__(self, a: Tensor) -> Tensor:
+        """a (units, k, d) -> (units, k, k)."""
+        kept = self._inputs
+        if kept is None or self._gram is None or kept.data_ptr() != a.data_ptr() or kept.shape != a.shape or kept.dtype != a.dtype:
+            # Holding the inputs themselves keeps their memory from being given to another tensor of the same address.
+            self._inputs, self._gram = a, torch.bmm(a, a.mT)
+        assert self._gram is not None
+        return self._gram
+
+    def clear(self) -> None:
+        """Let go of the tensors."""
+        self._inputs = self._gram = None
+
+
+def linear_squared_norms(a: Tensor, g: Tensor, sizes: Sequence[int], gram: InputGram | None = None) -> Tensor:
+    """||sum_{t in u} g_t a_t^T||_F^2 for every unit u.
+
+    a: (rows, d) inputs, g: (rows, p) output gradients, both in unit order. Returns (units,).
+
+    sum_{t,s in u} (a_t . a_s)(g_t . g_s): the ghost norm (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022, arXiv 2110.05679).
+    """
+    a, g = upcast(a), upcast(g)
+    if is_uniform(sizes):
+        return _gram_form(a.unflatten(0, (len(sizes), -1)), g.unflatten(0, (len(sizes), -1)), gram)
+    out = torch.zeros(len(sizes), dtype=a.dtype, device=a.device)
+    for unit, (a_u, g_u) in enumerate(zip(a.split(list(sizes)), g.split(list(sizes)), strict=True)):
+        if _gram_is_cheaper(*a_u.shape, g_u.shape[1]):
+            out[unit] = _gram_form(a_u[None], g_u[None], None)[0] if len(a_u) else 0.0
+        else:
+            out[unit] = (g_u.mT @ a_u).square().sum()
+    return out
+
+
+def _gram_is_cheaper(k: int, d: int, p: int) -> bool:
+    return k * (d + p) < d * p
+
+
+def _gram_form(a: Tensor, g: Tensor, gram: InputGram | None) -> Tensor:
+    inputs = gram(a) if gram is not None else torch.bmm(a, a.mT)
+    norms = torch.einsum("uts,uts->u", inputs, torch.bmm(g, g.mT))
+    bound = (inputs.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() * torch.linalg.vector_norm(g, dim=2)).sum(1).square()
+    for unit in (norms < CANCELLED * bound).nonzero().flatten().tolist():
+        norms[unit] = (g[unit].mT @ a[unit]).square().sum()
+    return norms
+
+
+def embedding_squared_norms(ids: Tensor, g: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Squared norm of each unit's embedding gradient: rows of equal (unit, id) are one row of the table, and add first.
+
+    ids: LongTensor (rows,), g: (rows, d) output gradients, both in unit order. Returns (units,).
+    """
+    g = upcast(g)
+    unit = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes))).to(ids.device)
+    table_size = int(ids.max()) + 1 if ids.numel() else 1
+    keys, row = torch.unique(unit * table_size + ids, return_inverse=True)
+    summed = torch.zeros(len(keys), g.shape[1], dtype=g.dtype, device=g.device).index_add_(0, row, g)
+    out = torch.zeros(len(sizes), dtype=g.dtype, device=g.device)
+    return out.index_add_(0, keys // table_size, summed.square().sum(1))
+
+
+def tied_cross_terms(a: Tensor, g: Tensor, ids: Tensor, g_rows: Tensor, sizes: Sequence[int], row_sizes: Sequence[int]) -> Tensor:
+    """<G_head, G_embedding>_F of each unit, for one matrix used as output layer and as embedding table.
+
+    a: (rows, d), g: (rows, V): records of the linear layer, `sizes` rows per unit. ids: LongTensor (looked up,), g_rows:
+    (looked up, d): records of the embedding, `row_sizes` per unit. Returns (units,): sum_{t,s in u} g_t[id_s] (a_t . g_rows_s).
+    """
+    a, g, g_rows = upcast(a), upcast(g), upcast(g_rows)
+    out = torch.zeros(len(sizes), dtype=a.dtype, device=a.device)
+    parts = zip(a.split(list(sizes)), g.split(list(sizes)), ids.split(list(row_sizes)), g_rows.split(list(row_sizes)), strict=True)
+    for unit, (a_u, g_u, ids_u, rows_u) in enumerate(parts):
+        out[unit] = (g_u.index_select(1, ids_u) * (a_u @ rows_u.mT)).sum()
+    return out

@@ -1,0 +1,67 @@
+"""Gaussian noise, and the random generators that noise and sampling draw from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dp_flash_hf.errors import PrivacyError, invalid
+
+# Where torch keeps the Mersenne Twister's 624 words of 32 bits, one per int64, in the state of a CPU generator.
+_WORDS, _WORDS_AT = 624, 24
+
+
+def fresh_generator(device: torch.device | str = "cpu", *, seed: int | None = None, stream: str = "") -> torch.Generator:
+    """A generator on `device` that starts from the operating system's entropy.
+
+    `seed` is for tests, and for replicas that must draw the same noise and have shared a secret of any size. `stream` names
+    what is drawn ("noise step 7 rank 0"): one seed gives unrelated draws to different streams, so name the step in it and a
+    resumed run does not replay earlier noise. Without a seed every call is a stream of its own.
+
+    Never save or restore a generator's state: whoever reads it can subtract the noise.
+    """
+    secret = os.urandom(32) if seed is None else repr((seed, stream)).encode()
+    generator = torch.Generator(device)
+    if generator.device.type == "cpu":
+        _fill_state(generator, secret)
+    else:
+        generator.manual_seed(int.from_bytes(hashlib.shake_256(secret).digest(8), "little"))
+    return generator
+
+
+def add_gaussian_noise_(tensors: Iterable[Tensor], *, std: float, generator: torch.Generator) -> None:
+    """Add independent N(0, std^2) to every element, in place.
+
+    Draws are float32 and the sum is rounded once, to the tensor's dtype. Every tensor lies on the generator's device; DTensors
+    give their local shards. For a sum of per-unit gradients clipped to norm C, std = noise multiplier * C, because adding or
+    removing one unit moves the sum by at most C (flat, automatic and per-layer clipping alike).
+
+    Raises ValueError, before anything is changed, unless std is finite and >= 0 and every tensor is of a real floating dtype.
+    """
+    if not 0 <= std < math.inf:
+        raise invalid("std", expected="a finite number >= 0", actual=std, remedy="give noise multiplier * max_grad_norm")
+    tensors = list(tensors)
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise invalid("tensors", expected="real floating dtypes", actual=tensor.dtype, remedy="noise gradients, not counts")
+    with torch.no_grad():
+        for tensor in tensors:
+            noise = torch.randn(tensor.shape, dtype=torch.float32, device=tensor.device, generator=generator)
+            tensor.copy_(noise.mul_(std) + tensor)
+
+
+def _fill_state(generator: torch.Generator, secret: bytes) -> None:
+    """Fill the whole state of a CPU generator: `manual_seed` uses 32 bits of its seed, few enough to try them all."""
+    probe = 0x5EED5EED
+    state = generator.manual_seed(probe).get_state()
+    words = state[_WORDS_AT : _WORDS_AT + 8 * _WORDS].view(torch.int64)
+    if words.numel() != _WORDS or int(words[0]) != probe:
+        raise PrivacyError("this torch lays out its CPU generator differently, so it cannot be seeded safely; report it to dp-flash-hf")
+    drawn = torch.frombuffer(bytearray(hashlib.shake_256(secret).digest(4 * _WORDS)), dtype=torch.int32)
+    words.copy_(drawn.to(torch.int64) & 0xFFFFFFFF)
+    generator.set_state(state)

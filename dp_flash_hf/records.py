@@ -1,0 +1,406 @@
+"""What layers leave behind in a backward pass, until the clip factors are known.
+
+A `Recorder` is shared by an engine and the layers it attached: layers ask it how their input is laid out and hand it what their
+backward saw; the engine reads per-unit norms from it and has it form the clipped sums (book-keeping, Bu et al. 2023,
+arXiv 2210.00038).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.kernels.clipped_sum import add_embedding_, add_linear_, add_per_unit_
+from dp_flash_hf.kernels.ghost_norm import (
+    InputGram,
+    embedding_squared_norms,
+    is_uniform,
+    linear_squared_norms,
+    tied_cross_terms,
+    upcast,
+)
+from dp_flash_hf.units import Units
+
+# idle: layers behave as without the library. observe, compare: layouts are being learnt, nothing is recorded.
+# record: keep what backward saw. norms: keep norms only. sum: clip factors are known, add to the sums at once.
+Phase = Literal["idle", "observe", "compare", "record", "norms", "sum"]
+
+# Per-unit gradients are formed when they are at most this many times larger than the records (inputs and output gradients):
+# forming them costs what the ordinary weight gradient costs and makes the norm and the clipped sum nearly free.
+DENSE_LIMIT = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the items of a batch stand in the leading dimensions of a tensor.
+
+    lead: the leading sizes. dims: the dimension(s) of `lead` that run over items, outermost first; empty when everything
+    belongs to one single unit.
+    """
+
+    units: Units
+    lead: tuple[int, ...]
+    dims: tuple[int, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything belongs to one unit."""
+        return not self.dims
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each unit in the result of `arrange`."""
+        rows = math.prod(self.lead)
+        return (rows,) if self.whole else tuple(size * (rows // self.units.n_items) for size in self.units.sizes)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """(*lead, d) -> (rows, d) in unit order; rows of nobody are left out."""
+        if self.whole:
+            return x.reshape(-1, x.shape[-1])
+        if self.dims != (0,) and self.dims != (0, 1):
+            x = x.movedim(self.dims, tuple(range(len(self.dims))))
+        return self.units.arrange(x.reshape(self.units.n_items, -1, x.shape[-1]))
+
+    def parameter_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape to which a parameter that is broadcast against (*lead, ...) is expanded so that every item has its own."""
+        return (*(size if dim in self.dims else 1 for dim, size in enumerate(self.lead)), *shape)
+
+    def reduce(self, g: Tensor, shape: Sequence[int]) -> Tensor:
+        """Gradient of an expanded parameter (`parameter_shape(shape)`) -> per-unit gradients (units, *shape), upcast."""
+        g = upcast(g)
+        if self.whole:
+            return g.reshape(1, *shape)
+        per_item = g.reshape(self.units.n_items, -1, *shape).sum(1)
+        if self.units.identity:
+            return per_item
+        owned = self.units.of_item >= 0
+        out = torch.zeros(self.units.n, *shape, dtype=g.dtype, device=g.device)
+        return out.index_add_(0, self.units.of_item[owned].to(g.device), per_item[owned.to(g.device)])
+
+
+@dataclass
+class LinearUse:
+    """Inputs a (rows, d) and output gradients g (rows, p) of one call, in unit order; the gradient is sum_t g_t a_t^T (p, d).
+
+    The parameter may have that many numbers in another shape (p, ...), as convolutions do.
+    """
+
+    a: Tensor
+    g: Tensor
+    sizes: tuple[int, ...]
+
+    def add_to_units_(self, gradients: Tensor) -> None:
+        """gradients (units, p, d) += this use's per-unit gradients."""
+        a, g = upcast(self.a), upcast(self.g)
+        gradients = gradients.view(len(self.sizes), g.shape[1], a.shape[1])
+        if is_uniform(self.sizes):
+            gradients.baddbmm_(g.unflatten(0, (len(self.sizes), -1)).mT, a.unflatten(0, (len(self.sizes), -1)))
+            return
+        for out, a_u, g_u in zip(gradients, a.split(self.sizes), g.split(self.sizes), strict=True):
+            out.addmm_(g_u.mT, a_u)
+
+    def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
+        """out (p, d) += clipped sum."""
+        add_linear_(out.view(self.g.shape[1], self.a.shape[1]), self.a, self.g, factors, self.sizes)
+
+
+@dataclass
+class EmbeddingUse:
+    """Looked-up ids (rows,) and output gradients g (rows, d) of one call, in unit order."""
+
+    ids: Tensor
+    g: Tensor
+    sizes: tuple[int, ...]
+
+    def add_to_units_(self, gradients: Tensor) -> None:
+        """gradients (units, V, d) += this use's per-unit gradients."""
+        for out, ids_u, g_u in zip(gradients, self.ids.split(self.sizes), upcast(self.g).split(self.sizes), strict=True):
+            out.index_add_(0, ids_u, g_u)
+
+    def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
+        """out (V, d) += clipped sum."""
+        add_embedding_(out, self.ids, self.g, factors, self.sizes)
+
+
+class GradientRecord:
+    """All uses of one parameter in one backward pass: one gradient, so cross terms between its uses count."""
+
+    def __init__(self, shape: torch.Size, n_units: int) -> None:
+        self.shape, self.n_units = shape, n_units
+        self.linear: list[LinearUse] = []
+        self.embedding: list[EmbeddingUse] = []
+        self.per_unit: Tensor | None = None  # (units, *shape)
+
+    def add(self, use: LinearUse | EmbeddingUse) -> None:
+        """Keep one more use, as it is or as per-unit gradients, whichever is smaller."""
+        if self.per_unit is None and not self.linear and not self.embedding and isinstance(use, LinearUse):
+            rows, size = len(use.a), self.shape.numel()
+            if is_uniform(use.sizes) and self.n_units * size <= DENSE_LIMIT * rows * (use.a.shape[1] + use.g.shape[1]):
+                a, g = upcast(use.a), upcast(use.g)
+                formed = torch.bmm(g.unflatten(0, (self.n_units, -1)).mT, a.unflatten(0, (self.n_units, -1)))
+                self.per_unit = formed.view(self.n_units, *self.shape)
+                return
+        if self.per_unit is not None:
+            use.add_to_units_(self.per_unit)
+        elif isinstance(use, LinearUse):
+            self.linear.append(use)
+        else:
+            self.embedding.append(use)
+
+    def add_per_unit(self, gradients: Tensor) -> None:
+        """Add per-unit gradients (units, *shape) formed by the layer itself."""
+        self.per_unit = gradients if self.per_unit is None else self.per_unit.add_(gradients)
+        for use in (*self.linear, *self.embedding):
+            use.add_to_units_(self.per_unit)
+        self.linear, self.embedding = [], []
+
+    @property
+    def form(self) -> str:
+        """How the norm is computed, in words."""
+        if self.per_unit is not None:
+            return "per-unit gradient"
+        return " + ".join(name for name, uses in (("ghost norm", self.linear), ("embedding rows", self.embedding)) if uses)
+
+    def squared_norms(self, gram: InputGram | None = None) -> Tensor:
+        """(units,) squared L2 norms."""
+        if self.per_unit is not None:
+            return torch.linalg.vector_norm(self.per_unit.flatten(1), dim=1).square()
+        linear, embedding = _merge_linear(self.linear), _merge_embedding(self.embedding)
+        if linear is None or embedding is None:
+            if linear is not None:
+                return linear_squared_norms(linear.a, linear.g, linear.sizes, gram)
+            assert embedding is not None
+            return embedding_squared_norms(embedding.ids, embedding.g, embedding.sizes)
+        head = linear_squared_norms(linear.a, linear.g, linear.sizes, gram)
+        table = embedding_squared_norms(embedding.ids, embedding.g, embedding.sizes)
+        cross = tied_cross_terms(linear.a, linear.g, embedding.ids, embedding.g, linear.sizes, embedding.sizes)
+        norms = head + table + 2 * cross
+        # |x + y|^2 with x close to -y has lost its digits: the gradient itself is formed for such a unit.
+        for unit in (norms < 2.0**-10 * (head + table)).nonzero().flatten().tolist():
+            norms[unit] = self._one_unit(unit).square().sum()
+        return norms
+
+    def _one_unit(self, unit: int) -> Tensor:
+        first = (self.linear or self.embedding)[0]
+        gradient = torch.zeros(1, *self.shape, dtype=upcast(first.g).dtype, device=first.g.device)
+        for linear in self.linear:
+            a_u, g_u = linear.a.split(linear.sizes)[unit], linear.g.split(linear.sizes)[unit]
+            LinearUse(a_u, g_u, (len(a_u),)).add_to_units_(gradient)
+        for embedding in self.embedding:
+            ids_u, g_u = embedding.ids.split(embedding.sizes)[unit], embedding.g.split(embedding.sizes)[unit]
+            EmbeddingUse(ids_u, g_u, (len(ids_u),)).add_to_units_(gradient)
+        return gradient[0]
+
+    def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
+        """out (*shape) += sum over units of factors (units,) times the unit's gradient."""
+        if self.per_unit is not None:
+            add_per_unit_(out, self.per_unit, factors)
+        for use in (*self.linear, *self.embedding):
+            use.add_clipped_sum_(out, factors)
+
+
+def _interleave(parts: list[tuple[Tensor, ...]]) -> Tensor:
+    return torch.cat([chunk for unit in zip(*parts, strict=True) for chunk in unit])
+
+
+def _merge_linear(uses: list[LinearUse]) -> LinearUse | None:
+    """Reuse of a linear weight is just more rows of each unit."""
+    if len(uses) < 2:
+        return uses[0] if uses else None
+    a, g = _interleave([u.a.split(u.sizes) for u in uses]), _interleave([u.g.split(u.sizes) for u in uses])
+    return LinearUse(a, g, tuple(map(sum, zip(*(u.sizes for u in uses), strict=True))))
+
+
+def _merge_embedding(uses: list[EmbeddingUse]) -> EmbeddingUse | None:
+    if len(uses) < 2:
+        return uses[0] if uses else None
+    ids, g = _interleave([u.ids.split(u.sizes) for u in uses]), _interleave([u.g.split(u.sizes) for u in uses])
+    return EmbeddingUse(ids, g, tuple(map(sum, zip(*(u.sizes for u in uses), strict=True))))
+
+
+class Recorder:
+    """Shared by an engine and its layers. Layers use `tracks`, `layout`, `per_item_rows` and the four that record."""
+
+    def __init__(self, groups: dict[nn.Parameter, int]) -> None:
+        self.phase: Phase = "idle"
+        self.units = Units.rows(0)
+        self.records: dict[nn.Parameter, GradientRecord] = {}
+        self.forms: dict[nn.Parameter, str] = {}  # how the norm of each parameter was last computed
+        self._groups = groups
+        self._n_groups = max(groups.values(), default=-1) + 1
+        self._alone: dict[nn.Module, list[tuple[Tensor, int]]] = {}
+        self._alone_items = 0
+        self._dims: dict[tuple[nn.Module, int], int | None] = {}
+        self._learnt_kind: str | None = None
+        self._calls: dict[nn.Parameter, int] = {}
+        self._gram = InputGram()
+        self._norms: Tensor | None = None
+        self._spent: set[nn.Parameter] = set()
+        self._factors: Tensor | None = None
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        # A copied model is not attached: its parameters are unknown here, and its layers behave as without the library.
+        return self
+
+    # What layers ask and tell.
+
+    def tracks(self, parameter: object) -> bool:
+        """Whether this parameter's gradient is to be recorded in the present call."""
+        return self.phase != "idle" and isinstance(parameter, nn.Parameter) and parameter in self._groups and parameter.requires_grad
+
+    def layout(self, module: nn.Module, x: Tensor, feature_dims: int = 1) -> Layout | None:
+        """How the input x (*lead, *features) of a layer is laid out, or None when that is not certain.
+
+        None makes the layer compute as without the library; the gradient that autograd then leaves tells the engine.
+        """
+        lead = tuple(x.shape[: x.dim() - feature_dims])
+        if self.phase in ("observe", "compare"):
+            self._learn(module, x.detach(), lead)
+            return None
+        if not torch.is_grad_enabled():
+            return None
+        if self.units.is_single:
+            return Layout(self.units, lead, ())
+        if self.units.kind == "tokens" and self.units.shape[0] > 1 and lead[:2] == self.units.shape:
+            return Layout(self.units, lead, (0, 1))
+        dim = self._dims.get((module, len(lead)))
+        if dim is None or lead[dim] == 0 or lead[dim] % self.units.n_items:
+            return None
+        return Layout(self.units, lead, (dim,))
+
+    def per_item_rows(self, ids: Tensor) -> Tensor:
+        """(1, ...) -> (rows, ...), for tables that models look up once for all rows; anything else comes back as it is."""
+        if self.units.kind == "rows" and ids.dim() >= 2 and ids.shape[0] == 1 and self.units.n_items > 1:
+            return ids.expand(self.units.n_items, *ids.shape[1:])
+        return ids
+
+    def linear(self, parameter: nn.Parameter, a: Tensor, g: Tensor, layout: Layout) -> None:
+        """Record y = x W^T with gradient sum g_t a_t^T. a: (*lead, d), g: (*lead, p)."""
+        self._add(parameter, LinearUse(layout.arrange(a), layout.arrange(g), layout.sizes))
+
+    def embedding(self, parameter: nn.Parameter, ids: Tensor, g: Tensor, layout: Layout, padding_idx: int | None = None) -> None:
+        """Record y = E[ids]. ids: LongTensor (*lead,), g: (*lead, d); rows at `padding_idx` get no gradient."""
+        if padding_idx is not None:
+            g = g.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
+        arranged = layout.arrange(ids.unsqueeze(-1)).squeeze(-1)
+        self._add(parameter, EmbeddingUse(arranged, layout.arrange(g), layout.sizes))
+
+    def bias(self, parameter: nn.Parameter, g: Tensor, layout: Layout) -> None:
+        """Record y = x + b. g: (*lead, p)."""
+        g, sizes = upcast(layout.arrange(g)), layout.sizes
+        uniform = is_uniform(sizes)
+        self._add(parameter, g.unflatten(0, (len(sizes), -1)).sum(1) if uniform else torch.stack([u.sum(0) for u in g.split(sizes)]))
+
+    def per_unit(self, parameter: nn.Parameter, gradients: Tensor) -> None:
+        """Record per-unit gradients (units, *parameter.shape), float32 or float64, formed by the layer itself."""
+        self._add(parameter, gradients)
+
+    # What the engine does.
+
+    def knows(self, units: Units) -> bool:
+        """Whether the layouts of this kind of batch are known, or need not be."""
+        return units.is_single or self._learnt_kind == units.kind
+
+    def observe(self, alone: Units) -> None:
+        """Start learning layouts: watch a forward pass over the items of one unit alone, ..."""
+        self._alone, self._calls, self._dims, self._learnt_kind = {}, {}, {}, None
+        self._alone_items = alone.n_items
+        self.start("observe", alone)
+
+    def compare(self, units: Units) -> None:
+        """... then over the whole batch whose last unit that was: its items are found by where its values stand."""
+        self.start("compare", units)
+        self._learnt_kind = units.kind
+
+    def start(self, phase: Phase, units: Units, factors: Tensor | None = None, sums: dict[nn.Parameter, Tensor] | None = None) -> None:
+        """Enter a phase for one physical batch. `factors` (units, groups) and `sums` belong to phase "sum"."""
+        self.phase, self.units, self.records = phase, units, {}
+        self._norms, self._spent = None, set()
+        self._factors, self._sums = factors, sums or {}
+
+    def stop(self) -> None:
+        """Back to idle; every record is dropped."""
+        self.start("idle", Units.rows(0))
+        self._alone = {}
+        self._gram.clear()
+
+    def squared_norms(self, like: Tensor) -> Tensor:
+        """(units, groups) squared norms of everything recorded since `start`. like: a tensor giving dtype and device."""
+        for parameter, record in self.records.items():
+            self._add_norms(parameter, record)
+        return self._norms if self._norms is not None else like.new_zeros(self.units.n, self._n_groups)
+
+    def _add_norms(self, parameter: nn.Parameter, record: GradientRecord) -> None:
+        squared = record.squared_norms(self._gram)
+        self.forms[parameter] = record.form
+        if self._norms is None:
+            self._norms = squared.new_zeros(self.units.n, self._n_groups)
+        self._norms[:, self._groups[parameter]] += squared
+
+    def _add(self, parameter: nn.Parameter, use: LinearUse | EmbeddingUse | Tensor) -> None:
+        if self.phase not in ("record", "norms", "sum"):
+            raise PrivacyError(
+                "backward through a model with an attached ClippingEngine, outside engine.backward or engine.batch: its gradients "
+                "would not be clipped; use engine.backward(loss_fn, batch), or engine.detach() first"
+            )
+        if self.phase == "sum":
+            assert self._factors is not None
+            factors = self._factors[:, self._groups[parameter]]
+            if isinstance(use, Tensor):
+                add_per_unit_(self._sums[parameter], use, factors)
+            else:
+                use.add_clipped_sum_(self._sums[parameter], factors)
+            return
+        if parameter in self._spent:
+            raise PrivacyError("a parameter was used more often than when its layer was first observed; use strategy='auto'")
+        record = self.records.setdefault(parameter, GradientRecord(parameter.shape, self.units.n))
+        if isinstance(use, Tensor):
+            record.add_per_unit(use)
+        else:
+            record.add(use)
+        if self.phase == "norms" and self._calls.get(parameter) == 1:  # no cross terms to come: the records may go
+            self._add_norms(parameter, self.records.pop(parameter))
+            self._spent.add(parameter)
+
+    def _learn(self, module: nn.Module, x: Tensor, lead: tuple[int, ...]) -> None:
+        if self.phase == "observe":
+            self._alone.setdefault(module, []).append((x, len(lead)))
+            for parameter in module.parameters(recurse=False):
+                self._calls[parameter] = self._calls.get(parameter, 0) + 1
+            return
+        calls = self._alone.get(module, [])
+        dim = None
+        if calls and calls[0][1] == len(lead):
+            alone = calls[0][0]
+            dim = _changed_dimension(alone.shape[: len(lead)], lead, self._alone_items, self.units.n_items)
+            if dim is not None and not self._stands_at(alone, x, dim):
+                dim = None
+        if calls:
+            calls.pop(0)
+        key = (module, len(lead))
+        self._dims[key] = dim if self._dims.get(key, dim) == dim else None
+
+    def _stands_at(self, alone: Tensor, x: Tensor, dim: int) -> bool:
+        """Whether the last unit's items along `dim` of x hold what that unit's own pass held: rounding apart, no other layout does."""
+        per_item = x.movedim(dim, 0).reshape(self.units.n_items, -1)
+        items = self.units.items(self.units.last).to(x.device)
+        found, wanted = per_item.index_select(0, items), alone.movedim(dim, 0).reshape(len(items), -1)
+        if not x.is_floating_point():
+            return bool(torch.equal(found, wanted))
+        found, wanted = found.double().nan_to_num(), wanted.double().nan_to_num()
+        return bool((found - wanted).norm() <= 0.05 * wanted.norm())
+
+
+def _changed_dimension(one: Sequence[int], many: Sequence[int], one_items: int, many_items: int) -> int | None:
+    """The only dimension that differs, if it grew as the number of items did."""
+    changed = [dim for dim, (old, new) in enumerate(zip(one, many, strict=True)) if old != new]
+    if len(changed) != 1 or one[changed[0]] * many_items != many[changed[0]] * one_items:
+        return None
+    return changed[0]

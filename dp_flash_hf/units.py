@@ -1,0 +1,173 @@
+"""Privacy units: which rows, or which tokens of a packed row, belong to whom.
+
+The one abstraction under padded batches, packed (padding-free) batches, preference pairs and user-level privacy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dp_flash_hf.errors import invalid
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The unit of every item of a physical batch.
+
+    An *item* is a row (`kind="rows"`) or a token of a packed batch (`kind="tokens"`).
+
+    of_item: LongTensor (n_items,), the unit of each item in 0..n-1, or -1 for items that belong to nobody.
+    n: number of units, units without items included.
+    shape: for tokens, the (rows, length) they are laid out in.
+    """
+
+    kind: Literal["rows", "tokens"]
+    of_item: Tensor
+    n: int
+    shape: tuple[int, ...] = ()
+
+    @staticmethod
+    def rows(n: int) -> Units:
+        """Every row is a unit of its own."""
+        return Units("rows", torch.arange(n), n)
+
+    @staticmethod
+    def of(units: Tensor | Units | None, rows: tuple[int, ...]) -> Units:
+        """Read what the user passed as `units`.
+
+        units: None (every row is a unit), an int64 tensor of unit ids, one per row (rows,) or per token (rows, length), or an
+            int32 tensor of cumulative sequence lengths (segments + 1,), as `cu_seq_lens_q` of Transformers, for one packed row.
+        rows: leading shape of the batch's tensors, (rows,) or (rows, length).
+        Raises ValueError for anything else.
+        """
+        if isinstance(units, Units):
+            return units
+        if units is None:
+            return Units.rows(rows[0])
+        remedy = "pass None, int64 unit ids (one per row or per token), or int32 cumulative sequence lengths"
+        if not isinstance(units, Tensor) or units.is_floating_point() or units.dtype == torch.bool:
+            raise invalid("units", expected="an int64 or int32 tensor", actual=type(units).__name__, remedy=remedy)
+        if units.dtype == torch.int32:
+            return _from_boundaries(units, rows, remedy)
+        ids = units.detach().cpu().long()
+        if ids.shape not in {rows[:1], rows[:2]}:
+            wanted = " or ".join(str(tuple(shape)) for shape in dict.fromkeys((rows[:1], rows[:2])))
+            raise invalid("units", expected=f"unit ids of shape {wanted}", actual=tuple(ids.shape), remedy=remedy)
+        if ids.numel() and int(ids.min()) < -1:
+            raise invalid("units", expected="ids >= -1 (-1: nobody's)", actual=int(ids.min()), remedy="number units from 0")
+        n = int(ids.max()) + 1 if ids.numel() else 0
+        if ids.dim() == 1:
+            return Units("rows", ids, n)
+        return Units("tokens", ids.flatten(), n, tuple(ids.shape))
+
+    @property
+    def n_items(self) -> int:
+        """Number of rows (or tokens)."""
+        return self.of_item.numel()
+
+    @cached_property
+    def identity(self) -> bool:
+        """Whether item i is unit i, so that nothing needs to be moved."""
+        return self.n == self.n_items and bool(torch.equal(self.of_item, torch.arange(self.n)))
+
+    @cached_property
+    def is_single(self) -> bool:
+        """Whether everything belongs to one unit, so that it does not matter where what stands."""
+        return self.n == 1 and bool((self.of_item == 0).all())
+
+    @property
+    def last(self) -> int:
+        """The unit of the last item that belongs to one."""
+        return int(self.of_item[self.of_item >= 0][-1])
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Items of each unit."""
+        return tuple(torch.bincount(self.of_item[self.of_item >= 0], minlength=self.n).tolist())
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """Items sorted by unit, nobody's items left out; None where they already stand so."""
+        owned = int((self.of_item < 0).sum())
+        order = torch.argsort(self.of_item, stable=True)[owned:]
+        return None if torch.equal(order, torch.arange(self.n_items)) else order
+
+    def items(self, unit: int) -> Tensor:
+        """LongTensor of the items of one unit."""
+        return (self.of_item == unit).nonzero().flatten()
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """(n_items, k, d) -> (rows of all units in unit order, d), each unit's rows together: `sizes[u] * k` of them."""
+        if self.order is not None:
+            x = x.index_select(0, self.order.to(x.device))
+        return x.reshape(-1, x.shape[-1])
+
+
+def _from_boundaries(boundaries: Tensor, rows: tuple[int, ...], remedy: str) -> Units:
+    total = rows[0] * (rows[1] if len(rows) > 1 else 1)
+    ends = boundaries.detach().cpu().long()
+    lengths = ends.diff()
+    if ends.dim() != 1 or len(ends) < 2 or int(ends[0]) != 0 or bool((lengths < 0).any()) or int(ends[-1]) > total:
+        raise invalid("units", expected=f"boundaries 0 = b_0 <= b_1 <= ... <= {total}", actual=ends.tolist(), remedy=remedy)
+    ids = torch.full((total,), -1)  # tokens after the last boundary are padding, and nobody's
+    ids[: int(ends[-1])] = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return Units("tokens", ids, len(lengths), rows[:2])
+
+
+def leading_shape(batch: Batch) -> tuple[int, ...]:
+    """(rows, length) of a batch: the leading two sizes of its first tensor with at least two dimensions, or (rows,) of its first.
+
+    Raises ValueError when the batch holds no tensor.
+    """
+    tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0]
+    if not tensors:
+        raise invalid("batch", expected="a mapping with at least one tensor", actual=list(batch), remedy="pass the model's inputs")
+    first = next((t for t in tensors if t.dim() > 1 and not t.is_floating_point()), tensors[0])
+    return tuple(first.shape[:2])
+
+
+def select_unit(batch: Batch, units: Units, unit: int) -> dict[str, Any]:
+    """The part of a batch that belongs to one unit, as a batch of its own.
+
+    Rows: tensors whose first size is the number of rows are indexed along it. Tokens: tensors laid out as the packed rows are
+    cut to one row of that unit's tokens, and the boundaries of flash attention (`cu_seq_lens_*`, `max_length_*`) follow.
+    Everything else passes through.
+    """
+    return select_items(batch, units, units.items(unit))
+
+
+def select_items(batch: Batch, units: Units, items: Tensor) -> dict[str, Any]:
+    """As `select_unit`, for any rows, or for the tokens of one unit."""
+    return {name: _select(name, value, units, items) for name, value in batch.items()}
+
+
+def _select(name: str, value: Any, units: Units, items: Tensor) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _select(k, v, units, items) for k, v in value.items()}
+    if units.kind == "tokens":
+        if name.startswith("cu_seq_lens"):
+            return torch.tensor([0, len(items)], dtype=torch.int32, device=value.device)
+        if name.startswith("max_length"):
+            return len(items) if isinstance(value, int) else torch.full_like(value, len(items))
+        if isinstance(value, Tensor) and tuple(value.shape[:2]) == units.shape:
+            return value.flatten(0, 1).index_select(0, items.to(value.device)).unsqueeze(0)
+        return value
+    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == units.n_items:
+        return value.index_select(0, items.to(value.device))
+    if isinstance(value, list) and len(value) == units.n_items:
+        return [value[i] for i in items.tolist()]
+    return value
+
+
+def subset(units: Units, items: Tensor) -> Units:
+    """The units of some rows, renumbered from 0 in order of first appearance of their numbers."""
+    kept, renumbered = torch.unique(units.of_item[items], return_inverse=True)
+    return replace(units, of_item=renumbered, n=len(kept))
