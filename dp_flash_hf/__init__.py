@@ -1,6 +1,27 @@
-"""Differentially private fine-tuning for Hugging Face Transformers; importing registers attn_implementation="dp_flash"."""
+"""Exact differentially private fine-tuning for Hugging Face Transformers; importing registers attn_implementation="dp_flash"."""
 
+from dp_flash_hf import attention, patching
+from dp_flash_hf.accountant import PrivacyPlan
+from dp_flash_hf.callback import DPCallback
+from dp_flash_hf.config import PrivacyConfig
 from dp_flash_hf.engine import ClippingEngine
-from dp_flash_hf.patches import t5, vit
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.layers import register_rule
+from dp_flash_hf.mechanism import DPSGD
+from dp_flash_hf.report import PrivacyReport
 
-__all__ = ["ClippingEngine", "t5", "vit"]
+__version__ = "0.1.0"
+__all__ = [
+    "DPSGD",
+    "ClippingEngine",
+    "DPCallback",
+    "PrivacyConfig",
+    "PrivacyError",
+    "PrivacyPlan",
+    "PrivacyReport",
+    "UnsupportedError",
+    "register_rule",
+]
+
+attention.register()
+patching.register()

@@ -21,13 +21,14 @@ Entry = tuple[tuple[PoissonSampler, float], int]  # ((sampler, noise multiplier)
 
 _CALIBRATION_TOLERANCE = 1e-3  # calibrated epsilon lies in [1 - this, 1] * target
 _NOISE_MULTIPLIERS = (0.05, 1e6)  # searched; below it a distribution of privacy losses no longer fits in memory
+_MOST_STEPS = 10**6  # a search for an affordable number of steps ends here, far beyond any fine-tuning
 
 
 class Ledger:
     """The steps that were executed, and the privacy they cost together.
 
-    Steps may differ in sampler and noise; adaptive composition holds whatever their order. `accountant` is "pld" (dp-accounting),
-    "prv" or "rdp" (opacus). Every release that touches the private data must be recorded, also a step with an empty draw.
+    Steps may differ in sampler and noise; adaptive composition holds whatever their order. Every release that touches the private
+    data must be recorded, also a step with an empty draw. `accountant` is "pld" (dp-accounting), "prv" or "rdp" (opacus).
     """
 
     def __init__(self, accountant: AccountantName = "pld") -> None:
@@ -55,7 +56,10 @@ class Ledger:
         for known, _ in self._counts:
             if known.n_units != sampler.n_units:
                 raise invalid(
-                    "sampler", expected=f"{known.n_units} units", actual=sampler.n_units, remedy="keep one ledger per set of units"
+                    "sampler",
+                    expected=f"{known.n_units} units",
+                    actual=sampler.n_units,
+                    remedy="keep one ledger per dataset",
                 )
         if steps:
             key = (sampler, noise_multiplier)
@@ -64,7 +68,7 @@ class Ledger:
     def epsilon(self, delta: float) -> float:
         """The epsilon of everything recorded, at `delta`; 0 before the first step.
 
-        Typically 0.3 s with pld and 0.1 s with prv or rdp (remembered for the same steps): call it when logging, not every step.
+        Typically 0.3 s with pld and 0.1 s with prv or rdp, at once if asked again: call it when logging, not at every step.
         Raises UnsupportedError for prv and rdp with truncated Poisson sampling or without opacus.
         """
         if not 0 < delta < 1:
@@ -85,7 +89,9 @@ class Ledger:
             for entry in state["entries"]:
                 loaded.record(sampler_from_dict(entry["sampler"]), entry["noise_multiplier"], entry["steps"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise invalid("state", expected="a ledger's state_dict()", actual=state, remedy="load an unedited checkpoint") from error
+            raise invalid(
+                "state", expected="a ledger's state_dict()", actual=state, remedy="load an unedited checkpoint"
+            ) from error
         self.accountant, self._counts = loaded.accountant, loaded._counts
 
 
@@ -106,10 +112,14 @@ class PrivacyPlan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
-            raise invalid("steps", expected="a whole number >= 1", actual=self.steps, remedy="set max_steps or num_train_epochs")
+            raise invalid(
+                "steps", expected="a whole number >= 1", actual=self.steps, remedy="set max_steps or num_train_epochs"
+            )
         n = self.sampler.n_units
         if not 0 < self.target_delta < 1 / n:
-            raise invalid("target_delta", expected=f"0 < delta < 1 / {n} units", actual=self.target_delta, remedy=f"try {n**-1.1:.1g}")
+            raise invalid(
+                "target_delta", expected=f"0 < delta < 1 / {n} units", actual=self.target_delta, remedy=f"try {n**-1.1:.1g}"
+            )
         Ledger(self.accountant).record(self.sampler, self.noise_multiplier)
 
     @classmethod
@@ -143,25 +153,36 @@ class PrivacyPlan:
         return ledger.epsilon(self.target_delta)
 
     def max_steps(self, target_epsilon: float) -> int:
-        """The number of steps k that this noise affords: epsilon(k) <= target_epsilon < epsilon(k + 1)."""
+        """The number of steps k that this noise affords: epsilon(k) <= target_epsilon < epsilon(k + 1); at most a million."""
         if not 0 < target_epsilon < math.inf:
-            raise invalid("target_epsilon", expected="a finite number above 0", actual=target_epsilon, remedy="give a positive number")
-        per_step = self.sampler.sampling_rate**2 * math.expm1(min(self.noise_multiplier**-2, 700.0))  # below float64's overflow
-        high = max(1, round(_squared_mu(target_epsilon, self.target_delta) / per_step))
-        low = 0
-        while self.epsilon(high) <= target_epsilon:
-            low, high = high, math.ceil(high * 1.2)
+            raise invalid(
+                "target_epsilon", expected="a finite number above 0", actual=target_epsilon, remedy="give a positive one"
+            )
+        # The exponent stays below float64's overflow.
+        per_step = self.sampler.sampling_rate**2 * math.expm1(min(self.noise_multiplier**-2, 700.0))
+        high = min(max(1, round(_squared_mu(target_epsilon, self.target_delta) / per_step)), _MOST_STEPS)
+        low, low_epsilon, high_epsilon = 0, 0.0, self.epsilon(high)
+        while high_epsilon <= target_epsilon:
+            if high == _MOST_STEPS:
+                return high
+            low, low_epsilon = high, high_epsilon
+            high = min(math.ceil(high * 1.2), _MOST_STEPS)
+            high_epsilon = self.epsilon(high)
         while high - low > 1:
-            # The first guess is good: stay near it before halving what is left.
-            middle = max((low + high) // 2, int(high / 1.2)) if low == 0 else (low + high) // 2
-            low, high = (middle, high) if self.epsilon(middle) <= target_epsilon else (low, middle)
+            guess = int(_crossing(low, low_epsilon, high, high_epsilon, target_epsilon)) if low else int(high / 1.2)
+            middle = min(max(guess, low + 1), high - 1)
+            middle_epsilon = self.epsilon(middle)
+            if middle_epsilon <= target_epsilon:
+                low, low_epsilon = middle, middle_epsilon
+            else:
+                high, high_epsilon = middle, middle_epsilon
         return low
 
 
 def _squared_mu(epsilon: float, delta: float) -> float:
     """mu^2 of the Gaussian mechanism that mu^2 / 2 + mu sqrt(2 ln(1 / delta)) makes (epsilon, delta)-private.
 
-    DP-SGD tends to mu = q sqrt(steps (exp(1 / sigma^2) - 1)) (Bu et al. 2020, arXiv 1911.11607). Only first guesses come from it.
+    DP-SGD tends to mu = q sqrt(steps (exp(1 / sigma^2) - 1)) (Bu et al. 2020, arXiv 1911.11607). It gives first guesses only.
     """
     log_delta = 2 * math.log(1 / delta)
     return (math.sqrt(log_delta + 2 * epsilon) - math.sqrt(log_delta)) ** 2
@@ -170,9 +191,9 @@ def _squared_mu(epsilon: float, delta: float) -> float:
 def _calibrate(epsilon: Callable[[float], float], *, target: float, start: float) -> float:
     """The least noise multiplier, to the tolerance, whose epsilon is at most `target`."""
     least, most = _NOISE_MULTIPLIERS
-    high = min(max(start, least), most)
-    high_epsilon = epsilon(high)
-    low, low_epsilon, factor = high, high_epsilon, 1.2
+    high = low = min(max(start, least), most)
+    high_epsilon = low_epsilon = epsilon(high)
+    factor = 1.2
     while high_epsilon > target:
         if high >= most:
             raise invalid(
@@ -192,15 +213,21 @@ def _calibrate(epsilon: Callable[[float], float], *, target: float, start: float
         low = max(low / 1.2, least)
         low_epsilon = epsilon(low)
     while high_epsilon < (1 - _CALIBRATION_TOLERANCE) * target and high / low > 1 + 1e-9:
-        # log epsilon is nearly linear in log sigma; aim at the middle of the tolerated interval.
-        share = math.log((1 - _CALIBRATION_TOLERANCE / 2) * target / high_epsilon) / math.log(low_epsilon / high_epsilon)
-        middle = high * (low / high) ** (min(max(share, 0.01), 0.99) if math.isfinite(low_epsilon) else 0.5)
+        middle = _crossing(low, low_epsilon, high, high_epsilon, (1 - _CALIBRATION_TOLERANCE / 2) * target)
         middle_epsilon = epsilon(middle)
         if middle_epsilon <= target:
             high, high_epsilon = middle, middle_epsilon
         else:
             low, low_epsilon = middle, middle_epsilon
     return high
+
+
+def _crossing(low: float, low_epsilon: float, high: float, high_epsilon: float, target: float) -> float:
+    """Where epsilon is about `target`, between low and high: log epsilon is nearly linear in log sigma and in log steps."""
+    share = 0.5
+    if 0 < low_epsilon < math.inf and 0 < high_epsilon < math.inf:
+        share = math.log(target / low_epsilon) / math.log(high_epsilon / low_epsilon)
+    return low * (high / low) ** min(max(share, 0.01), 0.99)  # strictly between, so that every search ends
 
 
 @lru_cache(maxsize=256)
@@ -213,7 +240,7 @@ def _epsilon(accountant: AccountantName, entries: tuple[Entry, ...], delta: floa
         return max(_pld_epsilon(events, delta) for events in {removed, added})
     for (sampler, _), _ in entries:
         if sampler.kind != "poisson":
-            raise UnsupportedError(f"accountant {accountant!r} knows Poisson sampling only, not {sampler.kind}; use accountant='pld'")
+            raise UnsupportedError(f"accountant {accountant!r} cannot account {sampler.kind} sampling; use accountant='pld'")
     try:
         from opacus.accountants import PRVAccountant, RDPAccountant
     except ImportError as error:

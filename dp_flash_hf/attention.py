@@ -17,11 +17,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -42,12 +43,21 @@ NAMES = ("dp_flash", "dp_attention")
 _UNHANDLED = ("block_indices", "sinks", "cache", "block_table", "head_mask")
 
 
+Sight = Literal["all", "causal", "mask", "nothing"]
+
+
+# Model types that extend their mask by additive terms, which a bool mask silently turns around.
+_ADDS_TO_ITS_MASK = ("deepseek_v4",)
+# Model types that do not support torch's SDPA by themselves, found while models are built.
+_ALWAYS_MASKED: set[str] = set()
+
+
 class _Segment(NamedTuple):
     """Consecutive queries of one row and the only keys they may see."""
 
     queries: int
     keys: int
-    sight: Literal["all", "causal", "mask", "nothing"]
+    sight: Sight
 
 
 Segments = list[list[_Segment]]  # per row, in order, covering it
@@ -119,18 +129,22 @@ def dp_flash_attention(
     square = n_queries == n_keys > 1
 
     mask = attention_mask
-    if mask is None and causal and not square:
+    if causal and not square and (mask is None or mask.ndim == 2):
         raise UnsupportedError(
-            f"{type(module).__name__} asks for causal attention of {n_queries} queries over {n_keys} keys without a mask, which "
-            "does not say whether the first or the last keys line up; pass a 4-D attention_mask"
+            f"{type(module).__name__} asks for causal attention of {n_queries} queries over {n_keys} keys without a 4-D mask: "
+            "it is not known whether the first or the last of them line up; pass a 4-D attention_mask"
         )
     if mask is not None and mask.ndim == 2:
-        mask = _mask_of_padding(mask, causal=causal, self_attention=causal and square)
+        mask = _mask_of_padding(mask, causal)
     elif mask is not None and mask.ndim != 4:
-        raise invalid("attention_mask", expected="2 or 4 dimensions", actual=tuple(mask.shape), remedy="broadcast it to (B, H, Q, K)")
+        raise invalid(
+            "attention_mask", expected="2 or 4 dimensions", actual=tuple(mask.shape), remedy="broadcast it to (B, H, Q, K)"
+        )
     if mask is None and sliding_window is not None and n_keys > sliding_window and n_queries > 1:
         if not causal:
-            raise UnsupportedError("a sliding window that is not causal comes as a mask, or not at all; pass a 4-D attention_mask")
+            raise UnsupportedError(
+                "a sliding window that is not causal comes as a mask, or not at all; pass a 4-D attention_mask"
+            )
         mask = _causal_mask(n_keys, query.device, window=sliding_window)[None, None]
     if indices is not None:
         picked = torch.zeros(indices.shape[0], 1, n_queries, n_keys, dtype=torch.bool, device=query.device)
@@ -145,14 +159,20 @@ def dp_flash_attention(
             f"{type(module).__name__} has a sliding window of {sliding_window} that its attention mask ignores, so whether it "
             "applies would depend on the other rows of the batch; set sliding_window to None or pass a mask that contains it"
         )
-    segments = layout.segments
+    segments = layout.segments and layout.segments * (query.shape[0] // len(layout.segments))
     if cu_seq_lens_q is not None:
         ends = _once(cu_seq_lens_q, _to_list), _once(cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k, _to_list)
         segments = _segments_of_ends(*ends, query, key, causal, mask is not None, segments)
-    elif mask is None and square and position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] == n_queries:
+    elif (
+        attention_mask is None
+        and square
+        and position_ids is not None
+        and position_ids.shape in ((1, n_keys), (len(query), n_keys))
+    ):
         restarts = _once(position_ids, _lengths_between_restarts)
         if restarts is not None:
-            sight: Literal["all", "causal"] = "causal" if causal else "all"
+            sight: Sight = "causal" if causal else "all"
+            sight = sight if mask is None else "mask"
             segments = [[_Segment(n, n, sight) for n in row] for row in restarts] * (query.shape[0] // len(restarts))
 
     if layout.unseen is not None:
@@ -183,12 +203,14 @@ def dp_flash_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     Takes the arguments of `transformers.masking_utils.sdpa_mask`.
     """
     queries, keys, padding = kwargs.get("q_length"), kwargs.get("kv_length"), kwargs.get("attention_mask")
-    if queries != keys and queries != 1:
-        kwargs["allow_is_causal_skip"] = False  # without a mask it would not be known where the diagonal lies
+    # Without a mask, the diagonal of unequal lengths could lie anywhere, and a model that was never meant to run without
+    # one may call its causal layers not causal (BigBird-Pegasus).
+    if (queries != keys and queries != 1) or getattr(kwargs.get("config"), "model_type", None) in _ALWAYS_MASKED:
+        kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     # Only the causal mask builders leave this argument out; for the others the queries may be another sequence than the keys.
     causal = "allow_is_bidirectional_skip" not in kwargs
-    if mask is not None and causal and padding is not None and queries == keys == padding.shape[-1]:
+    if mask is not None and causal and padding is not None and queries == keys and padding.shape == (mask.shape[0], keys):
         mask = mask & padding[:, None, :, None].to(torch.bool)
     return mask
 
@@ -214,7 +236,9 @@ def use(implementation: Literal["sdpa", "reference"]) -> Iterator[None]:
     """Within the context, dp_flash attention is computed by `sdpa` (torch; the default) or `reference` (the slow oracle)."""
     global _implementation
     if implementation not in _IMPLEMENTATIONS:
-        raise invalid("implementation", expected=f"one of {', '.join(_IMPLEMENTATIONS)}", actual=implementation, remedy="choose one")
+        raise invalid(
+            "implementation", expected=f"one of {', '.join(_IMPLEMENTATIONS)}", actual=implementation, remedy="choose one"
+        )
     before, _implementation = _implementation, implementation
     try:
         yield
@@ -249,11 +273,13 @@ class _Layout:
 
 
 def _layout_of_mask(mask: Tensor) -> _Layout:
+    if mask.shape[2] == 1:  # one query (decoding): a copy of the keys per step would cost more than the attention
+        return _Layout(None, None, None, 0)
     sight = mask.any(1)
     seen, sees = sight.any(1), sight.any(2)
     unseen = None if bool(seen.all()) else ~seen[:, None, :, None]
     blind = None if bool(sees.all()) else ~sees[:, None, :, None]
-    if sight.shape[1] != sight.shape[2] or sight.shape[1] == 1:
+    if sight.shape[1] != sight.shape[2]:
         return _Layout(unseen, blind, None, 0)
 
     size = sight.shape[1]
@@ -274,7 +300,7 @@ def _layout_of_mask(mask: Tensor) -> _Layout:
     return _Layout(unseen, blind, rows if packed else None, int((place - first).max()))
 
 
-def _sight(mask: Tensor, start: int, stop: int) -> Literal["all", "causal", "mask"]:
+def _sight(mask: Tensor, start: int, stop: int) -> Sight:
     """How the block [start, stop) of one row's mask (H, S, S) can be said without a mask."""
     block = mask[:, start:stop, start:stop]
     if bool(block.all()):
@@ -287,7 +313,9 @@ def _segments_of_ends(
 ) -> Segments:
     for name, ends, size in (("cu_seq_lens_q", ends_q, query.shape[2]), ("cu_seq_lens_k", ends_k, key.shape[2])):
         if not ends or ends[0] != 0 or ends[-1] != size or any(b < a for a, b in pairwise(ends)) or len(ends) != len(ends_q):
-            raise invalid(name, expected=f"boundaries rising from 0 to {size}", actual=ends, remedy="give every token one segment")
+            raise invalid(
+                name, expected=f"boundaries rising from 0 to {size}", actual=ends, remedy="give every token one segment"
+            )
     if query.shape[0] != 1:
         raise invalid("cu_seq_lens_q", expected="a batch of one packed row", actual=query.shape[0], remedy="flatten the batch")
     lengths = [(q1 - q0, k1 - k0) for (q0, q1), (k0, k1) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)]
@@ -300,7 +328,7 @@ def _segments_of_ends(
             starts.add(start)
         if starts.issuperset(ends_q):  # the mask is at least as fine, and already known block by block
             return blocks
-    sight: Literal["all", "causal", "mask"] = "mask" if masked else "causal" if causal else "all"
+    sight: Sight = "mask" if masked else "causal" if causal else "all"
     return [[_Segment(q, k, sight) for q, k in lengths]]
 
 
@@ -313,11 +341,10 @@ def _lengths_between_restarts(position_ids: Tensor) -> list[list[int]] | None:
     return [[b - a for a, b in pairwise(row)] for row in edges]
 
 
-def _mask_of_padding(padding: Tensor, *, causal: bool, self_attention: bool) -> Tensor:
-    mask = padding.to(torch.bool)[:, None, None, :]
-    if causal:
-        mask = mask & _causal_mask(padding.shape[-1], padding.device)
-    return mask & padding.to(torch.bool)[:, None, :, None] if self_attention else mask
+def _mask_of_padding(padding: Tensor, causal: bool) -> Tensor:
+    real = padding.to(torch.bool)
+    mask = real[:, None, None, :]
+    return mask & _causal_mask(real.shape[1], real.device) & real[:, None, :, None] if causal else mask
 
 
 def _causal_mask(size: int, device: torch.device, window: int | None = None) -> Tensor:
@@ -331,7 +358,7 @@ def _to_list(tensor: Tensor) -> list[int]:
 
 
 _T = TypeVar("_T")
-_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_KNOWN: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
 
 
 def _once(tensor: Tensor, work: Callable[[Tensor], _T]) -> _T:
@@ -350,45 +377,263 @@ def _once(tensor: Tensor, work: Callable[[Tensor], _T]) -> _T:
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: _Pattern) -> Tensor:
-    """(B, H, Q, E) by torch: one call for separate rows, one per segment for packed rows (or one varlen call on GPU)."""
+    """(B, H, Q, E) by torch: one call for separate rows; for packed rows one per segment, or one varlen call on a GPU."""
     if segments is None:
         return _rows(query, key, value, pattern)
-    plain = {part.sight for parts in segments for part in parts} - {"nothing"}
-    if _varlen_takes(query, key, value, pattern) and plain in ({"all"}, {"causal"}):
-        return _varlen(query, key, value, segments, pattern.scale, causal=plain == {"causal"})
-    # split and cat, not slices: their backward only copies, so that no gradient of one segment is added to another's.
+    sights = {part.sight for parts in segments for part in parts} - {"nothing"}
+    if sights in ({"all"}, {"causal"}) and _varlen_takes(query, value, pattern):
+        return _varlen(query, key, value, segments, pattern.scale, causal=sights == {"causal"})
+    # split and cat, not slices: their backward only copies, so no gradient of one segment is added to another's.
+    return torch.cat(
+        [
+            _row(q, k, v, segments, b, pattern)
+            for b, (q, k, v) in enumerate(zip(*(torch.split(x, 1) for x in (query, key, value)), strict=True))
+        ]
+    )
+
+
+def _row(query: Tensor, key: Tensor, value: Tensor, segments: Segments, row: int, pattern: _Pattern) -> Tensor:
+    """(1, H, Q, E): the segments of one row, each by itself."""
+    parts = segments[row]
+    queries, keys = [part.queries for part in parts], [part.keys for part in parts]
+    pieces = torch.split(query, queries, 2), torch.split(key, keys, 2), torch.split(value, keys, 2)
     outputs = []
-    for row, parts in enumerate(segments):
-        queries, keys = [part.queries for part in parts], [part.keys for part in parts]
-        q, k, v = query[row : row + 1].split(queries, 2), key[row : row + 1].split(keys, 2), value[row : row + 1].split(keys, 2)
-        outputs.append(torch.cat([_part(*qkv, pattern_of) for *qkv, pattern_of in zip(q, k, v, _patterns(pattern, row, parts), strict=True)], 2))
-    return torch.cat(outputs)
+    q0 = k0 = 0
+    for part, q, k, v in zip(parts, *pieces, strict=True):
+        span = (slice(q0, q0 + part.queries), slice(k0, k0 + part.keys))
+        q0, k0 = span[0].stop, span[1].stop
+        if part.sight == "nothing" or part.keys == 0:
+            outputs.append(q.new_zeros(*q.shape[:3], v.shape[-1], dtype=v.dtype))
+            continue
+        mask = _cut(pattern.mask, row, span) if part.sight == "mask" else None
+        bias = _cut(pattern.bias, row, span)
+        outputs.append(_rows(q, k, v, replace(pattern, mask=mask, causal=part.sight == "causal", bias=bias)))
+    return torch.cat(outputs, 2)
+
+
+def _cut(table: Tensor | None, row: int, span: tuple[slice, slice]) -> Tensor | None:
+    """The entries of a (B or 1, H or 1, Q or 1, K) table for one row and one segment."""
+    if table is None:
+        return None
+    row = row if table.shape[0] > 1 else 0
+    return table[row : row + 1, :, span[0] if table.shape[2] > 1 else slice(None), span[1]]
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, pattern: _Pattern) -> Tensor:
-    """Attention of separate rows; the mask is the only thing between their tokens."""
+    """Attention of separate rows; within a row only the pattern stands between tokens."""
     groups = query.shape[1] // key.shape[1]
-    mask, causal = pattern.mask, pattern.causal
+    mask, causal, bias = pattern.mask, pattern.causal and query.shape[2] > 1, pattern.bias
     explicit = pattern.softcap is not None or pattern.sinks is not None
-    if causal and (explicit or pattern.bias is not None):
+    if causal and (explicit or bias is not None):
         mask, causal = _causal_mask(key.shape[2], key.device), False
-    # The fused kernels read shared key heads in place, but not together with a mask.
-    shared = mask is None and pattern.bias is None and not explicit and key.shape[-1] == value.shape[-1] <= 256
+    # Torch's fused kernels read shared key heads in place, but not together with a mask.
+    shared = mask is None and bias is None and not explicit and key.shape[-1] == value.shape[-1] <= 256
     if groups > 1 and not shared:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if explicit:
         return _explicit(query, key, value, mask, pattern)
-    if pattern.bias is not None:
-        bias = pattern.bias.to(query.dtype)
-        if mask is None:
-            mask = bias
-        else:
-            mask = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+    if bias is not None:
+        bias = bias.to(query.dtype)
+        if mask is not None:
+            bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+        mask = bias
     return F.scaled_dot_product_attention(
-        *(query, key, value),
-        attn_mask=mask,
-        dropout_p=pattern.dropout,
-        is_causal=causal,
-        scale=pattern.scale,
-        enable_gqa=groups > 1 and shared,
+        query, key, value, mask, pattern.dropout, causal, scale=pattern.scale, enable_gqa=groups > 1 and shared
+    )
+
+
+def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pattern: _Pattern) -> Tensor:
+    """Attention by its formula, for what torch's fused kernels do not offer: soft-capped logits and sinks."""
+    logits = torch.matmul(query, key.transpose(-1, -2)) * pattern.scale
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if pattern.softcap is not None:
+        logits = pattern.softcap * torch.tanh(logits / pattern.softcap)
+    if pattern.bias is not None:
+        logits = logits + pattern.bias
+    if mask is not None:
+        # The lowest number, not -inf, which would make the softmax of a query that sees nothing NaN.
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+    if pattern.sinks is not None:
+        sinks = pattern.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sinks], -1)
+    weights = torch.softmax(logits, -1)[..., : key.shape[2]]
+    if mask is not None and mask.dtype == torch.bool:
+        weights = weights.masked_fill(~mask, 0)
+    return torch.matmul(F.dropout(weights, pattern.dropout).to(value.dtype), value)
+
+
+def _varlen_takes(query: Tensor, value: Tensor, pattern: _Pattern) -> bool:
+    """Whether torch's varlen kernel can do this call: half precision on CUDA, and nothing but scaled logits."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and pattern.dropout == 0
+        and pattern.softcap is None
+        and pattern.sinks is None
+        and pattern.bias is None
+        and {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()  # since torch 2.12
+    )
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, *, causal: bool) -> Tensor:
+    parts = [part for row in segments for part in row]
+    queries, keys = [part.queries for part in parts], [part.keys for part in parts]
+    ends_q, ends_k = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device) for lengths in (queries, keys)
+    )
+    flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    output = varlen_attn(
+        *(flat_q, flat_k, flat_v, ends_q, ends_k, max(queries), max(keys)),
+        scale=scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=query.shape[1] > key.shape[1],
+    )
+    assert isinstance(output, Tensor)  # a tuple only if asked for more
+    return output.view(query.shape[0], query.shape[2], *output.shape[1:]).transpose(1, 2)
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: _Pattern) -> Tensor:
+    """The float64 oracle, one query at a time. Raises UnsupportedError with dropout, which has no one right answer."""
+    if pattern.dropout:
+        raise UnsupportedError('the "reference" implementation has no dropout; set the attention dropout to 0')
+    bias, mask = pattern.bias, pattern.mask
+    if mask is not None and mask.dtype != torch.bool:
+        bias, mask = mask if bias is None else bias + mask, None
+    rows = []
+    for b in range(query.shape[0]):
+        parts = segments[b] if segments else [_Segment(query.shape[2], key.shape[2], "mask")]
+        row = slice(b, b + 1)
+        rows.append(
+            reference.attention(
+                *(query[row], key[row], value[row]),
+                causal=mask is None and (pattern.causal or any(part.sight == "causal" for part in parts)),
+                mask=mask if mask is None or len(mask) == 1 else mask[row],
+                cu_seqlens_q=[0, *accumulate(part.queries for part in parts)],
+                cu_seqlens_k=[0, *accumulate(part.keys for part in parts)],
+                scale=pattern.scale,
+                softcap=pattern.softcap,
+                sinks=pattern.sinks,
+                bias=bias if bias is None or len(bias) == 1 else bias[row],
+            )
+        )
+    return torch.cat(rows).to(value.dtype)
+
+
+# A later kernel goes here under its name.
+_IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments | None, _Pattern], Tensor]] = {
+    "sdpa": _sdpa,
+    "reference": _reference,
+}
+_implementation: str = "sdpa"
+
+
+# --- what Transformers has to be taught -----------------------------------------------------------------------------------
+
+
+def _wrap(method: str, parameters: tuple[str, ...], wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(PreTrainedModel, method, None)
+    if getattr(original, "_wrapped_by_dp_flash", False):
+        return
+    found = tuple(inspect.signature(original).parameters) if original is not None else ()
+    if original is None or found[: len(parameters)] != parameters:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} does not choose attention implementations through "
+            f"PreTrainedModel.{method}({', '.join(parameters)}, ...) but {found}; use a version that dp-flash-hf is tested with"
+        )
+    wrapped = functools.wraps(original)(wrapper(original))
+    wrapped._wrapped_by_dp_flash = True  # type: ignore[attr-defined]
+    setattr(PreTrainedModel, method, wrapped)
+
+
+def _skip_flash_packages(original: Callable[..., str]) -> Callable[..., str]:
+    def check(
+        self: PreTrainedModel, attn_implementation: str | None, is_init_check: bool = False, *args: Any, **kwargs: Any
+    ) -> str:
+        if attn_implementation in NAMES:  # the original would look for a flash-attn package, or fetch a kernel from the Hub
+            checked: str = self.get_correct_attn_implementation(attn_implementation, is_init_check)
+            return checked
+        return original(self, attn_implementation, is_init_check, *args, **kwargs)
+
+    return check
+
+
+def _arm_check(original: Callable[..., str]) -> Callable[..., str]:
+    def check(self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False) -> str:
+        chosen = original(self, requested_attention, is_init_check)
+        if chosen in NAMES:
+            if _picks_attention_itself(type(self).__module__):
+                raise UnsupportedError(_never_runs(self))
+            if self.config.model_type in _ADDS_TO_ITS_MASK:
+                raise UnsupportedError(f'{type(self).__name__} needs a float mask; use attn_implementation="eager"')
+            if not self._supports_sdpa:
+                _ALWAYS_MASKED.add(self.config.model_type)
+            if _check_ran not in self._forward_hooks.values():
+                self.register_forward_hook(_check_ran)
+            _UNCHECKED.add(self)
+        return chosen
+
+    return check
+
+
+@functools.cache
+def _picks_attention_itself(module_name: str) -> bool:
+    """Whether this modeling file looks the name up in a table of its own, or calls flash-attn itself (Falcon, GPT-J, Git)."""
+    try:
+        source = inspect.getsource(sys.modules[module_name])
+    except (KeyError, OSError, TypeError):
+        return False
+    return re.search(r"_CLASSES\[(config\._)?attn_implementation\]|_flash_attention_forward\(", source) is not None
+
+
+def _raise_if_not_set(original: Callable[..., None]) -> Callable[..., None]:
+    def set_attn_implementation(
+        self: PreTrainedModel, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        original(self, attn_implementation, *args, **kwargs)
+        wanted = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+        if wanted in NAMES and self.config._attn_implementation != wanted:  # the original only warned
+            raise UnsupportedError(_never_runs(self))
+
+    return set_attn_implementation
+
+
+_UNCHECKED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+
+def _check_ran(model: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of a model that was given one of our names: after its first forward, has our attention been called?
+
+    Removes itself once it has. Raises UnsupportedError if not, except in a part of a larger model that has one attention
+    among other parts: there the larger model decides.
+    """
+    assert isinstance(model, PreTrainedModel)
+    if model.config._attn_implementation not in NAMES:
+        _disarm(model)
+    elif any(getattr(module, "_dp_flash_ran", False) for module in model.modules()):
+        for part in model.modules():
+            _disarm(part)
+        for whole in list(_UNCHECKED):  # a wrapper may call only its body, as PEFT does
+            if whole.base_model is model:
+                _disarm(whole)
+    else:
+        wholes = [whole for whole in _UNCHECKED if whole is not model and any(part is model for part in whole.modules())]
+        if all(whole.base_model is model for whole in wholes):
+            raise UnsupportedError(_never_runs(model))
+        _disarm(model)
+
+
+def _disarm(module: nn.Module) -> None:
+    for number in [number for number, hook in module._forward_hooks.items() if hook is _check_ran]:
+        del module._forward_hooks[number]
+    if isinstance(module, PreTrainedModel):
+        _UNCHECKED.discard(module)
+
+
+def _never_runs(model: PreTrainedModel) -> str:
+    return (
+        f"{type(model).__name__} does not take its attention from Transformers' attention interface, so "
+        f'attn_implementation="{NAMES[0]}" would be ignored; use attn_implementation="eager", and one unit per row'
     )

@@ -15,7 +15,7 @@ from dp_flash_hf.clipping import clip_factors
 from dp_flash_hf.config import Clipping
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.records import Recorder
-from dp_flash_hf.units import Batch, Units, leading_shape, select_unit
+from dp_flash_hf.units import Batch, Units, leading_shape, select_items, select_unit
 
 Strategy = Literal["auto", "bookkeeping", "two_pass", "microbatch"]
 LossFunction = Callable[[Any], Tensor]
@@ -61,6 +61,7 @@ class ClippingEngine:
         self.dropped_units = 0  # units whose gradient was not finite, since the engine was made; not private information
         self._sums: dict[nn.Parameter, tuple[Tensor, Tensor, int]] = {}
         self._uncovered: set[nn.Parameter] = set()
+        self._reached: set[nn.Parameter] = set()  # parameters that the last batch's loss depended on
         self._recorder = Recorder(_groups(model, self.parameters, clipping))
         self._n_groups = len(set(_groups(model, self.parameters, clipping).values()))
         self._attached: list[nn.Module] = []
@@ -157,6 +158,7 @@ class ClippingEngine:
             self._require_coverage()
             self._add_recorded(seen[0], scale)
 
+    @torch.no_grad()
     def clipped_sum(self, parameter: nn.Parameter) -> Tensor:
         """The accumulated clipped sum of one parameter, float32 (float64): `.grad` itself, or what it was rounded from.
 
@@ -178,6 +180,82 @@ class ClippingEngine:
                 return self.clipped_sum(parameter)
             raise PrivacyError(f"{self.parameters[parameter]}.grad was changed since the engine made it: zero_grad() first")
         return total
+
+    def take_sums(self) -> dict[nn.Parameter, Tensor]:
+        """Hand over the accumulated clipped sums, zeros where nothing was added, for noise to be put on them.
+
+        From then on `.grad` is the caller's: the engine adds to it no more until `zero_grad()`.
+        """
+        sums = {parameter: self.clipped_sum(parameter) for parameter in self.parameters}
+        self._sums = {}
+        return sums
+
+    def check(
+        self,
+        loss_fn: LossFunction,
+        batch: Batch,
+        units: Tensor | Units | None = None,
+        loss_scale: Tensor | None = None,
+        select: Select | None = None,
+        *,
+        tolerance: float = 1e-3,
+    ) -> None:
+        """Prove on one batch, without dropout, that units do not see each other and that the fast path is exact for this model.
+
+        Every unit is computed alone and compared with its part of the batch: the loss must be the sum of their losses, norms and
+        clipped sum must agree, and the norm of one unit must not move when the others are exchanged. Every trained parameter must
+        have received a gradient. `.grad` is left as it was.
+
+        tolerance: relative; rounding of the model's dtype is what it must allow for.
+        Raises PrivacyError on a mismatch.
+        """
+        resolved = Units.of(units, leading_shape(batch))
+        choose = select or (lambda whole, unit: select_unit(whole, resolved, unit))
+        modes = [(module, module.training) for module in self.model.modules()]
+        strategy, dropped = self.strategy, self.dropped_units
+        held, sums = {p: p.grad for p in self.parameters}, self._sums
+        try:
+            self.model.eval()
+            self._sums = {}
+            self._clear_gradients()
+            together = self.backward(loss_fn, batch, resolved, loss_scale, select).double()
+            norms, clipped = self.norms, self.take_sums()
+            unused = [name for p, name in self.parameters.items() if p not in self._reached]
+            self.strategy = "microbatch"
+            self._clear_gradients()
+            alone = self.backward(loss_fn, batch, resolved, loss_scale, select).double()
+            norms_alone, clipped_alone = self.norms, self.take_sums()
+            moved = None
+            if resolved.kind == "rows" and resolved.identity and resolved.n > 1 and select is None:
+                order = torch.tensor([0, *range(2, resolved.n), 0])  # unit 0 stays, the others see different company
+                self.strategy = strategy
+                self._clear_gradients()
+                rolled = None if loss_scale is None else torch.as_tensor(loss_scale)[order]
+                self.backward(loss_fn, select_items(batch, resolved, order), None, rolled)
+                moved = abs(float(self.norms[0]) - float(norms[0]))
+        finally:
+            for module, training in modes:
+                module.training = training
+            self.strategy, self.dropped_units, self._sums = strategy, dropped, sums
+            for parameter, gradient in held.items():
+                parameter.grad = gradient
+        scale = max(float(norms_alone.max()), 1e-12) if resolved.n else 1.0
+        if unused:
+            raise PrivacyError(f"these parameters require gradients but the loss does not depend on them: {unused[:8]}; freeze them")
+        if abs(float(together - alone)) > tolerance * max(abs(float(alone)), 1e-3):
+            raise PrivacyError(
+                f"the loss couples units: {float(together):.6g} together, {float(alone):.6g} as the sum of each alone; make the loss a "
+                "sum over units (divide by a constant, not by what is in the batch)"
+            )
+        if moved is not None and moved > tolerance * scale:
+            raise PrivacyError("a unit's gradient changes with the other units of its batch; look for operations across the batch")
+        apart = float((norms - norms_alone).abs().max()) if resolved.n else 0.0
+        off = sum(float((clipped[p] - clipped_alone[p]).double().square().sum()) for p in clipped) ** 0.5
+        if apart > tolerance * scale or off > tolerance * self.max_grad_norm * max(resolved.n, 1):
+            raise PrivacyError(
+                f"gradients in the batch differ from those of each unit alone: norms by {apart:.3g} of {scale:.3g}, clipped sum by "
+                f"{off:.3g}; units see each other (padding, routing, batch statistics), or a layer's rule is wrong"
+            )
 
     def forms(self) -> dict[str, str]:
         """How the last batch's gradient norm of each parameter was computed."""
@@ -235,6 +313,7 @@ class ClippingEngine:
             loss = loss_fn(batch)
             _plain_backward(loss)
             self._require_coverage()
+            self._reached = self._recorder.reached
             factors = self._factors(self._recorder.squared_norms(self._like), scale)
         sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.parameters}
         self._recorder.start("sum", units, factors, sums)
@@ -255,6 +334,7 @@ class ClippingEngine:
         groups = _groups(self.model, self.parameters, self.clipping)
         total = torch.zeros(())
         norms = []
+        self._reached = set()
         for unit in range(units.n):
             squared = self._like.new_zeros(1, self._n_groups)
             if units.sizes[unit]:
@@ -263,6 +343,7 @@ class ClippingEngine:
                 total = total.to(loss.device) + loss.detach()
                 for p in self.parameters:
                     if p.grad is not None:
+                        self._reached.add(p)
                         squared[0, groups[p]] += p.grad.to(squared.dtype).square().sum()
             factors = self._factors(squared, None if scale is None else scale[unit : unit + 1])
             norms.append(self.norms)
@@ -292,6 +373,7 @@ class ClippingEngine:
             )
         return scale.to(self._like)
 
+    @torch.no_grad()
     def _factors(self, squared_norms: Tensor, scale: Tensor | None) -> Tensor:
         """Sets `norms`, counts what is dropped, and returns the factors (units, groups) of the unscaled gradients."""
         if scale is not None:
@@ -302,10 +384,12 @@ class ClippingEngine:
         self.dropped_units += int((~torch.isfinite(norms)).sum())
         return factors if scale is None else factors * scale.unsqueeze(1)
 
+    @torch.no_grad()
     def _add_recorded(self, units: Units, scale: Tensor | None) -> None:
         groups = _groups(self.model, self.parameters, self.clipping)
         factors = self._factors(self._recorder.squared_norms(self._like), scale)
         records = self._recorder.records
+        self._reached = self._recorder.reached
         self._restore_gradients()
         for parameter in self.parameters:
             total = self.clipped_sum(parameter)
@@ -315,6 +399,7 @@ class ClippingEngine:
             self._publish(parameter)
         self._recorder.stop()
 
+    @torch.no_grad()
     def _commit(self, sums: dict[nn.Parameter, Tensor]) -> None:
         self._restore_gradients()
         for parameter, added in sums.items():

@@ -61,7 +61,7 @@ def _fill_state(generator: torch.Generator, secret: bytes) -> None:
     state = generator.manual_seed(probe).get_state()
     words = state[_WORDS_AT : _WORDS_AT + 8 * _WORDS].view(torch.int64)
     if words.numel() != _WORDS or int(words[0]) != probe:
-        raise PrivacyError("this torch lays out its CPU generator differently, so it cannot be seeded safely; report it to dp-flash-hf")
+        raise PrivacyError("this version of torch lays out its CPU generator in another way, so it cannot be seeded safely")
     drawn = torch.frombuffer(bytearray(hashlib.shake_256(secret).digest(4 * _WORDS)), dtype=torch.int32)
     words.copy_(drawn.to(torch.int64) & 0xFFFFFFFF)
     generator.set_state(state)

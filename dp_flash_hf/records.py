@@ -331,6 +331,12 @@ class Recorder:
         self._alone = {}
         self._gram.clear()
 
+    @property
+    def reached(self) -> set[nn.Parameter]:
+        """Parameters that the backward pass since `start` recorded."""
+        return self._spent | set(self.records)
+
+    @torch.no_grad()
     def squared_norms(self, like: Tensor) -> Tensor:
         """(units, groups) squared norms of everything recorded since `start`. like: a tensor giving dtype and device."""
         for parameter, record in self.records.items():
@@ -344,6 +350,7 @@ class Recorder:
             self._norms = squared.new_zeros(self.units.n, self._n_groups)
         self._norms[:, self._groups[parameter]] += squared
 
+    @torch.no_grad()
     def _add(self, parameter: nn.Parameter, use: LinearUse | EmbeddingUse | Tensor) -> None:
         if self.phase not in ("record", "norms", "sum"):
             raise PrivacyError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar
 
 import dp_accounting
@@ -29,7 +30,7 @@ class PoissonSampler:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise invalid(name, expected="a whole number >= 1", actual=value, remedy="count privacy units, not rows or tokens")
+                raise invalid(name, expected="a whole number >= 1", actual=value, remedy="count privacy units")
         if self.expected_batch_size > self.n_units:
             raise invalid(
                 "expected_batch_size",
@@ -44,14 +45,14 @@ class PoissonSampler:
         return self.expected_batch_size / self.n_units
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """The units of one step: int64[size] on the CPU, ascending; size 0 is a valid draw and takes a noisy step like any other.
+        """The units of one step: int64[size] on the CPU, ascending. Size 0 is a valid draw: it takes a noisy step like any other.
 
         `generator` lies on the CPU.
         """
         return self._included(self._uniforms(generator))
 
     def events(self, noise_multiplier: float) -> tuple[dp_accounting.DpEvent, dp_accounting.DpEvent]:
-        """The privacy events of one step with noise std = noise_multiplier * sensitivity: (one unit removed, one unit added)."""
+        """The privacy events of one step with noise std = noise_multiplier * sensitivity: (a unit removed, a unit added)."""
         event = dp_accounting.PoissonSampledDpEvent(self.sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
         return event, event
 
@@ -60,7 +61,7 @@ class PoissonSampler:
         return {"kind": self.kind, **asdict(self)}
 
     def _uniforms(self, generator: torch.Generator) -> Tensor:
-        # A float32 uniform is a multiple of 2^-24: with q near that size units would be drawn at another rate than is accounted.
+        # A float32 uniform is a multiple of 2^-24: for a q of that size, units would be drawn at another rate than is accounted.
         return torch.rand(self.n_units, dtype=torch.float64, generator=generator)
 
     def _included(self, uniforms: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class TruncatedPoissonSampler(PoissonSampler):
         return included
 
     def events(self, noise_multiplier: float) -> tuple[dp_accounting.DpEvent, dp_accounting.DpEvent]:
-        """As PoissonSampler.events. The two differ: dp-accounting's `dataset_size` is that of the larger neighbouring dataset."""
+        """As PoissonSampler.events. The two differ: dp-accounting's `dataset_size` is that of the larger of two neighbours."""
         removed, added = (
             dp_accounting.TruncatedSubsampledGaussianDpEvent(size, self.sampling_rate, self.max_batch_size, noise_multiplier)
             for size in (self.n_units, self.n_units + 1)
@@ -122,16 +123,16 @@ def sampler_from_dict(data: dict[str, Any]) -> PoissonSampler:
     fields = dict(data)
     kind = fields.pop("kind", None)
     for cls in (PoissonSampler, TruncatedPoissonSampler):
-        if kind == cls.kind and fields.keys() == cls.__dataclass_fields__.keys():
+        if kind == cls.kind and fields.keys() == {field.name for field in dataclass_fields(cls)}:
             return cls(**fields)
     raise invalid("sampler", expected="what to_dict() returned", actual=data, remedy="load an unedited checkpoint")
 
 
 def group_rows(column: Iterable[object]) -> list[Tensor]:
-    """The rows of each unit: int64[rows of the unit], ascending, one tensor per distinct value in order of first appearance.
+    """The rows of each unit: int64[rows of the unit], ascending, one tensor per distinct value by order of appearance.
 
-    `column` names each row's unit by str, int or bytes. Raises ValueError for any other value: rows without a name may belong to
-    anybody, and values that are never equal to another (NaN, tensors) would make every row a unit of its own.
+    `column` names each row's unit by str, int or bytes. Raises ValueError for any other value: rows without a name may be
+    anybody's, and values that are never equal to another (NaN, tensors) would make every row a unit of its own.
     """
     rows: dict[str | int | bytes, list[int]] = {}
     for row, unit in enumerate(column):

@@ -1,0 +1,436 @@
+"""Private training with `Trainer`: `DPCallback(config).attach(trainer)`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers.utils import logging
+
+from dp_flash_hf.accountant import PrivacyPlan
+from dp_flash_hf.config import PrivacyConfig
+from dp_flash_hf.engine import ClippingEngine, Strategy
+from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
+from dp_flash_hf.losses import UnitLoss, learn_loss
+from dp_flash_hf.mechanism import DPSGD
+from dp_flash_hf.noise import fresh_generator
+from dp_flash_hf.report import PrivacyReport
+from dp_flash_hf.sampling import PoissonSampler, choose_rows, group_rows
+from dp_flash_hf.units import Units, leading_shape, select_items, select_unit, subset
+
+logger = logging.get_logger(__name__)
+
+UNITS = "dp_units"  # key under which the collator passes on the unit of every example
+PREFLIGHT_UNITS = 4
+
+
+class DPCallback(TrainerCallback, ExportableState):
+    """Differentially private training for a `Trainer` or `Seq2SeqTrainer`.
+
+        dp = DPCallback(PrivacyConfig(target_epsilon=8.0, target_delta=1e-6)).attach(trainer)
+        trainer.train()
+        print(dp.report().to_text())
+
+    The expected batch size is `per_device_train_batch_size * gradient_accumulation_steps`. The units of a step are drawn by
+    Poisson sampling and computed in physical batches of at most `per_device_train_batch_size` rows; a unit is never split.
+    `TrainingArguments.max_grad_norm` is not used: `PrivacyConfig.max_grad_norm` clips every unit instead.
+
+    strategy: see `ClippingEngine`; it changes speed and memory, never the numbers.
+    """
+
+    def __init__(self, config: PrivacyConfig, *, strategy: Strategy = "auto") -> None:
+        if not isinstance(config, PrivacyConfig):
+            raise invalid("config", expected="a PrivacyConfig", actual=config, remedy="DPCallback(PrivacyConfig(...))")
+        self.config, self.strategy = config, strategy
+        self.engine: ClippingEngine | None = None
+        self._mechanism: DPSGD | None = None
+        self._trainer: Any = None
+        self._unit_loss: UnitLoss | None = None
+        self._rows: list[Tensor] | None = None  # of each unit; None where every row is one
+
+    def attach(self, trainer: Trainer) -> DPCallback:
+        """Make this trainer train privately, and return the callback itself.
+
+        Raises UnsupportedError, with nothing changed, for settings under which privacy would be lost; ValueError when the
+        budget cannot be met.
+        """
+        if self._trainer is not None:
+            raise UnsupportedError("this DPCallback is attached already; make one for each trainer")
+        if any(isinstance(callback, DPCallback) and callback is not self for callback in trainer.callback_handler.callbacks):
+            raise UnsupportedError("the trainer has another DPCallback; attach one only")
+        _refuse_settings(trainer)
+        dataset = trainer.train_dataset
+        if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
+            raise UnsupportedError("Poisson sampling needs a train_dataset with a length and random access: load it whole, not streaming")
+        rows = None if self.config.privacy_unit is None else group_rows(_column(dataset, self.config.privacy_unit))
+        n_units = len(dataset) if rows is None else len(rows)
+        args = trainer.args
+        expected = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * _steps_per_epoch(n_units, expected))
+        plan = PrivacyPlan.from_config(self.config, n_units=n_units, expected_batch_size=expected, steps=steps)
+        self._mechanism, self._rows, self._trainer = DPSGD(self.config, plan), rows, trainer
+        logger.info(
+            f"private training planned: noise multiplier {plan.noise_multiplier:.4g}, sampling rate {plan.sampler.sampling_rate:.4g}, "
+            f"{steps} steps, epsilon {plan.epsilon():.4g} at delta {plan.target_delta:g}"
+        )
+        self._original_train, self._original_log = trainer.train, trainer.log
+        overrides: dict[str, Callable[..., Any]] = {
+            "train": self._train,
+            "log": self._log,
+            "get_train_dataloader": self._train_dataloader,
+            "training_step": self._training_step,
+            "_clip_grad_norm": lambda *args, **kwargs: None,  # would rescale by a norm taken before noise
+            "_get_grad_norm": lambda *args, **kwargs: None,  # would log that norm
+            "_get_num_items_in_batch": lambda *args, **kwargs: None,  # would divide every unit's loss by what others hold
+            "floating_point_ops": lambda *args, **kwargs: 0,  # would log how many tokens were drawn
+        }
+        for name, override in overrides.items():
+            setattr(trainer, name, override)
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        return self
+
+    @property
+    def mechanism(self) -> DPSGD:
+        """Plan and ledger. Raises PrivacyError before `attach`."""
+        if self._mechanism is None:
+            raise PrivacyError("DPCallback was not attached: call DPCallback(config).attach(trainer) before trainer.train()")
+        return self._mechanism
+
+    def report(self) -> PrivacyReport:
+        """What was spent so far, and on which assumptions."""
+        return self.mechanism.report()
+
+    def state(self) -> dict[str, Any]:
+        """What `Trainer` saves with every checkpoint."""
+        return {"args": {}, "attributes": {"privacy": self.mechanism.state_dict()}}
+
+    # Events.
+
+    def on_train_begin(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        mechanism = self.mechanism
+        trainer = self._trainer
+        loader = kwargs["train_dataloader"]
+        if not isinstance(getattr(loader, "batch_sampler", None), PoissonBatches):
+            raise PrivacyError("the training data loader is not the one DPCallback installed; attach again, after everything else")
+        if state.global_step > 0:
+            states: Any = state.stateful_callbacks
+            saved = states.get(type(self).__name__)
+            if not isinstance(saved, dict) or "privacy" not in saved.get("attributes", {}):
+                raise PrivacyError("the checkpoint holds no privacy state, so what was spent is unknown; train from the beginning")
+            mechanism.load_state_dict(saved["attributes"]["privacy"])
+            if mechanism.steps < state.global_step:
+                raise PrivacyError(
+                    f"the checkpoint took {state.global_step} steps but accounts for {mechanism.steps}: part of its training was not "
+                    "private; train from the beginning"
+                )
+        if mechanism.steps_left < min(1, state.max_steps - state.global_step):
+            raise PrivacyError(f"the {mechanism.plan.steps} planned steps are spent; more would exceed the privacy budget")
+        self.engine = ClippingEngine(
+            trainer.model, max_grad_norm=self.config.max_grad_norm, clipping=self.config.clipping, strategy=self.strategy
+        )
+        mechanism.start(self.engine, kwargs["optimizer"])
+        self._preflight(loader)
+
+    def on_pre_optimizer_step(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.mechanism.release()
+
+    def on_step_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.mechanism.steps_left <= 0:
+            control.should_training_stop = True
+
+    def on_log(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        for callback in self._trainer.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None) if isinstance(callback, ProgressCallback) else None
+            if bar is not None and logs is not None and "privacy/epsilon" in logs:
+                bar.set_postfix(epsilon=f"{logs['privacy/epsilon']:.3f}")
+
+    # What replaces the trainer's own methods.
+
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._original_train(*args, **kwargs)
+        finally:
+            self.mechanism.stop()
+            if self.engine is not None:
+                self.engine.detach()
+                self._trainer.model.zero_grad()  # what an interrupted step left was clipped, but has no noise
+
+    def _train_dataloader(self) -> DataLoader[Any]:
+        trainer, args = self._trainer, self._trainer.args
+        dataset, collator = trainer.train_dataset, trainer.data_collator
+        if hasattr(dataset, "column_names"):
+            dataset = trainer._remove_unused_columns(dataset, description="training")
+        else:
+            collator = trainer._get_collator_with_removed_columns(collator, description="training")
+        n_units = self.mechanism.plan.sampler.n_units
+        if n_units != (len(dataset) if self._rows is None else len(self._rows)):
+            raise PrivacyError(f"train_dataset changed since attach, when it had {n_units} units; attach after the data are final")
+        workers = args.dataloader_num_workers
+        return DataLoader(
+            _WithUnits(dataset),
+            batch_sampler=PoissonBatches(
+                self.mechanism.plan.sampler,
+                splits=args.gradient_accumulation_steps,
+                rows=self._rows,
+                max_examples_per_unit=self.config.max_examples_per_unit,
+                seed=self.config.seed,
+                first_step=self.mechanism.steps,
+            ),
+            collate_fn=_UnitCollator(collator),
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers > 0 else None,
+        )
+
+    def _training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        trainer = self._trainer
+        model.train()
+        train_mode = getattr(trainer.optimizer, "train", None)
+        if callable(train_mode):
+            train_mode()  # schedule-free optimizers
+        assert self.engine is not None
+        assert self._unit_loss is not None
+        total, labels = torch.zeros((), device=trainer.args.device), 0.0
+        if len(inputs[UNITS]):
+            batch, units = self._prepared(inputs)
+            for part, part_units in _physical_batches(batch, units, trainer.args.per_device_train_batch_size):
+                scale = self._unit_loss.scale(part, part_units) if self.config.unit_loss == "mean" else None
+                total += self.engine.backward(self._unit_loss, part, part_units, scale)
+                labels += self._unit_loss.count(part)
+        # For display only: the mean over this batch's labels. Nothing of it reaches the gradients.
+        return total / max(labels, 1.0) / trainer.args.gradient_accumulation_steps
+
+    def _log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        for name in ("loss", "train_loss"):
+            if name in logs:
+                logs[f"not_private/{name}"] = logs.pop(name)
+        for name in ("grad_norm", "total_flos"):  # in case another trainer computes them: they hold no noise
+            logs.pop(name, None)
+        logs["privacy/epsilon"] = self.mechanism.epsilon()
+        self._original_log(logs, *(() if start_time is None else (start_time,)))
+
+    # Steps.
+
+    def _prepared(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Units]:
+        batch = dict(inputs)
+        of_example = batch.pop(UNITS)
+        batch = dict(self._trainer._prepare_inputs(batch))
+        return batch, _units_of(batch, of_example)
+
+    def _preflight(self, loader: DataLoader[Any]) -> None:
+        """Learn how the loss divides, and prove isolation and exactness on the user's own model and data, before any step."""
+        trainer = self._trainer
+        rows = self._rows or [torch.tensor([row]) for row in range(min(PREFLIGHT_UNITS, len(loader.dataset)))]  # type: ignore[arg-type]
+        keys = [(row, unit) for unit, own in enumerate(rows[:PREFLIGHT_UNITS]) for row in own[: self.config.max_examples_per_unit].tolist()]
+        assert loader.collate_fn is not None
+        assert self.engine is not None
+        dataset: Any = loader.dataset
+        batch, units = self._prepared(loader.collate_fn(dataset.__getitems__(keys)))
+        accepts_count = "num_items_in_batch" in inspect.signature(trainer.compute_loss).parameters
+
+        def model_loss(part: dict[str, Any], num_items: Tensor | None) -> Tensor:
+            with trainer.compute_loss_context_manager():
+                count = {"num_items_in_batch": num_items} if accepts_count else {}
+                loss: Tensor = trainer.compute_loss(trainer.model_wrapped, part, **count)
+                return loss
+
+        training = [(module, module.training) for module in trainer.model.modules()]
+        trainer.model.eval()
+        try:
+            self._unit_loss = learn_loss(model_loss, batch, units, lambda whole, unit: select_unit(whole, units, unit))
+        finally:
+            for module, mode in training:
+                module.training = mode
+        low = trainer.args.bf16 or any(p.dtype in (torch.bfloat16, torch.float16) for p in trainer.model.parameters())
+        scale = self._unit_loss.scale(batch, units)
+        self.engine.check(self._unit_loss, batch, units, scale, tolerance=0.05 if low else 1e-3)
+        attention = getattr(trainer.model.config, "_attn_implementation", None) if hasattr(trainer.model, "config") else None
+        forms = sorted(set(self.engine.forms().values()))
+        logger.info(
+            f"preflight passed on {units.n} units: the loss is a {self._unit_loss.divides} over {self._unit_loss.counted}, attention is "
+            f"{attention}, gradients are exact by {', '.join(forms)}"
+        )
+
+
+class PoissonBatches(Sampler[list[tuple[int, int]]]):
+    """Batch sampler of (row, unit) keys: every step is one draw, split into exactly `splits` parts, some of them empty.
+
+    Units are numbered from 0 within each part and never split. len() is the number of parts in an "epoch": as many draws as it
+    takes to see each unit once on average.
+    """
+
+    def __init__(
+        self,
+        sampler: PoissonSampler,
+        *,
+        splits: int,
+        rows: Sequence[Tensor] | None,
+        max_examples_per_unit: int | None,
+        seed: int | None,
+        first_step: int,
+    ) -> None:
+        self.sampler, self.splits, self.rows, self.max_examples_per_unit = sampler, splits, rows, max_examples_per_unit
+        self.seed, self.step = seed, first_step
+        self._fresh = fresh_generator()
+
+    def __len__(self) -> int:
+        return _steps_per_epoch(self.sampler.n_units, self.sampler.expected_batch_size) * self.splits
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for _ in range(len(self) // self.splits):
+            generator = self._fresh
+            if self.seed is not None:
+                generator = fresh_generator(seed=self.seed, stream=f"sampling step {self.step}")
+            self.step += 1
+            drawn = self.sampler.draw(generator)
+            for part in drawn.tensor_split(self.splits):
+                if self.rows is None or self.max_examples_per_unit is None:
+                    yield [(row, unit) for unit, row in enumerate(part.tolist())]
+                else:
+                    own = choose_rows(self.rows, part, self.max_examples_per_unit, generator)
+                    yield [(row, unit) for unit, rows in enumerate(own) for row in rows.tolist()]
+
+
+class _WithUnits(Dataset[tuple[Any, int]]):
+    """A dataset read by (row, unit) keys, which passes the unit on with the example."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Any, int]]:
+        rows = [row for row, _ in keys]
+        fetch = getattr(self.dataset, "__getitems__", None)
+        examples = fetch(rows) if callable(fetch) and rows else [self.dataset[row] for row in rows]
+        return list(zip(examples, (unit for _, unit in keys), strict=True))
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+        return self.__getitems__([key])[0]
+
+
+class _UnitCollator:
+    """The trainer's collator, which also passes on whose each example is; an empty draw makes a batch of nothing."""
+
+    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[tuple[Any, int]]) -> dict[str, Any]:
+        units = torch.tensor([unit for _, unit in examples], dtype=torch.long)
+        if not examples:
+            return {UNITS: units}
+        return {**self.collator([example for example, _ in examples]), UNITS: units}
+
+
+def _units_of(batch: Mapping[str, Any], of_example: Tensor) -> Units:
+    """Units of a collated batch: its rows are the examples, or the segments of one row that a flattening collator made."""
+    of_example = of_example.cpu()
+    shape = leading_shape(batch)
+    if shape[0] == len(of_example):
+        return Units.of(of_example, shape)
+    boundaries = batch.get("cu_seq_lens_q")
+    if boundaries is None and isinstance(batch.get("position_ids"), Tensor) and shape[0] == 1:
+        starts = (batch["position_ids"].flatten() == 0).nonzero().flatten().cpu()
+        boundaries = torch.cat([starts, torch.tensor([shape[-1]])])
+    if boundaries is None or len(boundaries) != len(of_example) + 1:
+        raise UnsupportedError(
+            f"the collator made {shape[0]} rows of {len(of_example)} examples, so it is unknown whose is which; use a collator that "
+            "keeps one row per example, or DataCollatorWithFlattening"
+        )
+    lengths = boundaries.cpu().long().diff()
+    return Units.of(torch.repeat_interleave(of_example, lengths).view(1, -1), shape)
+
+
+def _physical_batches(batch: dict[str, Any], units: Units, max_rows: int) -> Iterator[tuple[dict[str, Any], Units]]:
+    """Split the rows of a batch into parts of at most `max_rows`, about equal, keeping each unit whole; packed rows stay whole."""
+    if units.kind == "tokens" or units.n_items <= max_rows:
+        yield batch, units
+        return
+    even = math.ceil(units.n_items / math.ceil(units.n_items / max_rows))
+    chosen: list[Tensor] = []
+    for unit in range(units.n):
+        own = units.items(unit)
+        if chosen and sum(map(len, chosen)) + len(own) > even:
+            items = torch.cat(chosen)
+            yield select_items(batch, units, items), subset(units, items)
+            chosen = []
+        chosen.append(own)
+    items = torch.cat(chosen)
+    yield select_items(batch, units, items), subset(units, items)
+
+
+def _steps_per_epoch(n_units: int, expected_batch_size: int) -> int:
+    return max(1, round(n_units / expected_batch_size))
+
+
+def _column(dataset: Any, name: str) -> list[Any]:
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and name not in columns:
+        raise invalid("privacy_unit", expected=f"a column of train_dataset ({', '.join(columns)})", actual=name, remedy="name one")
+    return list(dataset[name]) if columns is not None else [dataset[row][name] for row in range(len(dataset))]
+
+
+def _refuse_settings(trainer: Trainer) -> None:
+    """Raise UnsupportedError for everything under which the guarantee would not hold, all of it in one message."""
+    args = trainer.args
+    config = getattr(trainer.model, "config", None)
+    text_config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
+    overridden = [
+        name for name in ("training_step", "get_train_dataloader", "_get_train_sampler") if not _is_stock(trainer, name)
+    ]
+    refused = {
+        "fp16: its loss scaling skips steps depending on the data; use bf16=True or float32": args.fp16,
+        "auto_find_batch_size: retries depend on the data; set per_device_train_batch_size": args.auto_find_batch_size,
+        "DataParallel: each replica sees part of a batch; use one device": args.n_gpu > 1,
+        "more than one process: not yet supported; launch one process": args.world_size > 1,
+        "DeepSpeed: its engine owns backward; use one process without it": bool(args.deepspeed),
+        "fsdp: not yet supported; use one process without it": bool(args.fsdp),
+        "torch_compile: not yet supported; set it to False": args.torch_compile,
+        "dataloader_drop_last: Poisson batches have no remainder to drop; set it to False": args.dataloader_drop_last,
+        f"train_sampling_strategy={args.train_sampling_strategy!r}: it would not be the sampling that is accounted; use 'random'": (
+            getattr(args, "train_sampling_strategy", "random") != "random"
+        ),
+        "neftune_noise_alpha: its noise depends on the longest text of the batch; unset it": args.neftune_noise_alpha is not None,
+        "include_num_input_tokens_seen: it logs how many tokens were drawn; set it to 'no'": (
+            args.include_num_input_tokens_seen not in ("no", False)
+        ),
+        "restore_callback_states_from_checkpoint: it replaces DPCallback by a copy without a trainer; set it to False": (
+            args.restore_callback_states_from_checkpoint
+        ),
+        f"optim={args.optim}: it updates weights during backward, before noise; use adamw_torch": any(
+            name in str(args.optim) for name in ("lomo", "layerwise")
+        ),
+        "compute_loss_func: how it couples units cannot be known; override Trainer.compute_loss": trainer.compute_loss_func is not None,
+        "output_router_logits: the load-balancing loss is computed over all units; set config.output_router_logits=False": (
+            getattr(text_config, "output_router_logits", False)
+        ),
+        f"{type(trainer).__name__} overrides {', '.join(overridden)}, which DPCallback replaces": bool(overridden),
+        f"{type(trainer).__name__}: trainers of TRL couple or pair rows in ways not yet supported; use Trainer": (
+            type(trainer).__module__.startswith("trl.")
+        ),
+    }
+    found = [message for message, present in refused.items() if present]
+    if found:
+        raise UnsupportedError("private training is not possible with " + "; and ".join(found))
+
+
+def _is_stock(trainer: Trainer, name: str) -> bool:
+    return getattr(type(trainer), name, None) is getattr(Trainer, name, None)

@@ -1,0 +1,330 @@
+"""`dp-flash`: train recipes, plan a budget, see what would run, and measure it.
+
+Heavy imports are inside the commands, so that `dp-flash --help` and a mistyped command answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import math
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dp_flash_hf.errors import PrivacyError, invalid
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+}
+_PACKAGES = (
+    "dp-flash-hf",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "dp-accounting",
+    "peft",
+    "trl",
+    "opacus",
+    "triton",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `dp-flash` command: exit status 2, after one line on stderr, for what the user can mend."""
+    options = _parser().parse_args(arguments)
+    run(lambda: options.command(options), traceback=options.traceback)
+
+
+def run(command: Callable[[], None], *, traceback: bool = False) -> None:
+    """Call `command`; an error that the user can mend becomes one line on stderr and exit status 2, unless `traceback`."""
+    try:
+        command()
+    except (ValueError, PrivacyError, OSError, ImportError) as error:
+        if traceback:
+            raise
+        print(f"dp-flash: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print its usage too."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dp-flash", description="Differentially private fine-tuning for Hugging Face Transformers.")
+    parser.add_argument("--version", action="version", version=metadata.version("dp-flash-hf"))
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a recipe", description="Run a recipe with the keys of its YAML file.")
+    train.add_argument("recipe", help="a name from `dp-flash recipes ls`, or the path of a copied script")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a line of the YAML file")
+    train.set_defaults(command=_train)
+
+    plan = commands.add_parser(
+        "plan",
+        help="epsilon, noise and steps of a run, before anything is spent",
+        description="Give two of --epsilon, --noise-multiplier and --steps (or --epochs); the third is computed. "
+        "Each may be a comma-separated list: the table has every combination.",
+    )
+    plan.add_argument("--units", type=int, required=True, help="privacy units (usually: examples) in the dataset")
+    plan.add_argument("--batch", type=int, required=True, help="expected units per optimizer step")
+    plan.add_argument("--delta", type=float, help="default: units ** -1.1")
+    plan.add_argument("--epsilon", type=_numbers, help="target epsilon: calibrates the noise, or counts the steps it affords")
+    plan.add_argument("--noise-multiplier", type=_numbers, help="noise standard deviation / max_grad_norm")
+    steps = plan.add_mutually_exclusive_group()
+    steps.add_argument("--steps", type=_numbers, help="optimizer steps")
+    steps.add_argument("--epochs", type=_numbers, help="optimizer steps, in units of units / batch")
+    plan.add_argument("--accountant", default="pld", help="pld (default), prv or rdp")
+    plan.add_argument("--max-batch-size", type=int, help="truncated Poisson sampling: most units in one draw")
+    plan.set_defaults(command=_plan)
+
+    recipes = commands.add_parser("recipes", help="list or copy recipes").add_subparsers(required=True, metavar="COMMAND")
+    recipes.add_parser("ls", help="list them").set_defaults(command=_list_recipes)
+    copy = recipes.add_parser("cp", help="copy a recipe's script and YAML file, to change them")
+    copy.add_argument("recipe", help="a name from `dp-flash recipes ls`")
+    copy.add_argument("folder", type=Path, help="where to; nothing is overwritten")
+    copy.set_defaults(command=_copy_recipe)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, and what would run on them")
+    doctor.add_argument("--model", help="a Hub name or folder: try this architecture, with few layers and random weights")
+    doctor.add_argument(
+        "--task", choices=sorted(_AUTO_CLASSES), default="causal-lm", help="the model's head (default: causal-lm)"
+    )
+    doctor.add_argument("--length", type=int, default=128, help="tokens per row of the trial batch (default: 128)")
+    doctor.set_defaults(command=_doctor)
+
+    bench = commands.add_parser("bench", help="speed and memory beside non-private training and Opacus")
+    bench.add_argument("--preset", choices=("cpu", "cuda"), default="cpu", help="model, batch and lengths (default: cpu)")
+    bench.add_argument("--lengths", type=_numbers, help="tokens per row, comma-separated (default: the preset's)")
+    bench.add_argument("--batch", type=int, help="rows of the physical batch (default: the preset's)")
+    bench.add_argument("--layers", type=int, help="decoder layers (default: the preset's)")
+    bench.add_argument("--width", type=int, help="hidden size, a multiple of 64 (default: the preset's)")
+    bench.add_argument("--repeats", type=int, default=5, help="rounds; medians are over them (default: 5)")
+    bench.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _train(options: argparse.Namespace) -> None:
+    path = Path(options.recipe)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        recipe = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = recipe  # dataclasses look their module up
+        spec.loader.exec_module(recipe)
+    else:
+        recipe = import_module(f"dp_flash_hf.recipes.{_require_recipe(options.recipe)}")
+    recipe.main(options.overrides)
+
+
+def _recipes() -> list[str]:
+    return sorted(
+        file.name.removesuffix(".yaml") for file in files("dp_flash_hf.recipes").iterdir() if file.name.endswith(".yaml")
+    )
+
+
+def _require_recipe(name: str) -> str:
+    if name not in _recipes():
+        raise invalid(
+            "recipe", expected=f"one of {', '.join(_recipes())}", actual=name, remedy="or give the path of a .py file"
+        )
+    return name
+
+
+def _list_recipes(options: argparse.Namespace) -> None:
+    table = _table("recipe", "what it does")
+    for name in _recipes():
+        docstring = ast.get_docstring(ast.parse((files("dp_flash_hf.recipes") / f"{name}.py").read_text(encoding="utf-8")))
+        table.add_row(name, (docstring or "").partition("\n")[0])
+    _print(table)
+
+
+def _copy_recipe(options: argparse.Namespace) -> None:
+    name = _require_recipe(options.recipe)
+    copies = [options.folder / f"{name}{suffix}" for suffix in (".py", ".yaml")]
+    for target in copies:
+        if target.exists():
+            raise FileExistsError(f"{target} exists; remove it or name another folder")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for target in copies:
+        with (files("dp_flash_hf.recipes") / target.name).open("rb") as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    print(f"dp-flash train {copies[0]}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from rich.progress import track
+
+    from dp_flash_hf.accountant import ADJACENCY, PrivacyPlan
+    from dp_flash_hf.config import PrivacyConfig
+
+    steps = options.steps
+    if options.epochs:
+        steps = [math.ceil(epochs * options.units / options.batch) for epochs in options.epochs]
+    if sum(values is None for values in (options.epsilon, options.noise_multiplier, steps)) != 1:
+        raise ValueError("plan: give exactly two of --epsilon, --noise-multiplier and --steps (or --epochs)")
+    delta = options.units**-1.1 if options.delta is None else options.delta
+
+    def plan(epsilon: float | None, noise_multiplier: float | None, steps: float) -> PrivacyPlan:
+        config = PrivacyConfig(
+            target_delta=delta,
+            target_epsilon=epsilon,
+            noise_multiplier=noise_multiplier,
+            accountant=options.accountant,
+            sampling="poisson" if options.max_batch_size is None else "truncated_poisson",
+            max_batch_size=options.max_batch_size,
+        )
+        if steps != int(steps):
+            raise invalid("steps", expected="whole numbers", actual=steps, remedy="round it")
+        return PrivacyPlan.from_config(config, n_units=options.units, expected_batch_size=options.batch, steps=int(steps))
+
+    rows = []
+    combinations = list(product(options.epsilon or [None], options.noise_multiplier or [None], steps or [None]))
+    for epsilon, noise_multiplier, count in track(
+        combinations, "accounting", console=_stderr(), transient=True, disable=not sys.stderr.isatty()
+    ):
+        if count is None:
+            most = plan(None, noise_multiplier, 1).max_steps(epsilon)
+            if most == 0:
+                raise ValueError(
+                    f"epsilon {epsilon:g} does not afford one step at noise multiplier {noise_multiplier:g}; add noise"
+                )
+            rows.append(plan(None, noise_multiplier, most))
+        else:
+            rows.append(plan(epsilon, noise_multiplier, count))
+
+    table = _table("epsilon", "noise multiplier", "steps", "epochs", justify="right")
+    for row in rows:
+        epochs = row.steps * row.sampler.sampling_rate
+        table.add_row(f"{row.epsilon():.3f}", f"{row.noise_multiplier:.4f}", str(row.steps), f"{epochs:.2f}")
+    _print(table)
+    print(
+        f"{options.units} units, {options.batch} expected per step (sampling rate {rows[0].sampler.sampling_rate:.4g}), "
+        f"delta {delta:.3g}, {rows[0].sampler.kind} sampling, {options.accountant} accountant, adjacency: {ADJACENCY}"
+    )
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    import torch
+
+    import dp_flash_hf.attention
+
+    table = _table("what", "here")
+    table.add_row("python", platform.python_version())
+    for package in _PACKAGES:
+        table.add_row(package, _version(package))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        table.add_row(f"cuda:{index}", f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB")
+    table.add_row("cpu", f"{torch.get_num_threads()} threads")
+    table.add_row("attention", f'attn_implementation="dp_flash" runs as {dp_flash_hf.attention._implementation}')
+    table.add_row("strategy", "bookkeeping; microbatch for models with parameters that no rule covers (see --model)")
+    _print(table)
+    if options.model is not None:
+        _print(_trial(options.model, options.task, options.length))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _trial(name: str, task: str, length: int) -> Table:
+    """How the engine treats each kind of layer of a model, from one backward pass over random tokens."""
+    import torch
+    import transformers
+
+    from dp_flash_hf import ClippingEngine
+
+    config = transformers.AutoConfig.from_pretrained(name)
+    _keep_few_layers(config)
+    if config.pad_token_id is None:
+        config.pad_token_id = 0  # classifiers look for the last token that is not padding
+    model = getattr(transformers, _AUTO_CLASSES[task]).from_config(config, attn_implementation="dp_flash").train()
+    ids = torch.randint(1, config.get_text_config().vocab_size, (2, length))
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+    labels = torch.zeros(2, dtype=torch.long) if task == "classification" else ids
+    engine.backward(lambda batch: model(**batch).loss, {"input_ids": ids, "labels": labels})
+    forms = engine.forms()
+    counts: dict[tuple[str, str], list[int]] = {}
+    for parameter, form in forms.items():
+        owner = type(model.get_submodule(parameter.rpartition(".")[0])).__name__
+        counts.setdefault((owner, form), []).append(model.get_parameter(parameter).numel())
+    table = _table("layer", "norm computed as", "tensors", "parameters")
+    for (owner, form), sizes in counts.items():
+        table.add_row(owner, form, str(len(sizes)), f"{sum(sizes):,}")
+    table.title = f"{type(model).__name__}, {sum(map(sum, counts.values())):,} parameters here, rows of {length} tokens"
+    return table
+
+
+def _keep_few_layers(config: Any) -> None:
+    """Two layers, or as many as it takes to have one of each kind."""
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    layers = 2 if kinds is None else max(2, *(kinds.index(kind) + 1 for kind in kinds))
+    if getattr(config, "num_hidden_layers", 0) > layers:
+        if kinds is not None:
+            config.layer_types = kinds[:layers]
+        config.num_hidden_layers = layers
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from dp_flash_hf import bench
+
+    chosen = {
+        name: getattr(options, name) for name in ("lengths", "batch", "layers", "width") if getattr(options, name) is not None
+    }
+    bench.print_table(bench.PRESETS[options.preset], chosen, repeats=options.repeats, threads=options.threads)
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _table(*columns: str, justify: Any = "left") -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify=justify)
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

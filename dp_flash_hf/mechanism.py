@@ -1,0 +1,146 @@
+"""DP-SGD as one object: what was planned, what was spent, and the only door through which a gradient reaches the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from dp_flash_hf.accountant import Ledger, PrivacyPlan
+from dp_flash_hf.config import PrivacyConfig
+from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.noise import add_gaussian_noise_, fresh_generator
+from dp_flash_hf.report import PrivacyReport
+
+
+class DPSGD:
+    """Turns the clipped sums of an engine into noisy gradients, one per optimizer step, and accounts for each (Abadi et al. 2016).
+
+        mechanism = DPSGD(config, plan)
+        mechanism.start(engine, optimizer)
+        for every step:
+            engine.backward(...)        # any number of times, also never: an empty draw takes a noisy step like any other
+            mechanism.release()         # .grad = (clipped sum + N(0, (sigma C)^2)) / expected batch size
+            optimizer.step(); optimizer.zero_grad()
+
+    `optimizer.step()` without `release()`, and a `release()` beyond the planned steps, raise PrivacyError.
+    """
+
+    def __init__(self, config: PrivacyConfig, plan: PrivacyPlan) -> None:
+        self.config, self.plan = config, plan
+        self.ledger = Ledger(plan.accountant)
+        self._engine: ClippingEngine | None = None
+        self._handles: list[Any] = []
+        self._gradient: Literal["clipped", "released", "used"] = "clipped"
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @property
+    def steps(self) -> int:
+        """Noisy steps taken so far, in this run and those it resumed."""
+        return self.ledger.steps
+
+    @property
+    def steps_left(self) -> int:
+        """Steps that may still be taken."""
+        return self.plan.steps - self.ledger.steps
+
+    def start(self, engine: ClippingEngine, optimizer: torch.optim.Optimizer) -> None:
+        """Guard this optimizer. Raises PrivacyError unless it updates exactly the engine's parameters."""
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps optimizers
+        updated = {p for group in inner.param_groups for p in group["params"] if p.requires_grad}
+        if updated != set(engine.parameters):
+            missing = [name for p, name in engine.parameters.items() if p not in updated]
+            raise PrivacyError(
+                f"the optimizer must update exactly the trained parameters: {len(updated - set(engine.parameters))} are not the model's, "
+                f"and it lacks {missing[:5]}; create it after freezing and wrapping the model"
+            )
+        self.stop()
+        self._engine = engine
+        self._gradient = "clipped"
+        self._handles = [inner.register_step_pre_hook(self._before_step), inner.register_step_post_hook(self._after_step)]
+
+    def stop(self) -> None:
+        """Let go of engine and optimizer; what was spent stays on the books."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._engine = [], None
+
+    def release(self) -> None:
+        """Noise the clipped sums, once, and make them the gradients of one optimizer step."""
+        if self._engine is None:
+            raise PrivacyError("release() before start(): there is no engine to release gradients of")
+        if self._gradient == "released":
+            raise PrivacyError("release() twice in one step: call optimizer.step() in between")
+        if self.steps_left <= 0:
+            raise PrivacyError(f"the {self.plan.steps} planned steps are spent: one more would exceed the privacy budget")
+        self.ledger.record(self.plan.sampler, self.plan.noise_multiplier)  # counted before it can be seen
+        sums = self._engine.take_sums()
+        std = self.plan.noise_multiplier * self._engine.max_grad_norm
+        for device in {total.device for total in sums.values()}:
+            here = [total for total in sums.values() if total.device == device]
+            add_gaussian_noise_(here, std=std, generator=self._generator(device))
+        for parameter, total in sums.items():
+            # A public constant: the drawn size would reveal how many units took part.
+            total.div_(self.plan.sampler.expected_batch_size)
+            parameter.grad = total.to(parameter.dtype)
+        self._gradient = "released"
+
+    def epsilon(self) -> float:
+        """Spent so far, at the plan's delta."""
+        return self.ledger.epsilon(self.plan.target_delta)
+
+    def report(self) -> PrivacyReport:
+        """What was spent and on which assumptions."""
+        return PrivacyReport.of(self.config, self.plan, self.ledger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold: public numbers only, no random state."""
+        return {
+            "config": self.config.to_dict(),
+            "sampler": self.plan.sampler.to_dict(),
+            "noise_multiplier": self.plan.noise_multiplier,
+            "steps": self.plan.steps,
+            "ledger": self.ledger.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where a checkpoint stopped; what this object has already spent beyond that stays on the books.
+
+        Raises PrivacyError when the checkpoint was written with other privacy parameters or on another number of units.
+        """
+        mine = self.state_dict()
+        for name in ("config", "sampler"):
+            changed = {k: (v, mine[name].get(k)) for k, v in state.get(name, {}).items() if mine[name].get(k) != v}
+            if changed or name not in state:
+                told = ", ".join(f"{k}: {old!r} in the checkpoint, {new!r} now" for k, (old, new) in changed.items()) or "nothing saved"
+                raise PrivacyError(f"privacy parameters changed since the checkpoint ({told}); resume with the same ones, or start afresh")
+        saved = Ledger(self.plan.accountant)
+        saved.load_state_dict(state["ledger"])
+        self.plan = type(self.plan)(
+            sampler=self.plan.sampler,
+            noise_multiplier=state["noise_multiplier"],
+            steps=state["steps"] if self.config.target_epsilon is not None else max(state["steps"], self.plan.steps),
+            target_delta=self.plan.target_delta,
+            accountant=self.plan.accountant,
+        )
+        if saved.steps > self.ledger.steps:
+            self.ledger = saved
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if self.config.seed is not None:
+            return fresh_generator(device, seed=self.config.seed, stream=f"noise step {self.steps} {device}")
+        if device not in self._generators:
+            self._generators[device] = fresh_generator(device)
+        return self._generators[device]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._gradient != "released":
+            raise PrivacyError("optimizer.step() on gradients without noise: call release() first; nothing was updated")
+        if any(value is not None for value in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
+            raise PrivacyError("optimizer.step(closure) computes gradients anew, without noise: use an optimizer without a closure")
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._gradient = "used"
+
+

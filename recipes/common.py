@@ -1,0 +1,111 @@
+"""What every recipe needs besides its own lines: options, data, and where the results go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import HfArgumentParser
+
+from dp_flash_hf.config import PrivacyConfig
+from dp_flash_hf.errors import invalid
+
+_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def read_options(script: str, overrides: Sequence[str], *kinds: type) -> tuple[Any, ...]:
+    """One instance of each dataclass in `kinds`, from the YAML file beside `script` and then `key=value` overrides.
+
+    Keys are flat. A key that several dataclasses have goes to the first of them, except `seed`: that of PrivacyConfig would
+    replay the noise, so recipes cannot set it. Values get their types from HfArgumentParser, in the file and in overrides alike
+    (YAML itself takes 1e-3 for a string); a list or dict is written as in YAML, and null means the default.
+
+    Raises ValueError for an unknown key or a value of the wrong type, FileNotFoundError if the YAML file is missing.
+    """
+    path = Path(script).with_suffix(".yaml")
+    owners = {
+        f.name: kind for kind in reversed(kinds) for f in dataclasses.fields(kind) if f.init and (kind, f.name) != _NOISE_SEED
+    }
+    values = {}
+    for key, value in (*_read_yaml(path).items(), *map(_override, overrides)):
+        if key not in owners:
+            raise invalid(
+                "options", expected="keys of the recipe, PrivacyConfig or TrainingArguments", actual=key, remedy=f"see {path}"
+            )
+        values[key] = value
+    return tuple(_parse(kind, {key: value for key, value in values.items() if owners[key] is kind}) for kind in kinds)
+
+
+def load_rows(source: str, split: str) -> Dataset:
+    """The rows of a csv, json, jsonl or parquet file, of a folder that datasets can read, or of a dataset on the Hub.
+
+    `split` matters for folders and Hub names; a file has one.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in _FORMATS:
+        if not path.is_file():
+            raise FileNotFoundError(f"{source}: no such file")
+        return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = load_from_disk(str(path))
+        return saved[split] if isinstance(saved, DatasetDict) else saved
+    return load_dataset(source, split=split)
+
+
+def require_columns(rows: Dataset, *columns: str) -> None:
+    """Raise ValueError unless the rows have these columns."""
+    for column in columns:
+        if column not in rows.column_names:
+            raise invalid(
+                "column", expected=f"one of {', '.join(rows.column_names)}", actual=column, remedy="name a column of the data"
+            )
+
+
+_NOISE_SEED = (PrivacyConfig, "seed")
+
+
+class _Parser(HfArgumentParser):  # type: ignore[misc]  # transformers does not declare its exports
+    def error(self, message: str) -> NoReturn:
+        """Raise, where argparse would print pages of usage and leave."""
+        raise ValueError(re.sub(r"(?:argument )?--(\w+)(?:/--[\w-]+)?", r"\1", message))
+
+
+def _parse(kind: type, values: dict[str, Any]) -> Any:
+    arguments = []
+    for key, value in values.items():
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return _Parser([kind], allow_abbrev=False).parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        typed, written = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)  # `no` must stay "no"
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(typed, dict):
+        raise invalid(str(path), expected="lines of `key: value`", actual=typed, remedy="copy a recipe to start from")
+    return {key: _scalar_as_written(typed[key], written[str(key)]) for key in typed}
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise invalid("options", expected="key=value", actual=text, remedy="write for example learning_rate=1e-3")
+    try:
+        return key, _scalar_as_written(yaml.safe_load(value), value)
+    except yaml.YAMLError:
+        return key, value
+
+
+def _scalar_as_written(typed: Any, written: Any) -> Any:
+    return typed if typed is None or isinstance(typed, (list, dict)) else written
