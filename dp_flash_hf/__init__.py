@@ -8,6 +8,7 @@ from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.layers import register_rule
 from dp_flash_hf.mechanism import DPSGD
+from dp_flash_hf.noise import fresh_generator
 from dp_flash_hf.report import PrivacyReport
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "PrivacyPlan",
     "PrivacyReport",
     "UnsupportedError",
+    "fresh_generator",
     "register_rule",
 ]
 

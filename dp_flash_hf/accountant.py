@@ -20,14 +20,15 @@ ADJACENCY = "add or remove one unit"
 Entry = tuple[tuple[PoissonSampler, float], int]  # ((sampler, noise multiplier), steps taken with them)
 
 _CALIBRATION_TOLERANCE = 1e-3  # calibrated epsilon lies in [1 - this, 1] * target
-_NOISE_MULTIPLIERS = (0.05, 1e6)  # searched; below it a distribution of privacy losses no longer fits in memory
+_NOISE_MULTIPLIERS = (0.05, 1e6)  # searched; pld needs a minute for one step with less noise
+_MOST_DIVERGENCE = 3000  # Rényi, order 2: epsilon is then in the hundreds, and the memory of pld and prv grows with it
 _MOST_STEPS = 10**6  # a search for an affordable number of steps ends here, far beyond any fine-tuning
 
 
 class Ledger:
     """The steps that were executed, and the privacy they cost together.
 
-    Steps may differ in sampler and noise; adaptive composition holds whatever their order. Every release that touches the private
+    Steps may differ in sampler and noise; adaptive composition holds whatever their order. Every release that touches private
     data must be recorded, also a step with an empty draw. `accountant` is "pld" (dp-accounting), "prv" or "rdp" (opacus).
     """
 
@@ -68,6 +69,7 @@ class Ledger:
     def epsilon(self, delta: float) -> float:
         """The epsilon of everything recorded, at `delta`; 0 before the first step.
 
+        With pld and prv, inf for so little noise that epsilon is in the hundreds or more; rdp bounds any.
         Typically 0.3 s with pld and 0.1 s with prv or rdp, at once if asked again: call it when logging, not at every step.
         Raises UnsupportedError for prv and rdp with truncated Poisson sampling or without opacus.
         """
@@ -90,7 +92,7 @@ class Ledger:
                 loaded.record(sampler_from_dict(entry["sampler"]), entry["noise_multiplier"], entry["steps"])
         except (KeyError, TypeError, AttributeError) as error:
             raise invalid(
-                "state", expected="a ledger's state_dict()", actual=state, remedy="load an unedited checkpoint"
+                "state", expected="a ledger's state_dict()", actual=str(state)[:80], remedy="load it unedited"
             ) from error
         self.accountant, self._counts = loaded.accountant, loaded._counts
 
@@ -158,9 +160,8 @@ class PrivacyPlan:
             raise invalid(
                 "target_epsilon", expected="a finite number above 0", actual=target_epsilon, remedy="give a positive one"
             )
-        # The exponent stays below float64's overflow.
-        per_step = self.sampler.sampling_rate**2 * math.expm1(min(self.noise_multiplier**-2, 700.0))
-        high = min(max(1, round(_squared_mu(target_epsilon, self.target_delta) / per_step)), _MOST_STEPS)
+        guess = _squared_mu(target_epsilon, self.target_delta) / _chi_square(self.sampler, self.noise_multiplier)
+        high = min(max(1, round(guess)), _MOST_STEPS)
         low, low_epsilon, high_epsilon = 0, 0.0, self.epsilon(high)
         while high_epsilon <= target_epsilon:
             if high == _MOST_STEPS:
@@ -169,14 +170,20 @@ class PrivacyPlan:
             high = min(math.ceil(high * 1.2), _MOST_STEPS)
             high_epsilon = self.epsilon(high)
         while high - low > 1:
-            guess = int(_crossing(low, low_epsilon, high, high_epsilon, target_epsilon)) if low else int(high / 1.2)
-            middle = min(max(guess, low + 1), high - 1)
+            middle = int(_crossing(low, low_epsilon, high, high_epsilon, target_epsilon)) if low else high // 2
+            middle = min(max(middle, low + 1), high - 1)
             middle_epsilon = self.epsilon(middle)
             if middle_epsilon <= target_epsilon:
                 low, low_epsilon = middle, middle_epsilon
             else:
                 high, high_epsilon = middle, middle_epsilon
         return low
+
+
+def _chi_square(sampler: PoissonSampler, noise_multiplier: float) -> float:
+    """Chi-square divergence between one step's releases with and without a unit: exp(Rényi divergence of order 2) - 1."""
+    exponent = 1 / noise_multiplier / noise_multiplier
+    return sampler.sampling_rate**2 * math.expm1(exponent) if exponent < 700 else math.inf  # exp(710) overflows
 
 
 def _squared_mu(epsilon: float, delta: float) -> float:
@@ -227,20 +234,25 @@ def _crossing(low: float, low_epsilon: float, high: float, high_epsilon: float, 
     share = 0.5
     if 0 < low_epsilon < math.inf and 0 < high_epsilon < math.inf:
         share = math.log(target / low_epsilon) / math.log(high_epsilon / low_epsilon)
-    return low * (high / low) ** min(max(share, 0.01), 0.99)  # strictly between, so that every search ends
+    return low * math.pow(high / low, min(max(share, 0.01), 0.99))  # strictly between, so that every search ends
 
 
 @lru_cache(maxsize=256)
 def _epsilon(accountant: AccountantName, entries: tuple[Entry, ...], delta: float) -> float:
     if not entries:
         return 0.0
+    for (sampler, _), _ in entries:
+        if accountant != "pld" and sampler.kind != "poisson":
+            raise UnsupportedError(f"accountant {accountant!r} cannot account {sampler.kind} sampling; use accountant='pld'")
+    if accountant != "rdp":
+        divergence = sum(steps * math.log1p(_chi_square(sampler, sigma)) for (sampler, sigma), steps in entries)
+        if divergence > _MOST_DIVERGENCE:
+            return math.inf
     if accountant == "pld":
         removed = tuple((sampler.events(sigma)[0], steps) for (sampler, sigma), steps in entries)
         added = tuple((sampler.events(sigma)[1], steps) for (sampler, sigma), steps in entries)
-        return max(_pld_epsilon(events, delta) for events in {removed, added})
-    for (sampler, _), _ in entries:
-        if sampler.kind != "poisson":
-            raise UnsupportedError(f"accountant {accountant!r} cannot account {sampler.kind} sampling; use accountant='pld'")
+        epsilon = _pld_epsilon(removed, delta)
+        return epsilon if added == removed else max(epsilon, _pld_epsilon(added, delta))
     try:
         from opacus.accountants import PRVAccountant, RDPAccountant
     except ImportError as error:

@@ -5,8 +5,9 @@
 
 Rows of a batch are separate by construction. Units packed into one row are computed segment by segment, so that not even
 a NaN crosses: a mask alone does not stop it, because 0 * NaN = NaN in weights @ value and in every product of the backward.
-Segments come from `cu_seq_lens_q/k`, else from the mask (a block-diagonal mask is cut into its blocks), else, where there is
-no mask, from `position_ids` that restart. Padding (keys nobody sees, queries that see nothing) is zeroed for the same reason.
+Segments come from `cu_seq_lens_q/k`, from the mask (a block-diagonal mask is cut into its blocks) and from `position_ids`
+that restart (some models, GPT-OSS among them, do not tell their mask about these). Padding (keys nobody sees, queries that
+see nothing) is zeroed for the same reason.
 
 `dp_attention` is the same thing under a name without "flash": some models treat any name with that word as the flash-attn
 package and refuse what this implementation can do (Llama 4's chunks beyond one chunk, HRM's prefix masks, ESM-C's chains).
@@ -106,7 +107,8 @@ def dp_flash_attention(
         cu_seq_lens_q: (n + 1,) boundaries of the segments packed into the one row of the batch, 0 first and Q last.
         cu_seq_lens_k: the same for keys; None means `cu_seq_lens_q`.
         max_length_q, max_length_k: longest segments; only saves reading them from the device.
-        position_ids: (B or 1, Q); without mask and `cu_seq_lens_q`, a position not above the one before starts a segment.
+        position_ids: (B or 1, Q); without `cu_seq_lens_q`, a position below the one before starts a segment, and so does one
+            that repeats without being above the first of its row.
         output_attentions: only False.
         kwargs: what other layers of the model need; nothing that changes attention.
 
@@ -153,7 +155,9 @@ def dp_flash_attention(
             mask = _causal_mask(n_keys, query.device)[None, None]
         mask = picked if mask is None else mask & picked
 
-    layout = _once(mask, _layout_of_mask) if mask is not None and mask.dtype == torch.bool else _Layout(None, None, None, 0)
+    layout = _Layout(None, None, None, 0)
+    if mask is not None and mask.dtype == torch.bool and n_queries > 1:  # for one (decoding), copying the keys costs too much
+        layout = _once(mask, _layout_of_mask)
     if attention_mask is not None and causal and square and sliding_window is not None and layout.reach >= sliding_window:
         raise UnsupportedError(
             f"{type(module).__name__} has a sliding window of {sliding_window} that its attention mask ignores, so whether it "
@@ -163,17 +167,16 @@ def dp_flash_attention(
     if cu_seq_lens_q is not None:
         ends = _once(cu_seq_lens_q, _to_list), _once(cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k, _to_list)
         segments = _segments_of_ends(*ends, query, key, causal, mask is not None, segments)
-    elif (
-        attention_mask is None
-        and square
-        and position_ids is not None
-        and position_ids.shape in ((1, n_keys), (len(query), n_keys))
-    ):
+    elif square and position_ids is not None and position_ids.shape in ((1, n_keys), (len(query), n_keys)):
         restarts = _once(position_ids, _lengths_between_restarts)
-        if restarts is not None:
-            sight: Sight = "causal" if causal else "all"
-            sight = sight if mask is None else "mask"
-            segments = [[_Segment(n, n, sight) for n in row] for row in restarts] * (query.shape[0] // len(restarts))
+        if restarts is not None and (attention_mask is None or (causal and _crosses_restarts(mask, position_ids))):
+            if attention_mask is not None and attention_mask.ndim == 4 and not hasattr(attention_mask, "made_by_dp_flash"):
+                raise UnsupportedError(
+                    f"{type(module).__name__} was given position_ids that restart, as for several units in one row, and a mask "
+                    "under which these see each other; separate them in the mask, or give position_ids that do not restart"
+                )
+            sight: Sight = "mask" if mask is not None else "causal" if causal else "all"
+            segments = [[_Segment(n, n, sight) for n in row] for row in restarts] * (len(query) // len(restarts))
 
     if layout.unseen is not None:
         key, value = key.masked_fill(layout.unseen, 0), value.masked_fill(layout.unseen, 0)
@@ -212,6 +215,8 @@ def dp_flash_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     causal = "allow_is_bidirectional_skip" not in kwargs
     if mask is not None and causal and padding is not None and queries == keys and padding.shape == (mask.shape[0], keys):
         mask = mask & padding[:, None, :, None].to(torch.bool)
+    if mask is not None:
+        mask.made_by_dp_flash = True  # type: ignore[attr-defined]
     return mask
 
 
@@ -273,8 +278,6 @@ class _Layout:
 
 
 def _layout_of_mask(mask: Tensor) -> _Layout:
-    if mask.shape[2] == 1:  # one query (decoding): a copy of the keys per step would cost more than the attention
-        return _Layout(None, None, None, 0)
     sight = mask.any(1)
     seen, sees = sight.any(1), sight.any(2)
     unseen = None if bool(seen.all()) else ~seen[:, None, :, None]
@@ -332,13 +335,28 @@ def _segments_of_ends(
     return [[_Segment(q, k, sight) for q, k in lengths]]
 
 
+def _restarts(position_ids: Tensor) -> Tensor:
+    """(B, S - 1) bool: whether token i + 1 begins a segment. A repeated position may be an image's, unless it is the first."""
+    step = position_ids.diff(dim=-1)
+    return (step < 0) | ((step == 0) & (position_ids[:, 1:] <= position_ids[:, :1]))
+
+
 def _lengths_between_restarts(position_ids: Tensor) -> list[list[int]] | None:
-    restarts = position_ids.diff(dim=-1) <= 0
+    restarts = _restarts(position_ids)
     if not bool(restarts.any()):
         return None
     size = position_ids.shape[-1]
     edges = ([0, *(i + 1 for i, restart in enumerate(row) if restart), size] for row in restarts.tolist())
     return [[b - a for a, b in pairwise(row)] for row in edges]
+
+
+def _crosses_restarts(mask: Tensor | None, position_ids: Tensor) -> bool:
+    """Whether a segment's first token sees the token before it: the mask was made without looking at `position_ids`."""
+    assert mask is not None
+    sees_previous = mask.diagonal(-1, 2, 3)
+    if mask.dtype != torch.bool:
+        sees_previous = sees_previous > torch.finfo(mask.dtype).min / 2
+    return bool((sees_previous.any(1) & _restarts(position_ids)).any())
 
 
 def _mask_of_padding(padding: Tensor, causal: bool) -> Tensor:

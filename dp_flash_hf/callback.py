@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import os
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils.dataclasses import DistributedType, DynamoBackend
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.utils import logging
 
@@ -53,6 +59,7 @@ class DPCallback(TrainerCallback, ExportableState):
         self._mechanism: DPSGD | None = None
         self._trainer: Any = None
         self._unit_loss: UnitLoss | None = None
+        self._dataset: Any = None
         self._rows: list[Tensor] | None = None  # of each unit; None where every row is one
 
     def attach(self, trainer: Trainer) -> DPCallback:
@@ -68,17 +75,19 @@ class DPCallback(TrainerCallback, ExportableState):
         _refuse_settings(trainer)
         dataset = trainer.train_dataset
         if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
-            raise UnsupportedError("Poisson sampling needs a train_dataset with a length and random access: load it whole, not streaming")
+            raise UnsupportedError(
+                "Poisson sampling needs a train_dataset with a length and random access: load it whole, not streaming"
+            )
         rows = None if self.config.privacy_unit is None else group_rows(_column(dataset, self.config.privacy_unit))
         n_units = len(dataset) if rows is None else len(rows)
         args = trainer.args
         expected = args.per_device_train_batch_size * args.gradient_accumulation_steps
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * _steps_per_epoch(n_units, expected))
         plan = PrivacyPlan.from_config(self.config, n_units=n_units, expected_batch_size=expected, steps=steps)
-        self._mechanism, self._rows, self._trainer = DPSGD(self.config, plan), rows, trainer
+        self._mechanism, self._dataset, self._rows, self._trainer = DPSGD(self.config, plan), dataset, rows, trainer
         logger.info(
-            f"private training planned: noise multiplier {plan.noise_multiplier:.4g}, sampling rate {plan.sampler.sampling_rate:.4g}, "
-            f"{steps} steps, epsilon {plan.epsilon():.4g} at delta {plan.target_delta:g}"
+            f"private training planned: noise multiplier {plan.noise_multiplier:.4g}, sampling rate "
+            f"{plan.sampler.sampling_rate:.4g}, {steps} steps, epsilon {plan.epsilon():.4g} at delta {plan.target_delta:g}"
         )
         self._original_train, self._original_log = trainer.train, trainer.log
         overrides: dict[str, Callable[..., Any]] = {
@@ -93,8 +102,10 @@ class DPCallback(TrainerCallback, ExportableState):
         }
         for name, override in overrides.items():
             setattr(trainer, name, override)
-        if self not in trainer.callback_handler.callbacks:
-            trainer.add_callback(self)
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)  # the first, so that no other callback is shown a gradient without noise
         return self
 
     @property
@@ -121,17 +132,21 @@ class DPCallback(TrainerCallback, ExportableState):
         trainer = self._trainer
         loader = kwargs["train_dataloader"]
         if not isinstance(getattr(loader, "batch_sampler", None), PoissonBatches):
-            raise PrivacyError("the training data loader is not the one DPCallback installed; attach again, after everything else")
+            raise PrivacyError(
+                "the training data loader is not the one DPCallback installed; attach again, after everything else"
+            )
         if state.global_step > 0:
             states: Any = state.stateful_callbacks
             saved = states.get(type(self).__name__)
             if not isinstance(saved, dict) or "privacy" not in saved.get("attributes", {}):
-                raise PrivacyError("the checkpoint holds no privacy state, so what was spent is unknown; train from the beginning")
+                raise PrivacyError(
+                    "the checkpoint holds no privacy state, so what was spent is unknown; train from the beginning"
+                )
             mechanism.load_state_dict(saved["attributes"]["privacy"])
             if mechanism.steps < state.global_step:
                 raise PrivacyError(
-                    f"the checkpoint took {state.global_step} steps but accounts for {mechanism.steps}: part of its training was not "
-                    "private; train from the beginning"
+                    f"the checkpoint took {state.global_step} steps but accounts for {mechanism.steps}: part of its training "
+                    "was not private; train from the beginning"
                 )
         if mechanism.steps_left < min(1, state.max_steps - state.global_step):
             raise PrivacyError(f"the {mechanism.plan.steps} planned steps are spent; more would exceed the privacy budget")
@@ -153,7 +168,12 @@ class DPCallback(TrainerCallback, ExportableState):
             control.should_training_stop = True
 
     def on_log(  # noqa: D102
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         for callback in self._trainer.callback_handler.callbacks:
             bar = getattr(callback, "training_bar", None) if isinstance(callback, ProgressCallback) else None
@@ -163,6 +183,9 @@ class DPCallback(TrainerCallback, ExportableState):
     # What replaces the trainer's own methods.
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
+        if self not in self._trainer.callback_handler.callbacks:
+            raise PrivacyError("DPCallback was removed from the trainer, which would train without noise; add it again")
+        _refuse_settings(self._trainer)  # again: they may have changed since attach
         try:
             return self._original_train(*args, **kwargs)
         finally:
@@ -179,8 +202,10 @@ class DPCallback(TrainerCallback, ExportableState):
         else:
             collator = trainer._get_collator_with_removed_columns(collator, description="training")
         n_units = self.mechanism.plan.sampler.n_units
-        if n_units != (len(dataset) if self._rows is None else len(self._rows)):
-            raise PrivacyError(f"train_dataset changed since attach, when it had {n_units} units; attach after the data are final")
+        if trainer.train_dataset is not self._dataset or (self._rows is None and len(dataset) != n_units):
+            raise PrivacyError(
+                f"train_dataset changed since attach, when it had {n_units} units; attach after the data are final"
+            )
         workers = args.dataloader_num_workers
         return DataLoader(
             _WithUnits(dataset),
@@ -189,6 +214,7 @@ class DPCallback(TrainerCallback, ExportableState):
                 splits=args.gradient_accumulation_steps,
                 rows=self._rows,
                 max_examples_per_unit=self.config.max_examples_per_unit,
+                lengths=self._lengths() if getattr(args, "train_sampling_strategy", "random") == "group_by_length" else None,
                 seed=self.config.seed,
                 first_step=self.mechanism.steps,
             ),
@@ -198,6 +224,13 @@ class DPCallback(TrainerCallback, ExportableState):
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers > 0 else None,
         )
+
+    def _lengths(self) -> Tensor:
+        """Tokens of the longest row of each unit: int64 (units,)."""
+        dataset, column = self._trainer.train_dataset, self._trainer.args.length_column_name
+        given = column in getattr(dataset, "column_names", ())
+        rows = torch.tensor(dataset[column] if given else [len(row["input_ids"]) for row in dataset])
+        return rows if self._rows is None else torch.stack([rows[own].max() for own in self._rows])
 
     def _training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         trainer = self._trainer
@@ -215,7 +248,8 @@ class DPCallback(TrainerCallback, ExportableState):
                 total += self.engine.backward(self._unit_loss, part, part_units, scale)
                 labels += self._unit_loss.count(part)
         # For display only: the mean over this batch's labels. Nothing of it reaches the gradients.
-        return total / max(labels, 1.0) / trainer.args.gradient_accumulation_steps
+        mean: Tensor = total / max(labels, 1.0) / trainer.args.gradient_accumulation_steps
+        return mean
 
     def _log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         for name in ("loss", "train_loss"):
@@ -238,12 +272,18 @@ class DPCallback(TrainerCallback, ExportableState):
         """Learn how the loss divides, and prove isolation and exactness on the user's own model and data, before any step."""
         trainer = self._trainer
         rows = self._rows or [torch.tensor([row]) for row in range(min(PREFLIGHT_UNITS, len(loader.dataset)))]  # type: ignore[arg-type]
-        keys = [(row, unit) for unit, own in enumerate(rows[:PREFLIGHT_UNITS]) for row in own[: self.config.max_examples_per_unit].tolist()]
+        keys = [
+            (row, unit)
+            for unit, own in enumerate(rows[:PREFLIGHT_UNITS])
+            for row in own[: self.config.max_examples_per_unit].tolist()
+        ]
         assert loader.collate_fn is not None
         assert self.engine is not None
         dataset: Any = loader.dataset
         batch, units = self._prepared(loader.collate_fn(dataset.__getitems__(keys)))
-        accepts_count = "num_items_in_batch" in inspect.signature(trainer.compute_loss).parameters
+        _check_collator(dataset, loader.collate_fn, keys)
+        parameters = inspect.signature(trainer.compute_loss).parameters
+        accepts_count = "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
         def model_loss(part: dict[str, Any], num_items: Tensor | None) -> Tensor:
             with trainer.compute_loss_context_manager():
@@ -251,21 +291,95 @@ class DPCallback(TrainerCallback, ExportableState):
                 loss: Tensor = trainer.compute_loss(trainer.model_wrapped, part, **count)
                 return loss
 
+        low = trainer.args.bf16 or any(p.dtype in (torch.bfloat16, torch.float16) for p in trainer.model.parameters())
         training = [(module, module.training) for module in trainer.model.modules()]
         trainer.model.eval()
         try:
-            self._unit_loss = learn_loss(model_loss, batch, units, lambda whole, unit: select_unit(whole, units, unit))
+            self._unit_loss = learn_loss(
+                model_loss, batch, units, lambda whole, unit: select_unit(whole, units, unit), tolerance=1e-2 if low else 1e-4
+            )
         finally:
             for module, mode in training:
                 module.training = mode
-        low = trainer.args.bf16 or any(p.dtype in (torch.bfloat16, torch.float16) for p in trainer.model.parameters())
         scale = self._unit_loss.scale(batch, units)
         self.engine.check(self._unit_loss, batch, units, scale, tolerance=0.05 if low else 1e-3)
+        if units.kind == "rows":  # with equal shapes there is little rounding to allow for
+            _check_training_mode(self.engine, self._unit_loss, batch, units, scale, tolerance=1e-3 if low else 1e-5)
         attention = getattr(trainer.model.config, "_attn_implementation", None) if hasattr(trainer.model, "config") else None
         forms = sorted(set(self.engine.forms().values()))
         logger.info(
-            f"preflight passed on {units.n} units: the loss is a {self._unit_loss.divides} over {self._unit_loss.counted}, attention is "
-            f"{attention}, gradients are exact by {', '.join(forms)}"
+            f"preflight passed on {units.n} units: the loss is a {self._unit_loss.divides} over {self._unit_loss.counted}, "
+            f"attention is {attention}, gradients are exact by {', '.join(forms)}"
+        )
+
+
+def _check_collator(dataset: Any, collate: Callable[[Any], Any], keys: list[tuple[int, int]]) -> None:
+    """Raise PrivacyError where the collator lets the last example of a batch change other rows, as mixup and packing do.
+
+    It is exchanged for the longest other one, so that padding stays, and random numbers are repeated.
+    """
+    if len(keys) < 2:
+        return
+    examples = dataset.__getitems__(keys)
+    *others, (_, unit) = examples
+    batches = []
+    for last in (*(example for example, _ in others), examples[-1][0]):
+        with torch.random.fork_rng([]):
+            state, numpy_state = random.getstate(), np.random.get_state()
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            batches.append(collate([*copy.deepcopy(others), (copy.deepcopy(last), unit)]))
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+    *exchanged, whole = batches
+    for name, value in whole.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(keys):
+            continue
+        for other in exchanged:
+            if other[name].shape == value.shape and not torch.equal(other[name][:-1], value[:-1]):
+                raise PrivacyError(
+                    f"the collator mixes examples: {name!r} of the others changes with the last one, so a unit would reach "
+                    "more than its own rows; mix and sort nothing in the collator"
+                )
+
+
+def _check_training_mode(
+    engine: ClippingEngine, loss: UnitLoss, batch: dict[str, Any], units: Units, scale: Tensor, *, tolerance: float
+) -> None:
+    """Raise PrivacyError where, in training mode, units see each other or the data change a buffer: batch statistics do both.
+
+    The first unit must keep its norm when all other rows become copies of its own, with the random numbers of dropout repeated.
+    """
+    own = units.items(0)
+    items = torch.arange(units.n_items)
+    others = units.of_item != 0
+    items[others] = own[torch.arange(int(others.sum())) % len(own)]
+    buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
+    modes = [(module, module.training) for module in engine.model.modules()]
+    norms = []
+    try:
+        engine.model.train()
+        for chosen in (batch, select_items(batch, units, items)):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                engine.backward(loss, chosen, units, scale)
+            norms.append(float(engine.norms[0]))
+            engine.model.zero_grad()
+        changed = [name for name, buffer in engine.model.named_buffers() if not torch.equal(buffer, buffers[name])]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for name, buffer in engine.model.named_buffers():
+            buffer.copy_(buffers[name])
+    if changed:
+        raise PrivacyError(
+            f"training changes the buffers {changed[:8]}, without noise; freeze these statistics or replace their layers"
+        )
+    if not abs(norms[0] - norms[1]) <= tolerance * max(norms[0], 1e-12):
+        raise PrivacyError(
+            f"in training mode a unit's gradient norm changes from {norms[0]:.6g} to {norms[1]:.6g} with the other units of "
+            "its batch; look for batch statistics"
         )
 
 
@@ -283,10 +397,12 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
         splits: int,
         rows: Sequence[Tensor] | None,
         max_examples_per_unit: int | None,
+        lengths: Tensor | None,
         seed: int | None,
         first_step: int,
     ) -> None:
         self.sampler, self.splits, self.rows, self.max_examples_per_unit = sampler, splits, rows, max_examples_per_unit
+        self.lengths = lengths
         self.seed, self.step = seed, first_step
         self._fresh = fresh_generator()
 
@@ -300,6 +416,8 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
                 generator = fresh_generator(seed=self.seed, stream=f"sampling step {self.step}")
             self.step += 1
             drawn = self.sampler.draw(generator)
+            if self.lengths is not None:  # the sum does not depend on who is computed with whom, but padding does
+                drawn = drawn[self.lengths[drawn].argsort()]
             for part in drawn.tensor_split(self.splits):
                 if self.rows is None or self.max_examples_per_unit is None:
                     yield [(row, unit) for unit, row in enumerate(part.tolist())]
@@ -352,15 +470,15 @@ def _units_of(batch: Mapping[str, Any], of_example: Tensor) -> Units:
         boundaries = torch.cat([starts, torch.tensor([shape[-1]])])
     if boundaries is None or len(boundaries) != len(of_example) + 1:
         raise UnsupportedError(
-            f"the collator made {shape[0]} rows of {len(of_example)} examples, so it is unknown whose is which; use a collator that "
-            "keeps one row per example, or DataCollatorWithFlattening"
+            f"the collator made {shape[0]} rows of {len(of_example)} examples, so it is unknown whose is which; use a collator "
+            "that keeps one row per example, or DataCollatorWithFlattening"
         )
     lengths = boundaries.cpu().long().diff()
     return Units.of(torch.repeat_interleave(of_example, lengths).view(1, -1), shape)
 
 
 def _physical_batches(batch: dict[str, Any], units: Units, max_rows: int) -> Iterator[tuple[dict[str, Any], Units]]:
-    """Split the rows of a batch into parts of at most `max_rows`, about equal, keeping each unit whole; packed rows stay whole."""
+    """Split the rows of a batch into about equal parts of at most `max_rows`, keeping each unit whole, and packed rows too."""
     if units.kind == "tokens" or units.n_items <= max_rows:
         yield batch, units
         return
@@ -384,13 +502,24 @@ def _steps_per_epoch(n_units: int, expected_batch_size: int) -> int:
 def _column(dataset: Any, name: str) -> list[Any]:
     columns = getattr(dataset, "column_names", None)
     if columns is not None and name not in columns:
-        raise invalid("privacy_unit", expected=f"a column of train_dataset ({', '.join(columns)})", actual=name, remedy="name one")
+        raise invalid(
+            "privacy_unit", expected=f"a column of train_dataset ({', '.join(columns)})", actual=name, remedy="name one"
+        )
     return list(dataset[name]) if columns is not None else [dataset[row][name] for row in range(len(dataset))]
 
 
 def _refuse_settings(trainer: Trainer) -> None:
     """Raise UnsupportedError for everything under which the guarantee would not hold, all of it in one message."""
     args = trainer.args
+    accelerator = trainer.accelerator
+    callbacks = trainer.callback_handler.callbacks
+    evaluated = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
+    chosen_by_evaluation = (
+        args.load_best_model_at_end
+        or args.save_strategy == "best"
+        or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        or any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
+    )
     config = getattr(trainer.model, "config", None)
     text_config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
     overridden = [
@@ -403,22 +532,44 @@ def _refuse_settings(trainer: Trainer) -> None:
         "more than one process: not yet supported; launch one process": args.world_size > 1,
         "DeepSpeed: its engine owns backward; use one process without it": bool(args.deepspeed),
         "fsdp: not yet supported; use one process without it": bool(args.fsdp),
-        "torch_compile: not yet supported; set it to False": args.torch_compile,
-        "dataloader_drop_last: Poisson batches have no remainder to drop; set it to False": args.dataloader_drop_last,
-        f"train_sampling_strategy={args.train_sampling_strategy!r}: it would not be the sampling that is accounted; use 'random'": (
-            getattr(args, "train_sampling_strategy", "random") != "random"
+        f"{accelerator.distributed_type}: not yet supported; launch one process, without DeepSpeed, FSDP or Megatron": (
+            accelerator.distributed_type != DistributedType.NO and args.world_size <= 1 and not (args.deepspeed or args.fsdp)
         ),
-        "neftune_noise_alpha: its noise depends on the longest text of the batch; unset it": args.neftune_noise_alpha is not None,
+        f"mixed_precision={accelerator.mixed_precision!r}: its scaling depends on other units; use 'bf16' or 'no'": (
+            accelerator.mixed_precision not in ("no", "bf16") and not args.fp16
+        ),
+        "parallelism_config: not yet supported; leave it out": getattr(args, "parallelism_config", None) is not None,
+        "torch_compile: not yet supported; set it to False": (
+            args.torch_compile
+            or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+            or isinstance(trainer.model, torch._dynamo.OptimizedModule)
+        ),
+        "dataloader_drop_last: Poisson batches have no remainder to drop; set it to False": args.dataloader_drop_last,
+        f"train_sampling_strategy={args.train_sampling_strategy!r}: not the sampling that is accounted; use 'random' or 'group_by_length'": (
+            getattr(args, "train_sampling_strategy", "random") not in ("random", "group_by_length")
+        ),
+        "neftune_noise_alpha: its noise depends on the longest text of the batch; unset it": args.neftune_noise_alpha
+        is not None,
         "include_num_input_tokens_seen: it logs how many tokens were drawn; set it to 'no'": (
             args.include_num_input_tokens_seen not in ("no", False)
         ),
         "restore_callback_states_from_checkpoint: it replaces DPCallback by a copy without a trainer; set it to False": (
             args.restore_callback_states_from_checkpoint
         ),
+        "debug='underflow_overflow': it prints activations; unset it": bool(args.debug),
+        "WANDB_WATCH: it logs gradients before noise; set it to 'false'": (
+            os.environ.get("WANDB_WATCH") in ("all", "gradients") and any(isinstance(c, WandbCallback) for c in callbacks)
+        ),
+        "eval_dataset is train_dataset: it would choose learning rates or models without noise; hold data out": (
+            trainer.train_dataset is not None
+            and any(data is trainer.train_dataset for data in evaluated)
+            and chosen_by_evaluation
+        ),
         f"optim={args.optim}: it updates weights during backward, before noise; use adamw_torch": any(
             name in str(args.optim) for name in ("lomo", "layerwise")
         ),
-        "compute_loss_func: how it couples units cannot be known; override Trainer.compute_loss": trainer.compute_loss_func is not None,
+        "compute_loss_func: how it couples units cannot be known; override Trainer.compute_loss": trainer.compute_loss_func
+        is not None,
         "output_router_logits: the load-balancing loss is computed over all units; set config.output_router_logits=False": (
             getattr(text_config, "output_router_logits", False)
         ),

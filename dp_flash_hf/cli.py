@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="speed and memory beside non-private training and Opacus")
     bench.add_argument("--preset", choices=("cpu", "cuda"), default="cpu", help="model, batch and lengths (default: cpu)")
-    bench.add_argument("--lengths", type=_numbers, help="tokens per row, comma-separated (default: the preset's)")
+    bench.add_argument("--lengths", type=_whole_numbers, help="tokens per row, comma-separated (default: the preset's)")
     bench.add_argument("--batch", type=int, help="rows of the physical batch (default: the preset's)")
     bench.add_argument("--layers", type=int, help="decoder layers (default: the preset's)")
     bench.add_argument("--width", type=int, help="hidden size, a multiple of 64 (default: the preset's)")
@@ -124,6 +124,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -264,7 +268,10 @@ def _trial(name: str, task: str, length: int) -> Table:
 
     from dp_flash_hf import ClippingEngine
 
-    config = transformers.AutoConfig.from_pretrained(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise OSError(f"{name}: {error}") from None
     _keep_few_layers(config)
     if config.pad_token_id is None:
         config.pad_token_id = 0  # classifiers look for the last token that is not padding
@@ -297,12 +304,13 @@ def _keep_few_layers(config: Any) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from dp_flash_hf import bench
 
-    chosen = {
-        name: getattr(options, name) for name in ("lengths", "batch", "layers", "width") if getattr(options, name) is not None
-    }
-    bench.print_table(bench.PRESETS[options.preset], chosen, repeats=options.repeats, threads=options.threads)
+    names = ("lengths", "batch", "layers", "width", "threads")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    bench.print_table(replace(bench.PRESETS[options.preset], **given), repeats=options.repeats)
 
 
 def _stderr() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,12 +15,16 @@ from dp_flash_hf import layers
 from dp_flash_hf.clipping import clip_factors
 from dp_flash_hf.config import Clipping
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
-from dp_flash_hf.records import Recorder
+from dp_flash_hf.records import Recorder, full_precision
 from dp_flash_hf.units import Batch, Units, leading_shape, select_items, select_unit
 
 Strategy = Literal["auto", "bookkeeping", "two_pass", "microbatch"]
 LossFunction = Callable[[Any], Tensor]
 Select = Callable[[Batch, int], Batch]
+
+# Noise on activations, in standard deviations, of every number by itself and of all rows alike, in the passes that show which
+# shapes follow the data: the first scatters rows over a router's choices, the second sends them all to one.
+DISTURBANCES = ((3.0, 0.0), (1.0, 10.0), (3.0, 0.0))
 
 
 class ClippingEngine:
@@ -47,7 +52,9 @@ class ClippingEngine:
         self, model: nn.Module, *, max_grad_norm: float, clipping: Clipping = "flat", strategy: Strategy = "auto"
     ) -> None:
         if not isinstance(max_grad_norm, (int, float)) or not 0 < max_grad_norm < float("inf"):
-            raise invalid("max_grad_norm", expected="a finite number above 0", actual=max_grad_norm, remedy="1.0 is a usual choice")
+            raise invalid(
+                "max_grad_norm", expected="a finite number above 0", actual=max_grad_norm, remedy="1.0 is a usual choice"
+            )
         if clipping not in get_args(Clipping):
             raise invalid("clipping", expected=f"one of {get_args(Clipping)}", actual=clipping, remedy="choose one of them")
         if strategy not in get_args(Strategy):
@@ -65,6 +72,7 @@ class ClippingEngine:
         self._recorder = Recorder(_groups(model, self.parameters, clipping))
         self._n_groups = len(set(_groups(model, self.parameters, clipping).values()))
         self._attached: list[nn.Module] = []
+        self._detached = False
         self._attach()
 
     def backward(
@@ -80,8 +88,8 @@ class ClippingEngine:
         loss_fn: batch -> scalar, a sum of terms that each depend on one unit alone. It is called again on parts of the batch
             whenever the engine works unit by unit, and must then give those units' terms.
         batch: mapping of model inputs.
-        units: the unit of every row (int64 (rows,)) or token (int64 (rows, length)), or int32 cumulative sequence lengths of one
-            packed row; default: each row is a unit.
+        units: the unit of every row (int64 (rows,)) or token (int64 (rows, length)), or int32 cumulative sequence lengths of
+            one packed row; default: each row is a unit.
         loss_scale: (units,), finite; multiplies each unit's gradient before clipping (1 / label count makes means of sums).
         select: (batch, unit) -> that unit's batch, for batches whose tensors are not laid out by rows.
 
@@ -98,21 +106,24 @@ class ClippingEngine:
         with self._isolated_gradients():
             if self.strategy == "microbatch" or (self.strategy == "auto" and self._uncovered):
                 return self._microbatch(loss_fn, batch, resolved, scale, choose)
-            if not self._recorder.knows(resolved):
-                self._learn(loss_fn, batch, choose(batch, resolved.last), resolved)
+            run = self._two_pass if self.strategy == "two_pass" else self._bookkeeping
             try:
-                if self.strategy == "two_pass":
-                    return self._two_pass(loss_fn, batch, resolved, scale)
-                self._recorder.start("record", resolved)
-                loss = loss_fn(batch)
-                _plain_backward(loss)
-                self._require_coverage()
-                self._add_recorded(resolved, scale)
-                return loss.detach()
+                if self._recorder.knows(resolved, leading_shape(batch)[1:]):
+                    try:
+                        return run(loss_fn, batch, resolved, scale)
+                    except UncoveredParametersError:
+                        if not self._recorder.unsettled:
+                            raise
+                        self._clear_gradients()
+                self._learn(loss_fn, batch, choose, resolved)
+                return run(loss_fn, batch, resolved, scale)
             except UncoveredParametersError as error:
+                if self._recorder.unsettled:  # constant or NaN inputs: the next batch may tell
+                    self._recorder.forget()
+                elif self.strategy == "auto":
+                    self._uncovered |= error.parameters
                 if self.strategy != "auto":
                     raise
-                self._uncovered |= error.parameters
                 warnings.warn(f"{error} Every unit is now computed by itself: exact, but slower.", stacklevel=2)
                 self._recorder.stop()
                 self._clear_gradients()
@@ -139,12 +150,12 @@ class ClippingEngine:
             resolved = Units.of(units, leading_shape(inputs))
             seen.append(resolved)
             scale = self._scale(loss_scale, resolved)
-            if not self._recorder.knows(resolved):
+            if not self._recorder.knows(resolved, leading_shape(inputs)[1:]):
 
                 def forward(part: Batch) -> Any:
                     return module(*(part[f"argument {i}"] for i in range(len(args))), **{name: part[name] for name in kwargs})
 
-                self._learn(forward, inputs, select_unit(inputs, resolved, resolved.last), resolved)
+                self._learn(forward, inputs, lambda whole, unit: select_unit(whole, resolved, unit), resolved)
             self._recorder.start("record", resolved)
 
         with self._isolated_gradients():
@@ -154,8 +165,17 @@ class ClippingEngine:
             finally:
                 handle.remove()
             if not seen:
-                raise PrivacyError("engine.batch: the model was not called inside it; run forward and backward inside the block")
-            self._require_coverage()
+                raise PrivacyError(
+                    "engine.batch: the model was not called inside it; run forward and backward inside the block"
+                )
+            try:
+                self._require_coverage()
+            except UncoveredParametersError:
+                if self._recorder.unsettled:
+                    self._recorder.forget()
+                raise
+            if not self._recorder.records:
+                raise PrivacyError("engine.batch: no backward ran inside it; run forward and backward inside the block")
             self._add_recorded(seen[0], scale)
 
     @torch.no_grad()
@@ -169,12 +189,14 @@ class ClippingEngine:
         total, released, version = self._sums.get(parameter, (None, None, 0))
         if parameter.grad is None or total is None:
             if parameter.grad is not None:
-                raise PrivacyError(f"{self.parameters[parameter]}.grad was not made by the engine: it is not clipped; zero_grad() first")
+                raise PrivacyError(
+                    f"{self.parameters[parameter]}.grad was not made by the engine: it is not clipped; zero_grad() first"
+                )
             total = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             parameter.grad = released = total.to(parameter.dtype)
             self._sums[parameter] = (total, released, released._version)
             return total
-        if parameter.grad is not released or (released is not total and released._version != version):
+        if parameter.grad is not released or released._version != version:
             if bool((parameter.grad == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
                 parameter.grad = None
                 return self.clipped_sum(parameter)
@@ -202,15 +224,14 @@ class ClippingEngine:
     ) -> None:
         """Prove on one batch, without dropout, that units do not see each other and that the fast path is exact for this model.
 
-        Every unit is computed alone and compared with its part of the batch: the loss must be the sum of their losses, norms and
-        clipped sum must agree, and the norm of one unit must not move when the others are exchanged. Every trained parameter must
-        have received a gradient. `.grad` is left as it was.
+        Every unit is computed alone and compared with its part of the batch: the loss must be the sum of their losses, norms
+        and clipped sum must agree, and the norm of one unit must not move when the others are exchanged. Every trained
+        parameter must have received a gradient. `.grad` is left as it was.
 
         tolerance: relative; rounding of the model's dtype is what it must allow for.
         Raises PrivacyError on a mismatch.
         """
         resolved = Units.of(units, leading_shape(batch))
-        choose = select or (lambda whole, unit: select_unit(whole, resolved, unit))
         modes = [(module, module.training) for module in self.model.modules()]
         strategy, dropped = self.strategy, self.dropped_units
         held, sums = {p: p.grad for p in self.parameters}, self._sums
@@ -241,20 +262,24 @@ class ClippingEngine:
                 parameter.grad = gradient
         scale = max(float(norms_alone.max()), 1e-12) if resolved.n else 1.0
         if unused:
-            raise PrivacyError(f"these parameters require gradients but the loss does not depend on them: {unused[:8]}; freeze them")
+            raise PrivacyError(
+                f"these parameters require gradients but the loss does not depend on them: {unused[:8]}; freeze them"
+            )
         if abs(float(together - alone)) > tolerance * max(abs(float(alone)), 1e-3):
             raise PrivacyError(
-                f"the loss couples units: {float(together):.6g} together, {float(alone):.6g} as the sum of each alone; make the loss a "
-                "sum over units (divide by a constant, not by what is in the batch)"
+                f"the loss couples units: {float(together):.6g} together, {float(alone):.6g} as the sum of each alone; make "
+                "the loss a sum over units (divide by a constant, not by what is in the batch)"
             )
         if moved is not None and moved > tolerance * scale:
-            raise PrivacyError("a unit's gradient changes with the other units of its batch; look for operations across the batch")
+            raise PrivacyError(
+                "a unit's gradient changes with the other units of its batch; look for operations across the batch"
+            )
         apart = float((norms - norms_alone).abs().max()) if resolved.n else 0.0
         off = sum(float((clipped[p] - clipped_alone[p]).double().square().sum()) for p in clipped) ** 0.5
         if apart > tolerance * scale or off > tolerance * self.max_grad_norm * max(resolved.n, 1):
             raise PrivacyError(
-                f"gradients in the batch differ from those of each unit alone: norms by {apart:.3g} of {scale:.3g}, clipped sum by "
-                f"{off:.3g}; units see each other (padding, routing, batch statistics), or a layer's rule is wrong"
+                f"gradients in the batch differ from those of each unit alone: norms by {apart:.3g} of {scale:.3g}, clipped "
+                f"sum by {off:.3g}; units see each other (padding, routing, batch statistics), or a layer's rule is wrong"
             )
 
     def forms(self) -> dict[str, str]:
@@ -268,7 +293,7 @@ class ClippingEngine:
         self._recorder.stop()
         for module in self._attached:
             layers.detach(module)
-        self._attached = []
+        self._attached, self._detached = [], True
 
     # Attaching and learning.
 
@@ -287,24 +312,44 @@ class ClippingEngine:
             self.detach()
             raise
 
-    def _learn(self, forward: LossFunction, batch: Batch, alone: Batch, units: Units) -> None:
-        """Run the last unit alone and the whole batch without dropout, so that it is known where each layer keeps which unit."""
-        items = int((units.of_item == units.last).sum())
+    def _learn(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
+        """Run the whole batch and every unit alone, without dropout, so that it is known where each layer keeps which unit."""
+        if units.is_single:
+            return
         modes = [(module, module.training) for module in self.model.modules()]
         devices = {p.device for p in self.parameters if p.device.type != "cpu"}
+        hooks: list[torch.utils.hooks.RemovableHandle] = []
         try:
             with torch.no_grad(), torch.random.fork_rng(list(devices)):
                 self.model.eval()
-                self._recorder.observe(Units("rows" if units.kind == "rows" else "tokens", torch.zeros(items, dtype=torch.long), 1))
-                forward(alone)
-                self._recorder.compare(units)
+                self._recorder.observe(units, leading_shape(batch)[1:])
                 forward(batch)
+                for unit in range(units.n):
+                    if units.sizes[unit]:
+                        self._recorder.compare(units, unit)
+                        forward(select(batch, unit))
+                for noise in DISTURBANCES:
+                    self._recorder.disturb(units)
+                    disturb = partial(_disturbed, noise)
+                    hooks = [module.register_forward_hook(disturb) for module in self._attached]
+                    forward(_disturbed_inputs(noise, batch))
+                    _remove(hooks)
+                self._recorder.settle()
         finally:
+            _remove(hooks)
             for module, training in modes:
                 module.training = training
             self._recorder.stop()
 
     # Strategies.
+
+    def _bookkeeping(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
+        self._recorder.start("record", units)
+        loss = loss_fn(batch)
+        _plain_backward(loss)
+        self._require_coverage()
+        self._add_recorded(units, scale)
+        return loss.detach()
 
     def _two_pass(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
         devices = sorted({p.device.index or 0 for p in self.parameters if p.device.type == "cuda"})
@@ -320,8 +365,8 @@ class ClippingEngine:
         again = loss_fn(batch)
         if not torch.allclose(again, loss, rtol=1e-5, atol=1e-6, equal_nan=True):
             raise PrivacyError(
-                f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss.detach())}; the model "
-                "draws random numbers that torch does not replay, use strategy='bookkeeping'"
+                f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss.detach())}; the "
+                "model draws random numbers that torch does not replay, use strategy='bookkeeping'"
             )
         _plain_backward(again)
         self._require_coverage()
@@ -395,7 +440,8 @@ class ClippingEngine:
             total = self.clipped_sum(parameter)
             record = records.pop(parameter, None)
             if record is not None:
-                record.add_clipped_sum_(total, factors[:, groups[parameter]])
+                with full_precision(total.device):
+                    record.add_clipped_sum_(total, factors[:, groups[parameter]])
             self._publish(parameter)
         self._recorder.stop()
 
@@ -420,8 +466,9 @@ class ClippingEngine:
     @contextmanager
     def _isolated_gradients(self) -> Iterator[None]:
         """Backward starts from empty `.grad`s, so that whatever autograd leaves there escaped the rules."""
-        if not self._attached and self.strategy != "microbatch":
+        if self._detached:
             raise PrivacyError("the engine was detached; make a new ClippingEngine")
+        self._require_same_parameters()
         for parameter in self.parameters:
             if parameter.grad is not None:
                 self.clipped_sum(parameter)
@@ -432,6 +479,19 @@ class ClippingEngine:
         finally:
             self._recorder.stop()
             self._restore_gradients()
+
+    def _require_same_parameters(self) -> None:
+        added = [name for name, p in self.model.named_parameters() if p.requires_grad and p not in self.parameters]
+        if added:
+            raise PrivacyError(
+                f"trainable since the engine was made, and so not clipped: {added[:8]}; detach() and make a new engine"
+            )
+        hooked = [name for p, name in self.parameters.items() if p._post_accumulate_grad_hooks]
+        if hooked:
+            raise UnsupportedError(
+                f"hooks run as soon as gradients of {hooked[:8]} accumulate, before they are clipped (an optimizer that steps "
+                "inside backward?); use an optimizer that steps after it"
+            )
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
@@ -450,14 +510,47 @@ class UncoveredParametersError(PrivacyError):
         self.parameters = parameters
         shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         super().__init__(
-            f"no rule covers how the model uses {shown}; use engine.backward with strategy='auto', freeze them, or register a rule."
+            f"no rule covers how the model uses {shown}; use engine.backward with strategy='auto', freeze them, or register a "
+            "rule."
         )
+
+
+def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def _disturbed(noise: tuple[float, float], module: nn.Module, args: Any, output: Any) -> Any:
+    return _with_noise(noise, output) if isinstance(output, Tensor) and output.is_floating_point() else output
+
+
+def _disturbed_inputs(noise: tuple[float, float], batch: Batch) -> dict[str, Any]:
+    """Inputs with noise, and one token of the first row masked: what a router, or a model that drops padding, would act on."""
+    out = dict(batch)
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or value.dim() < 2 or "label" in name:
+            continue
+        if name.endswith("attention_mask") and not value.is_floating_point() and value.dim() == 2 and value[0].any():
+            out[name] = value.clone()
+            out[name][0, int(value[0].nonzero()[-1])] = 0
+        elif value.is_floating_point():
+            out[name] = _with_noise(noise, value)
+    return out
+
+
+def _with_noise(noise: tuple[float, float], x: Tensor) -> Tensor:
+    if x.numel() == 0:
+        return x
+    each, alike = noise
+    spread = x.detach().float().std(correction=0).to(x.dtype)
+    return x + spread * (each * torch.randn_like(x) + alike * torch.randn(x.shape[-1:], dtype=x.dtype, device=x.device))
 
 
 def _plain_backward(loss: Tensor) -> None:
     if loss.dim() != 0:
         raise invalid("loss_fn", expected="a scalar", actual=tuple(loss.shape), remedy="sum the units' losses")
-    loss.backward()  # type: ignore[no-untyped-call]
+    with full_precision(loss.device):  # backward runs in the dtypes that forward chose
+        loss.backward()
 
 
 def _groups(model: nn.Module, parameters: Mapping[nn.Parameter, str], clipping: Clipping) -> dict[nn.Parameter, int]:
@@ -477,5 +570,6 @@ def _refuse_coupled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UnsupportedError(
-                f"{name}: batch normalisation makes every example's gradient depend on the others; replace it by GroupNorm or LayerNorm"
+                f"{name}: batch normalisation makes every example's gradient depend on the others; replace it by GroupNorm or "
+                "LayerNorm"
             )

@@ -60,8 +60,11 @@ class UnitLoss:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Sum of all label losses of the batch, a scalar with gradient."""
+        count = self.count(batch)
+        if self.divides == "mean" and count == 0:  # the model would divide nothing by nothing
+            return torch.zeros((), device=_device(batch), requires_grad=True)
         loss = self.model_loss(dict(batch), torch.ones((), device=_device(batch)))
-        return loss * self.count(batch) if self.divides == "mean" else loss
+        return loss * count if self.divides == "mean" else loss
 
     def count(self, batch: Batch) -> int:
         """How many labels the batch has."""
@@ -74,36 +77,55 @@ class UnitLoss:
         return torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)
 
 
-def learn_loss(model_loss: ModelLoss, batch: dict[str, Any], units: Units, alone: Callable[[Batch, int], Mapping[str, Any]]) -> UnitLoss:
-    """Find out how a model divides its loss, from a batch of at least one unit with a label.
+def learn_loss(
+    model_loss: ModelLoss,
+    batch: dict[str, Any],
+    units: Units,
+    alone: Callable[[Batch, int], Mapping[str, Any]],
+    *,
+    tolerance: float = 1e-4,
+) -> UnitLoss:
+    """Find out how a model divides its loss: from one unit at least, from two where it divides by what the batch holds.
 
-    alone: (batch, unit) -> that unit's batch. Runs forward passes only.
+    The labels of texts are replaced by made-up ones, so that every way of counting gives another number, whatever the data are.
+    alone: (batch, unit) -> that unit's batch. tolerance: relative, for the rounding of the model. Runs forward passes only.
     Raises UnsupportedError when the loss is no mean over rows or labels: it would then couple units.
     """
+    device = _device(batch)
+
+    def loss(part: Mapping[str, Any], divisor: float | None) -> float:
+        return float(model_loss(dict(part), None if divisor is None else torch.tensor(divisor, device=device)))
+
+    # In a packed row the first label of a text is no one's: it would be predicted from the text before.
+    options: tuple[Counted, ...] = ("labels",) if units.kind == "tokens" else ("labels", "shifted labels", "rows")
+    if not _has_token_labels(batch):
+        options = ("labels",)
     with torch.no_grad():
-        one = alone(batch, 0)
-        device = _device(batch)
-        once, half = (float(model_loss(dict(one), torch.full((), n, device=device))) for n in (1.0, 2.0))
-        options: tuple[Counted, ...] = ("rows", "labels", "shifted labels") if _has_token_labels(batch) else ("labels",)
-        if once != 0.0 and abs(half / once - 0.5) < 1e-3:
-            mean = float(model_loss(dict(one), None))
+        values = _label_values(batch)
+        one = alone(_relabelled(batch, units, values[0], values[0]), 0)
+        once, half = loss(one, 1.0), loss(one, 2.0)
+        if once != 0.0 and abs(half / once - 0.5) < 1e-2:
+            found = once / loss(one, None)
             single = Units(units.kind, torch.zeros(units.sizes[0], dtype=torch.long), 1)
-            found = once / mean if mean else 1.0
-            counted = min(options, key=lambda option: abs(float(label_counts(one, single, option)) - found))
-            return UnitLoss(model_loss, "sum", counted)
-        tried = _uneven(batch, units)
-        whole = float(model_loss(dict(tried), torch.ones((), device=device)))
-        means = torch.tensor([float(model_loss(dict(alone(tried, u)), torch.ones((), device=device))) for u in range(units.n)])
+            return UnitLoss(
+                model_loss, "sum", min(options, key=lambda option: abs(float(label_counts(one, single, option)) - found))
+            )
+        # Likely labels for the first unit and unlikely ones for the rest: losses far apart tell the ways of counting apart.
+        first = [loss(alone(_relabelled(batch, units, value, value), 0), 1.0) for value in values]
+        rest = [loss(alone(_relabelled(batch, units, value, value), units.last), 1.0) for value in values]
+        tried = _relabelled(batch, units, values[first.index(min(first))], values[rest.index(max(rest))])
+        whole = loss(tried, 1.0)
+        means = torch.tensor([loss(alone(tried, unit), 1.0) for unit in range(units.n)])
     errors = {}
     for option in options:
         counts = label_counts(tried, units, option)
         errors[option] = abs(float((counts * means).sum() / counts.sum()) - whole) / max(abs(whole), 1e-6)
     best = min(errors, key=lambda option: errors[option])
-    others = [error for option, error in errors.items() if option != best]
-    if errors[best] > 1e-2 or any(error < 3 * errors[best] + 1e-6 for error in others):
+    apart = min((error for option, error in errors.items() if option != best), default=1.0)
+    if not (errors[best] <= tolerance and apart > 3 * errors[best] + 1e-6):  # also when something is not a number
         raise UnsupportedError(
-            "the model's loss is neither a mean over rows or labels nor a sum divided by num_items_in_batch, so units would share a "
-            f"denominator (relative errors {errors}); override Trainer.compute_loss to return such a loss"
+            "the model's loss is neither a mean over rows or labels nor a sum divided by num_items_in_batch, so units would "
+            f"share a denominator (relative errors {errors}); override Trainer.compute_loss to return such a loss"
         )
     return UnitLoss(model_loss, "mean", best)
 
@@ -117,15 +139,33 @@ def _has_token_labels(batch: Batch) -> bool:
     return isinstance(labels, Tensor) and labels.dim() >= 2 and not labels.is_floating_point()
 
 
-def _uneven(batch: dict[str, Any], units: Units) -> dict[str, Any]:
-    """The batch with labels of its first unit ignored, the first position among them, so that each way of counting differs."""
-    if not _has_token_labels(batch):
+def _label_values(batch: Batch) -> list[int]:
+    """Some labels that occur in the batch."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return [0]
+    return labels[labels != IGNORED].unique()[:8].tolist() or [0]
+
+
+def _relabelled(batch: dict[str, Any], units: Units, first: int, others: int) -> dict[str, Any]:
+    """The batch with three labels `first` at the start of the first unit's texts, and one label, the second, in all `others`.
+
+    A text of the first unit then counts 1 row, 3 labels, 2 shifted labels, every other text 1 of each. In a packed row no text
+    has a label at its own start. Without texts, only ignored labels are replaced.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
         return batch
-    labels = batch["labels"].clone()
-    flat = labels if units.kind == "rows" else labels.flatten(0, 1)
-    items = units.items(0).to(labels.device)
-    own = flat[items]
-    positions = (own != IGNORED).flatten().nonzero().flatten()
-    own.view(-1)[positions[: max(1, len(positions) // 2)]] = IGNORED
-    flat[items] = own
-    return {**batch, "labels": flat.view_as(labels)}
+    if not _has_token_labels(batch):
+        return {**batch, "labels": labels.masked_fill(labels == IGNORED, others)}
+    made = torch.full_like(labels, IGNORED)
+    flat = made.flatten(1) if units.kind == "rows" else made.flatten()
+    for unit in range(units.n):
+        items = units.items(unit).to(labels.device)
+        if units.kind == "tokens":
+            flat[items[1 : 4 if unit == 0 else 2]] = first if unit == 0 else others
+        elif unit == 0:
+            flat[items, :3] = first
+        else:
+            flat[items, 1:2] = others
+    return {**batch, "labels": made}

@@ -15,7 +15,7 @@ from dp_flash_hf.report import PrivacyReport
 
 
 class DPSGD:
-    """Turns the clipped sums of an engine into noisy gradients, one per optimizer step, and accounts for each (Abadi et al. 2016).
+    """Turns the clipped sums of an engine into noisy gradients, one a step, and accounts for each (Abadi et al. 2016).
 
         mechanism = DPSGD(config, plan)
         mechanism.start(engine, optimizer)
@@ -52,8 +52,8 @@ class DPSGD:
         if updated != set(engine.parameters):
             missing = [name for p, name in engine.parameters.items() if p not in updated]
             raise PrivacyError(
-                f"the optimizer must update exactly the trained parameters: {len(updated - set(engine.parameters))} are not the model's, "
-                f"and it lacks {missing[:5]}; create it after freezing and wrapping the model"
+                f"the optimizer must update exactly the trained parameters: {len(updated - set(engine.parameters))} are not "
+                f"the model's, and it lacks {missing[:5]}; create it after freezing and wrapping the model"
             )
         self.stop()
         self._engine = engine
@@ -110,11 +110,15 @@ class DPSGD:
         Raises PrivacyError when the checkpoint was written with other privacy parameters or on another number of units.
         """
         mine = self.state_dict()
+        if lacking := sorted(mine.keys() - state.keys()):
+            raise PrivacyError(f"the checkpoint's privacy state lacks {lacking}, so what was spent is unknown; start afresh")
         for name in ("config", "sampler"):
-            changed = {k: (v, mine[name].get(k)) for k, v in state.get(name, {}).items() if mine[name].get(k) != v}
-            if changed or name not in state:
-                told = ", ".join(f"{k}: {old!r} in the checkpoint, {new!r} now" for k, (old, new) in changed.items()) or "nothing saved"
-                raise PrivacyError(f"privacy parameters changed since the checkpoint ({told}); resume with the same ones, or start afresh")
+            changed = {k: (v, mine[name].get(k)) for k, v in state[name].items() if mine[name].get(k) != v}
+            if changed:
+                told = ", ".join(f"{k}: {old!r} in the checkpoint, {new!r} now" for k, (old, new) in changed.items())
+                raise PrivacyError(
+                    f"privacy parameters changed since the checkpoint ({told}); resume with the same ones, or start afresh"
+                )
         saved = Ledger(self.plan.accountant)
         saved.load_state_dict(state["ledger"])
         self.plan = type(self.plan)(
@@ -138,9 +142,16 @@ class DPSGD:
         if self._gradient != "released":
             raise PrivacyError("optimizer.step() on gradients without noise: call release() first; nothing was updated")
         if any(value is not None for value in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
-            raise PrivacyError("optimizer.step(closure) computes gradients anew, without noise: use an optimizer without a closure")
+            raise PrivacyError(
+                "optimizer.step(closure) computes gradients anew, without noise: use an optimizer without a closure"
+            )
+        assert self._engine is not None
+        updated = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        if foreign := len(updated - set(self._engine.parameters)):
+            raise PrivacyError(
+                f"{foreign} parameters of the optimizer have gradients without noise: they were unfrozen or added after "
+                "training began; nothing was updated. Choose what is trained before trainer.train()"
+            )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._gradient = "used"
-
-

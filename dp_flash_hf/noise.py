@@ -52,7 +52,7 @@ def add_gaussian_noise_(tensors: Iterable[Tensor], *, std: float, generator: tor
     with torch.no_grad():
         for tensor in tensors:
             noise = torch.randn(tensor.shape, dtype=torch.float32, device=tensor.device, generator=generator)
-            tensor.copy_(noise.mul_(std) + tensor)
+            tensor.add_(noise, alpha=std)
 
 
 def _fill_state(generator: torch.Generator, secret: bytes) -> None:

@@ -45,7 +45,7 @@ class PoissonSampler:
         return self.expected_batch_size / self.n_units
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """The units of one step: int64[size] on the CPU, ascending. Size 0 is a valid draw: it takes a noisy step like any other.
+        """The units of one step: int64[size] on the CPU, ascending. Size 0 is a valid draw, and a noisy step like any other.
 
         `generator` lies on the CPU.
         """
@@ -61,7 +61,7 @@ class PoissonSampler:
         return {"kind": self.kind, **asdict(self)}
 
     def _uniforms(self, generator: torch.Generator) -> Tensor:
-        # A float32 uniform is a multiple of 2^-24: for a q of that size, units would be drawn at another rate than is accounted.
+        # float32 uniforms are multiples of 2^-24: for a q of that size units would be drawn at another rate than is accounted.
         return torch.rand(self.n_units, dtype=torch.float64, generator=generator)
 
     def _included(self, uniforms: Tensor) -> Tensor:

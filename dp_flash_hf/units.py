@@ -81,7 +81,7 @@ class Units:
     @cached_property
     def is_single(self) -> bool:
         """Whether everything belongs to one unit, so that it does not matter where what stands."""
-        return self.n == 1 and bool((self.of_item == 0).all())
+        return self.n > 0 and bool((self.of_item == self.n - 1).all())
 
     @property
     def last(self) -> int:
@@ -123,13 +123,15 @@ def _from_boundaries(boundaries: Tensor, rows: tuple[int, ...], remedy: str) -> 
 
 
 def leading_shape(batch: Batch) -> tuple[int, ...]:
-    """(rows, length) of a batch: the leading two sizes of its first tensor with at least two dimensions, or (rows,) of its first.
+    """(rows, length) of a batch: the leading sizes of its first integer tensor with two dimensions or more, else of its first.
 
     Raises ValueError when the batch holds no tensor.
     """
     tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0]
     if not tensors:
-        raise invalid("batch", expected="a mapping with at least one tensor", actual=list(batch), remedy="pass the model's inputs")
+        raise invalid(
+            "batch", expected="a mapping with at least one tensor", actual=list(batch), remedy="pass the model's inputs"
+        )
     first = next((t for t in tensors if t.dim() > 1 and not t.is_floating_point()), tensors[0])
     return tuple(first.shape[:2])
 
@@ -139,7 +141,8 @@ def select_unit(batch: Batch, units: Units, unit: int) -> dict[str, Any]:
 
     Rows: tensors whose first size is the number of rows are indexed along it. Tokens: tensors laid out as the packed rows are
     cut to one row of that unit's tokens, and the boundaries of flash attention (`cu_seq_lens_*`, `max_length_*`) follow.
-    Everything else passes through.
+    Everything else passes through, except tensors of two or more dimensions laid out otherwise (pictures of many rows in one
+    tensor, say): a unit alone would still see everybody's. They raise ValueError.
     """
     return select_items(batch, units, units.items(unit))
 
@@ -159,11 +162,18 @@ def _select(name: str, value: Any, units: Units, items: Tensor) -> Any:
             return len(items) if isinstance(value, int) else torch.full_like(value, len(items))
         if isinstance(value, Tensor) and tuple(value.shape[:2]) == units.shape:
             return value.flatten(0, 1).index_select(0, items.to(value.device)).unsqueeze(0)
-        return value
-    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == units.n_items:
+    elif isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == units.n_items:
         return value.index_select(0, items.to(value.device))
-    if isinstance(value, list) and len(value) == units.n_items:
+    elif isinstance(value, list) and len(value) == units.n_items:
         return [value[i] for i in items.tolist()]
+    if isinstance(value, Tensor) and value.dim() > 1 and (units.kind == "tokens" or value.shape[0] != 1):
+        expected = f"{units.shape} or" if units.kind == "tokens" else f"{units.n_items} rows, one row for all, or"
+        raise invalid(
+            f"batch[{name!r}]",
+            expected=f"{expected} fewer than two dimensions",
+            actual=tuple(value.shape),
+            remedy="it cannot be told which part is whose: pass select=",
+        )
     return value
 
 

@@ -28,5 +28,9 @@ class PrivateT5Attention:
             max_distance=self.relative_attention_max_distance,
         )
         recorder = recorder_of(self)
-        ids = recorder.per_item_rows(buckets[None]) if recorder.tracks(table.weight) else buckets[None]
+        ids = (
+            recorder.per_item_rows(table, buckets[None], self.relative_attention_num_buckets)
+            if recorder.tracks(table.weight)
+            else buckets[None]
+        )
         return table(ids).permute(0, 3, 1, 2)  # type: ignore[no-any-return]

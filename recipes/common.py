@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, Trainer
 
+from dp_flash_hf.callback import DPCallback
 from dp_flash_hf.config import PrivacyConfig
 from dp_flash_hf.errors import invalid
 
+_HEADING = "## Differential privacy"  # of report.to_model_card()
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -67,10 +70,54 @@ def require_columns(rows: Dataset, *columns: str) -> None:
             )
 
 
+def tokenize_texts(rows: Dataset, tokenizer: Any, max_length: int, *, text: str, prompt: str | None) -> Dataset:
+    """Rows of input_ids and labels for a causal language model: the prompt (no labels), the text, the end-of-text token.
+
+    `text` and `prompt` name columns. Each row is cut to `max_length` tokens by itself; rows are never packed together, because
+    a packed row would hold several privacy units.
+    """
+    require_columns(rows, text, *([] if prompt is None else [prompt]))
+
+    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+        before = [] if prompt is None else tokenizer(f"{row[prompt]}\n", add_special_tokens=True)["input_ids"]
+        after = [*tokenizer(row[text], add_special_tokens=prompt is None)["input_ids"], tokenizer.eos_token_id]
+        return {"input_ids": (before + after)[:max_length], "labels": ([-100] * len(before) + after)[:max_length]}
+
+    return rows.map(encode, remove_columns=rows.column_names, desc="tokenizing")
+
+
+@contextmanager
+def leaving_nothing_behind(folder: str) -> Iterator[None]:
+    """Remove the empty output folder that a Trainer makes, if setting it up fails inside."""
+    path = Path(folder)
+    missing = [part for part in (path, *path.parents) if not part.exists()]
+    try:
+        yield
+    except BaseException:
+        for part in missing:
+            if part.is_dir() and not any(part.iterdir()):
+                part.rmdir()
+        raise
+
+
+def save(trainer: Trainer, dp: DPCallback | None) -> None:
+    """Save the model, and beside it the privacy report: report.json, and README.md for a model card.
+
+    None (training without privacy) saves the model alone.
+    """
+    trainer.save_model()
+    if dp is not None:
+        folder, report = Path(str(trainer.args.output_dir)), dp.report()
+        (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        card = folder / "README.md"  # peft writes one, which is kept above
+        above = card.read_text(encoding="utf-8").partition(_HEADING)[0] if card.exists() else f"# {folder.name}\n\n"
+        card.write_text(above + report.to_model_card(), encoding="utf-8")
+
+
 _NOISE_SEED = (PrivacyConfig, "seed")
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc]  # transformers does not declare its exports
+class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise, where argparse would print pages of usage and leave."""
         raise ValueError(re.sub(r"(?:argument )?--(\w+)(?:/--[\w-]+)?", r"\1", message))
@@ -83,7 +130,8 @@ def _parse(kind: type, values: dict[str, Any]) -> Any:
             arguments += [f"--{key}", *map(str, value)]
         elif value is not None:
             arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return _Parser([kind], allow_abbrev=False).parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
+    parser: Any = _Parser
+    return parser([kind], allow_abbrev=False).parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

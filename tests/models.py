@@ -88,14 +88,14 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_DECODER)),
     "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**_OPT)),
     "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**_ENCODER)),
-    "bert_classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_ENCODER, num_labels=3)),
+    "bert_classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**{**_ENCODER, "num_labels": 3})),
     "roberta": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**{**_ENCODER, "pad_token_id": 1})),
     "distilbert": lambda: hf.DistilBertForMaskedLM(hf.DistilBertConfig(**_DISTILBERT)),
     "albert": lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**_ENCODER, embedding_size=8)),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
     "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**_VIT)),
     "mixtral": lambda: hf.MixtralForCausalLM(
-        hf.MixtralConfig(**_DECODER, num_local_experts=4, experts_implementation="eager")
+        hf.MixtralConfig(**{**_DECODER, "num_local_experts": 4, "experts_implementation": "eager"})
     ),
     "mamba": lambda: hf.MambaForCausalLM(
         hf.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=4)
@@ -108,7 +108,7 @@ UNSHIFTED = ("bert", "roberta", "distilbert", "albert", "t5")
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float64, *, seed: int = 1) -> Any:
-    """A family's smallest model, in eval mode (no dropout), with trained-looking norm scales and biases instead of ones and zeros."""
+    """A family's smallest model, in eval mode (no dropout), with norm scales and biases that are not ones and zeros."""
     torch.manual_seed(seed)
     model = BUILDERS[name]()
     with torch.no_grad():

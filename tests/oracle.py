@@ -20,7 +20,7 @@ def unit_gradients(model: nn.Module, loss: Loss, parts: Sequence[Any]) -> list[d
     out = []
     for part in parts:
         model.zero_grad()
-        loss(part).backward()  # type: ignore[no-untyped-call]
+        loss(part).backward()
         out.append({n: (torch.zeros_like(p) if p.grad is None else p.grad).double() for n, p in named.items()})
     model.zero_grad()
     return out
@@ -44,7 +44,7 @@ def total_norm(gradient: dict[str, Tensor]) -> float:
 def clipped_sum(
     gradients: Sequence[dict[str, Tensor]], C: float, clipping: str = "flat", scale: Sequence[float] | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """(clipped sum by name, norms) by the definitions; per_layer: a layer is the module whose name the parameter's begins with."""
+    """(clipped sum by name, norms) by the definitions; per_layer: a layer is the module that owns parameters."""
     gradients = [{n: g * (1.0 if scale is None else scale[u]) for n, g in unit.items()} for u, unit in enumerate(gradients)]
     names = list(gradients[0])
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
@@ -66,8 +66,8 @@ def clipped_sum(
 
 
 def grads(model: nn.Module) -> dict[str, Tensor]:
-    """What `.grad` holds, float64, by name."""
-    return {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+    """A copy of what `.grad` holds, float64, by name."""
+    return {n: p.grad.double().clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:

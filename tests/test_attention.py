@@ -6,7 +6,7 @@ import copy
 import gc
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +49,8 @@ def layer(is_causal: bool = True) -> nn.Module:
 
 
 def run(qkv: list[Tensor], mask: Tensor | None = None, causal: bool = True, **kwargs: Any) -> Tensor:
-    out, weights = dp_flash_attention(layer(causal), *qkv, mask, **kwargs)
+    query, key, value = qkv
+    out, weights = dp_flash_attention(layer(causal), query, key, value, mask, **kwargs)
     assert weights is None
     return out.transpose(1, 2)  # (B, H, Q, E), as the oracle has it
 
@@ -135,9 +136,15 @@ def test_packed(extra: dict[str, Any], causal: bool) -> None:
     assert_same(run(qkv, causal_mask(S)[None, None] if causal else None, causal, cu_seq_lens_q=cuts, **extra), oracle, inputs)
 
 
+def test_a_query_whose_keys_are_all_in_other_segments_gives_zero(extra: dict[str, Any]) -> None:
+    qkv, mask = tensors(batch=1), causal_mask(S).tril(-1)[None, None]
+    oracle = reference.attention(*qkv, mask=mask, cu_seqlens_q=CUTS, **for_oracle(extra))
+    assert_same(run(qkv, mask, cu_seq_lens_q=torch.tensor(CUTS), **extra), oracle, trainable(qkv, extra))
+
+
 def test_packed_rows_of_a_batch(extra: dict[str, Any]) -> None:
     qkv = tensors()
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3], [5, 6, 7, 8, 9, 10, 3, 4, 5]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3], [5, 6, 7, 7, 9, 10, 3, 4, 5]])
     cuts = [[0, 3, 5, S], [0, 6, S]]
     oracle = torch.cat(
         [
@@ -146,7 +153,7 @@ def test_packed_rows_of_a_batch(extra: dict[str, Any]) -> None:
         ]
     )
     assert_same(run(qkv, position_ids=positions, **extra), oracle, trainable(qkv, extra))
-    unit = (positions.diff(prepend=positions[:, :1] - 1) <= 0).cumsum(1)
+    unit = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0] * 6 + [1] * 3])
     mask = (unit[:, :, None] == unit[:, None, :])[:, None] & causal_mask(S)
     assert_same(run(qkv, mask, **extra), oracle, trainable(qkv, extra))
 
@@ -245,6 +252,8 @@ def test_reference_refuses_dropout() -> None:
         ({"k": S + 1}, "line up"),
         ({"k": S + 1, "mask": torch.ones(B, S + 1)}, "line up"),
         ({"mask": torch.ones(B, S, S)}, "2 or 4 dimensions"),
+        ({"mask": causal_mask(S)[None, None], "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}, "see each other"),
+        ({"mask": torch.zeros(1, 1, S, S), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}, "see each other"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -447,6 +456,15 @@ def test_models_equal_eager(model_type: str, side: str) -> None:
     assert_models_agree(ours, logits_and_gradients(model, real, inputs))
 
 
+def test_a_causal_model_that_says_it_is_not_equals_eager() -> None:
+    model = build(AutoModelForCausalLM, "bigbird_pegasus", {**ENCDEC, "attention_type": "original_full"})
+    assert not any(getattr(module, "is_causal", False) for module in model.modules())  # only its mask knows
+    real, inputs = padded("none")
+    ours = logits_and_gradients(model, real, inputs)
+    model.set_attn_implementation("eager")
+    assert_models_agree(ours, logits_and_gradients(model, real, inputs))
+
+
 @pytest.mark.parametrize("side", ["none", "right"])
 @pytest.mark.parametrize("model_type", SEQ2SEQ)
 def test_encoder_decoders_equal_eager(model_type: str, side: str) -> None:
@@ -511,12 +529,12 @@ def test_models_equal_the_oracle_in_float64(model_type: str) -> None:
         assert_models_agree(ours, oracle, torch.float64 if model_type == "llama" else torch.float32)
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize(("cache", "side"), [(None, "left"), ("static", "left"), ("static", "none")])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mistral", "gemma2", "gemma3_text", "gpt_oss"])
-def test_generation_equals_eager(model_type: str, cache: str | None) -> None:
+def test_generation_equals_eager(model_type: str, cache: str | None, side: str) -> None:
     model = build(AutoModelForCausalLM, model_type, CAUSAL[model_type])
-    _, inputs = padded("left")
-    settings = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    _, inputs = padded(side)
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     settings |= {"cache_implementation": cache, "disable_compile": True, "eos_token_id": None, "pad_token_id": 0}
     ours = model.generate(**inputs, **settings)
     model.set_attn_implementation("eager")
@@ -596,9 +614,9 @@ def test_masks_are_not_kept_alive() -> None:
 
 
 def test_a_changed_mask_is_read_again() -> None:
-    qkv, mask = tensors(), causal_mask(S)[None, None].expand(B, 1, S, S).clone()
+    qkv, mask = tensors(), torch.block_diag(causal_mask(4), causal_mask(S - 4)).bool().expand(B, 1, S, S).clone()
     run(qkv, mask)
-    mask[:, :, 4:, :4] = False
+    mask[:, :, 4:, :4] = True
     assert_same(run(qkv, mask), reference.attention(*qkv, mask=mask), qkv)
 
 
@@ -611,16 +629,6 @@ def ran(model: nn.Module) -> bool:
 
 def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
-
-
-@pytest.fixture
-def registration() -> Iterator[None]:
-    """Undo what a test does to the three wrapped methods."""
-    names = ("_check_and_adjust_attn_implementation", "get_correct_attn_implementation", "set_attn_implementation")
-    before = {name: getattr(PreTrainedModel, name) for name in names}
-    yield
-    for name, method in before.items():
-        setattr(PreTrainedModel, name, method)
 
 
 @pytest.mark.parametrize("name", dp.NAMES)
@@ -663,10 +671,10 @@ def test_other_names_behave_as_before() -> None:
     assert hooks(model) == 0
 
 
-def test_a_changed_transformers_is_noticed(registration: None) -> None:
+def test_a_changed_transformers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def set_attn_implementation(self: Any, name: str) -> None: ...
 
-    PreTrainedModel.set_attn_implementation = set_attn_implementation
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", set_attn_implementation)
     with pytest.raises(UnsupportedError, match=r"PreTrainedModel\.set_attn_implementation"):
         dp.register()
 
@@ -698,7 +706,7 @@ def test_models_with_their_own_table_of_attentions_are_refused_at_once(name: str
 
 def test_a_model_that_adds_to_its_mask_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="float mask"):
-        dp._arm_check(lambda *args: "dp_flash")(SimpleNamespace(config=SimpleNamespace(model_type="deepseek_v4")), "dp_flash")  # type: ignore[arg-type]
+        dp._arm_check(lambda *args: "dp_flash")(SimpleNamespace(config=SimpleNamespace(model_type="deepseek_v4")), "dp_flash")
 
 
 def test_switching_back_before_the_first_forward_is_fine() -> None:
@@ -721,7 +729,7 @@ def test_armed_models_can_be_copied_and_pickled() -> None:
     assert hooks(model) > 0
 
 
-class Tower(PreTrainedModel):
+class Tower(PreTrainedModel):  # type: ignore[no-untyped-call]
     """A vision tower without attention."""
 
     config_class = transformers.LlamaConfig
@@ -734,7 +742,7 @@ class Tower(PreTrainedModel):
         return self.projection(pixels)
 
 
-class Composite(PreTrainedModel):
+class Composite(PreTrainedModel):  # type: ignore[no-untyped-call]
     """An attention-free tower in front of a language model."""
 
     config_class = transformers.LlamaConfig
@@ -749,7 +757,7 @@ class Composite(PreTrainedModel):
 
 
 def test_a_part_without_attention_does_not_misfire() -> None:
-    config = transformers.LlamaConfig(**GQA)
+    config = transformers.AutoConfig.for_model("llama", **GQA)
     config._attn_implementation = "dp_flash"
     model = Composite(config)
     assert Composite.__module__ == Tower.__module__
@@ -759,6 +767,13 @@ def test_a_part_without_attention_does_not_misfire() -> None:
     assert hooks(model) == 0
     with pytest.raises(UnsupportedError, match="Tower"):  # on its own it is all there is
         Tower(config)(torch.randn(2, 3))
+
+
+def test_a_wrapper_that_calls_forward_leaves_no_hook_behind() -> None:
+    model = build(AutoModelForCausalLM, "llama", GQA)
+    model.forward(IDS)  # past the outermost hook, but not past the body's
+    assert ran(model)
+    assert hooks(model) == 0
 
 
 def test_peft_models_are_checked_too() -> None:

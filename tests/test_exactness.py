@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -61,9 +62,11 @@ def test_packed_row(name: str) -> None:
     model = tiny(name)
     batch, boundaries = packed_batch()
     ends = boundaries.tolist()
-    parts = [{k: v[:, a:b] for k, v in batch.items()} for a, b in zip(ends, ends[1:], strict=False)]
+    parts = [{k: v[:, a:b] for k, v in batch.items()} for a, b in pairwise(ends)]
     inside = torch.float32 if name == "gemma3" else torch.float64  # Gemma's norms round to float32 whatever the model's dtype
-    assert_exact(model, loss_of(name, model), batch, parts, TOLERANCE[inside], units=boundaries, clippings=("flat", "per_layer"))
+    assert_exact(
+        model, loss_of(name, model), batch, parts, TOLERANCE[inside], units=boundaries, clippings=("flat", "per_layer")
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama"])
@@ -138,7 +141,7 @@ def test_parameters_without_a_rule_go_unit_by_unit_and_are_named(name: str) -> N
     loss = loss_of(name, model)
     wanted, norms = clipped_sum(unit_gradients(model, loss, each_row(batch)), 0.5)
     engine = ClippingEngine(model, max_grad_norm=0.5)
-    with pytest.warns(UserWarning, match="no rule covers how the model uses .*(experts|mixer).*exact, but slower") as caught:
+    with pytest.warns(UserWarning, match=r"no rule covers how .*(experts|mixer).*exact, but slower") as caught:  # noqa: PT031
         engine.backward(loss, batch)
         engine.backward(loss, batch)
     assert len([w for w in caught if "no rule" in str(w.message)]) == 1
@@ -147,8 +150,9 @@ def test_parameters_without_a_rule_go_unit_by_unit_and_are_named(name: str) -> N
     assert set(engine.forms().values()) == {"microbatch"}
     engine.detach()
     model.zero_grad()
-    for strategy in ("bookkeeping", "two_pass"):
-        engine = ClippingEngine(model, max_grad_norm=0.5, strategy=strategy)  # type: ignore[arg-type]
+    fast: tuple[Strategy, ...] = ("bookkeeping", "two_pass")
+    for strategy in fast:
+        engine = ClippingEngine(model, max_grad_norm=0.5, strategy=strategy)
         with pytest.raises(PrivacyError, match="no rule covers"):
             engine.backward(loss, batch)
         assert all(p.grad is None for p in model.parameters())

@@ -23,12 +23,11 @@ def weighted_rows(x: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
 def add_linear_(out: Tensor, a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> None:
     """out (p, d) += sum_u factors[u] sum_{t in u} g_t a_t^T, with a (rows, d) and g (rows, p) in unit order."""
     a, g = upcast(a), upcast(g)
-    if bool((factors == 0).any()):
-        a = weighted_rows(a, (factors != 0).to(a.dtype), sizes)  # 0 * NaN is NaN: both sides of the product must be clean
-    if a.shape[1] < g.shape[1]:
-        out.addmm_(g.mT, weighted_rows(a, factors, sizes))
-    else:
-        out.addmm_(weighted_rows(g, factors, sizes).mT, a)
+    weigh_a = a.shape[1] < g.shape[1]
+    weighted, other = weighted_rows(a if weigh_a else g, factors, sizes), g if weigh_a else a
+    if bool((factors == 0).any()):  # 0 * NaN is NaN: both sides of the product must be clean
+        other = weighted_rows(other, (factors != 0).to(other.dtype), sizes)
+    out.addmm_(other.mT, weighted) if weigh_a else out.addmm_(weighted.mT, other)
 
 
 def add_embedding_(out: Tensor, ids: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> None:

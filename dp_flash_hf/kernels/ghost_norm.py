@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Below this fraction of its bound (sum_t |a_t| |g_t|)^2 a Gram sum has cancelled so far that float32 rounding (2^-24 of the bound
-# per term) could hide a norm; such a unit is computed anew from its gradient itself, whose squares cannot cancel.
+# Below this fraction of its bound (sum_t |a_t| |g_t|)^2 a Gram sum has cancelled so far that float32 rounding (2^-24 of the
+# bound per term) could hide a norm; such a unit is computed anew from its gradient itself, whose squares cannot cancel.
 CANCELLED = 2.0**-16
 
 
@@ -26,6 +26,16 @@ def is_uniform(sizes: Sequence[int]) -> bool:
     return len(sizes) > 0 and sizes[0] > 0 and all(size == sizes[0] for size in sizes)
 
 
+def hidden_by_rounding(bound: Tensor, rows: int | Tensor) -> Tensor:
+    """Square of the norm that rounding may hide in a sum of so many rows whose norms add up to `bound`.
+
+    Added to the squared norm of a sum that has cancelled: the clipped sum rounds in another order than its norm did, and a unit
+    made to cancel would otherwise leave more than C there. rows^(1/2) eps is the usual growth of rounding (Higham and Mary
+    2019, doi 10.1137/18M1226312); the factor keeps what is left below 2 % of C.
+    """
+    return torch.as_tensor(rows, dtype=bound.dtype, device=bound.device) * (32 * torch.finfo(bound.dtype).eps * bound).square()
+
+
 class InputGram:
     """A A^T of the last inputs asked for: projections that share an input (q, k, v; gate, up) follow one another."""
 
@@ -36,7 +46,13 @@ class InputGram:
     def __call__(self, a: Tensor) -> Tensor:
         """a (units, k, d) -> (units, k, k)."""
         kept = self._inputs
-        if kept is None or self._gram is None or kept.data_ptr() != a.data_ptr() or kept.shape != a.shape or kept.dtype != a.dtype:
+        if (
+            kept is None
+            or self._gram is None
+            or kept.data_ptr() != a.data_ptr()
+            or kept.shape != a.shape
+            or kept.stride() != a.stride()
+        ):
             # Holding the inputs themselves keeps their memory from being given to another tensor of the same address.
             self._inputs, self._gram = a, torch.bmm(a, a.mT)
         assert self._gram is not None
@@ -59,10 +75,10 @@ def linear_squared_norms(a: Tensor, g: Tensor, sizes: Sequence[int], gram: Input
         return _gram_form(a.unflatten(0, (len(sizes), -1)), g.unflatten(0, (len(sizes), -1)), gram)
     out = torch.zeros(len(sizes), dtype=a.dtype, device=a.device)
     for unit, (a_u, g_u) in enumerate(zip(a.split(list(sizes)), g.split(list(sizes)), strict=True)):
-        if _gram_is_cheaper(*a_u.shape, g_u.shape[1]):
+        if _gram_is_cheaper(len(a_u), a_u.shape[1], g_u.shape[1]):
             out[unit] = _gram_form(a_u[None], g_u[None], None)[0] if len(a_u) else 0.0
         else:
-            out[unit] = (g_u.mT @ a_u).square().sum()
+            out[unit] = _direct_form(a_u, g_u, (a_u.norm(dim=1) * g_u.norm(dim=1)).sum())
     return out
 
 
@@ -73,10 +89,14 @@ def _gram_is_cheaper(k: int, d: int, p: int) -> bool:
 def _gram_form(a: Tensor, g: Tensor, gram: InputGram | None) -> Tensor:
     inputs = gram(a) if gram is not None else torch.bmm(a, a.mT)
     norms = torch.einsum("uts,uts->u", inputs, torch.bmm(g, g.mT))
-    bound = (inputs.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() * torch.linalg.vector_norm(g, dim=2)).sum(1).square()
-    for unit in (norms < CANCELLED * bound).nonzero().flatten().tolist():
-        norms[unit] = (g[unit].mT @ a[unit]).square().sum()
+    bound = (inputs.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() * torch.linalg.vector_norm(g, dim=2)).sum(1)
+    for unit in (norms < CANCELLED * bound.square()).nonzero().flatten().tolist():
+        norms[unit] = _direct_form(a[unit], g[unit], bound[unit])
     return norms
+
+
+def _direct_form(a: Tensor, g: Tensor, bound: Tensor) -> Tensor:
+    return (g.mT @ a).square().sum() + hidden_by_rounding(bound, len(a))
 
 
 def embedding_squared_norms(ids: Tensor, g: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -89,11 +109,15 @@ def embedding_squared_norms(ids: Tensor, g: Tensor, sizes: Sequence[int]) -> Ten
     table_size = int(ids.max()) + 1 if ids.numel() else 1
     keys, row = torch.unique(unit * table_size + ids, return_inverse=True)
     summed = torch.zeros(len(keys), g.shape[1], dtype=g.dtype, device=g.device).index_add_(0, row, g)
+    bound = torch.zeros(len(keys), dtype=g.dtype, device=g.device).index_add_(0, row, torch.linalg.vector_norm(g, dim=1))
+    times = torch.bincount(row, minlength=len(keys))
     out = torch.zeros(len(sizes), dtype=g.dtype, device=g.device)
-    return out.index_add_(0, keys // table_size, summed.square().sum(1))
+    return out.index_add_(0, keys // table_size, summed.square().sum(1) + hidden_by_rounding(bound, times))
 
 
-def tied_cross_terms(a: Tensor, g: Tensor, ids: Tensor, g_rows: Tensor, sizes: Sequence[int], row_sizes: Sequence[int]) -> Tensor:
+def tied_cross_terms(
+    a: Tensor, g: Tensor, ids: Tensor, g_rows: Tensor, sizes: Sequence[int], row_sizes: Sequence[int]
+) -> Tensor:
     """<G_head, G_embedding>_F of each unit, for one matrix used as output layer and as embedding table.
 
     a: (rows, d), g: (rows, V): records of the linear layer, `sizes` rows per unit. ids: LongTensor (looked up,), g_rows:
@@ -101,7 +125,9 @@ def tied_cross_terms(a: Tensor, g: Tensor, ids: Tensor, g_rows: Tensor, sizes: S
     """
     a, g, g_rows = upcast(a), upcast(g), upcast(g_rows)
     out = torch.zeros(len(sizes), dtype=a.dtype, device=a.device)
-    parts = zip(a.split(list(sizes)), g.split(list(sizes)), ids.split(list(row_sizes)), g_rows.split(list(row_sizes)), strict=True)
+    parts = zip(
+        a.split(list(sizes)), g.split(list(sizes)), ids.split(list(row_sizes)), g_rows.split(list(row_sizes)), strict=True
+    )
     for unit, (a_u, g_u, ids_u, rows_u) in enumerate(parts):
         out[unit] = (g_u.index_select(1, ids_u) * (a_u @ rows_u.mT)).sum()
     return out

@@ -35,7 +35,7 @@ def register_rule(layer: type[nn.Module] | str) -> Callable[[_R], _R]:
 
 
 def rule_for(module: nn.Module) -> type | None:
-    """The rule of a module: of its class, or of the nearest base class that has one; else `Elementwise` if that fits exactly."""
+    """The rule of a module: of its class, or of the nearest base that has one; else `Elementwise` if that fits exactly."""
     for base in type(module).__mro__:
         rule = _RULES.get(base) or _RULES.get(f"{base.__module__}.{base.__qualname__}")
         if rule is not None:
@@ -73,7 +73,29 @@ def recorder_of(module: Any) -> Recorder:
     return recorder
 
 
-from dp_flash_hf.layers import conv, embedding, linear, norm  # noqa: E402  # registers the rules
+def tracked(recorder: Recorder, *parameters: Any) -> tuple[Any, ...]:
+    """Each parameter if its gradient is to be recorded, else None: for backward, which cannot ask.
+
+    What backward gets from `ctx.saved_tensors` is equal to the parameter and need not be it: checkpointing and offloading put
+    another tensor in its place.
+    """
+    return tuple(p if recorder.tracks(p) else None for p in parameters)
+
+
+from dp_flash_hf.layers import conv, embedding, linear, lora, norm  # noqa: E402  # registers the rules
 from dp_flash_hf.layers.norm import Elementwise, fits_elementwise  # noqa: E402
 
-__all__ = ["attach", "conv", "detach", "embedding", "is_attached", "linear", "norm", "recorder_of", "register_rule", "rule_for"]
+__all__ = [
+    "attach",
+    "conv",
+    "detach",
+    "embedding",
+    "is_attached",
+    "linear",
+    "lora",
+    "norm",
+    "recorder_of",
+    "register_rule",
+    "rule_for",
+    "tracked",
+]

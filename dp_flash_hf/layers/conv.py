@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
-from dp_flash_hf.layers import recorder_of, register_rule
+from dp_flash_hf.layers import recorder_of, register_rule, tracked
 from dp_flash_hf.records import Layout, Recorder
 
 
@@ -16,31 +17,33 @@ class RecordedConv2d(torch.autograd.Function):
     """`F.conv2d` without groups, whose backward records the gradients of weight (p, c, h, w) and bias (p,)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any], recorder: Recorder, layout: Layout
     ) -> Tensor:
         """x: (rows, c, H, W)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.geometry, ctx.recorder, ctx.layout = bias, geometry, recorder, layout
+        ctx.parameters = tracked(recorder, weight, bias)
+        ctx.geometry, ctx.recorder, ctx.layout = geometry, recorder, layout
         return F.conv2d(x, weight, bias, **geometry)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """g: (rows, p, H', W')."""
         x, weight = ctx.saved_tensors
         outputs = g.flatten(2).mT  # (rows, H' W', p)
         layout = Layout(ctx.layout.units, tuple(outputs.shape[:2]), ctx.layout.dims)
-        if ctx.recorder.tracks(weight):
+        weight_parameter, bias_parameter = ctx.parameters
+        if weight_parameter is not None:
             patches = F.unfold(x, weight.shape[2:], **ctx.geometry).mT  # (rows, H' W', c h w)
-            ctx.recorder.linear(weight, patches, outputs, layout)
-        if ctx.bias is not None and ctx.recorder.tracks(ctx.bias):
-            ctx.recorder.bias(ctx.bias, outputs, layout)
+            ctx.recorder.linear(weight_parameter, patches, outputs, layout)
+        if bias_parameter is not None:
+            ctx.recorder.bias(bias_parameter, outputs, layout)
         if not ctx.needs_input_grad[0]:
             return (None,) * 6
         geometry = ctx.geometry
-        return (torch.nn.grad.conv2d_input(x.shape, weight.to(g.dtype), g, **geometry), *(None,) * 5)
+        return (conv2d_input(x.shape, weight.to(g.dtype), g, **geometry), *(None,) * 5)
 
 
 @register_rule(nn.Conv2d)

@@ -17,19 +17,17 @@ class RecordedEmbedding(torch.autograd.Function):
     """y = E[ids], whose backward records the gradient of E (V, d)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None, recorder: Recorder, layout: Layout
-    ) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None, recorder: Recorder, layout: Layout) -> Tensor:
         """ids: LongTensor (*lead,)."""
-        ctx.save_for_backward(ids, weight)
-        ctx.padding_idx, ctx.recorder, ctx.layout = padding_idx, recorder, layout
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding_idx, ctx.recorder, ctx.layout = weight, padding_idx, recorder, layout
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
         """g: (*lead, d)."""
-        ids, weight = ctx.saved_tensors
-        ctx.recorder.embedding(weight, ids, g, ctx.layout, ctx.padding_idx)
+        (ids,) = ctx.saved_tensors
+        ctx.recorder.embedding(ctx.weight, ids, g, ctx.layout, ctx.padding_idx)
         return (None,) * 5
 
 
@@ -42,8 +40,10 @@ class PrivateEmbedding(nn.Embedding):
         if not recorder.tracks(self.weight):
             return super().forward(input)
         if self.max_norm is not None:
-            raise UnsupportedError("an embedding with max_norm rewrites its rows without noise in every forward; set max_norm=None")
-        ids = recorder.per_item_rows(input)
+            raise UnsupportedError(
+                "an embedding with max_norm rewrites its rows without noise in every forward; set max_norm=None"
+            )
+        ids = recorder.per_item_rows(self, input, self.num_embeddings)
         layout = None if self.scale_grad_by_freq else recorder.layout(self, ids, feature_dims=0)
         if layout is None:  # scale_grad_by_freq counts ids over all units: exact one unit at a time only
             return super().forward(ids)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dp_flash_hf.layers import recorder_of, register_rule
+from dp_flash_hf.layers import recorder_of, register_rule, tracked
 from dp_flash_hf.records import Layout, Recorder
 
 
@@ -16,26 +16,27 @@ class RecordedLinear(torch.autograd.Function):
     """y = x W^T + b, whose backward gives the gradient of x and records those of W (p, d) and b (p,)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, recorder: Recorder, layout: Layout
     ) -> Tensor:
         """transposed: the weight is stored as (d, p)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # what autocast itself multiplies, and keeps for backward
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.transposed, ctx.recorder, ctx.layout = bias, transposed, recorder, layout
+        ctx.parameters = tracked(recorder, weight, bias)
+        ctx.transposed, ctx.recorder, ctx.layout = transposed, recorder, layout
         return F.linear(x, weight.T if transposed else weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """g: (*lead, p)."""
         x, weight = ctx.saved_tensors
-        recorder, layout = ctx.recorder, ctx.layout
-        if recorder.tracks(weight):
+        weight_parameter, bias_parameter = ctx.parameters
+        if weight_parameter is not None:
             a, b = (g, x) if ctx.transposed else (x, g)
-            recorder.linear(weight, a, b, layout)
-        if ctx.bias is not None and recorder.tracks(ctx.bias):
-            recorder.bias(ctx.bias, g, layout)
+            ctx.recorder.linear(weight_parameter, a, b, ctx.layout)
+        if bias_parameter is not None:
+            ctx.recorder.bias(bias_parameter, g, ctx.layout)
         if not ctx.needs_input_grad[0]:
             return (None,) * 6
         w = weight.to(g.dtype)
@@ -69,6 +70,4 @@ class PrivateConv1D:
 
     def forward(self: Any, x: Tensor) -> Tensor:  # noqa: D102
         out = _recorded_linear(self, x, self.weight, self.bias, transposed=True)
-        return super().forward(x) if out is None else out  # type: ignore[misc, no-any-return]
-
-
+        return super().forward(x) if out is None else out  # type: ignore[misc]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dp_flash_hf.layers import recorder_of, register_rule
+from dp_flash_hf.layers import recorder_of, register_rule, tracked
 from dp_flash_hf.records import Layout, Recorder
 from dp_flash_hf.units import Units
 
@@ -18,17 +18,15 @@ class PerItem(torch.autograd.Function):
     """A parameter expanded so that every item of the batch has its own; backward records one gradient per unit."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, shape: tuple[int, ...], recorder: Recorder, layout: Layout) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, parameter: Tensor, shape: tuple[int, ...], recorder: Recorder, layout: Layout) -> Tensor:
         """Returns the parameter as a view of this shape."""
-        ctx.save_for_backward(parameter)
-        ctx.recorder, ctx.layout = recorder, layout
+        ctx.parameter, ctx.recorder, ctx.layout = parameter, recorder, layout
         return parameter.expand(shape)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
         """g: of the expanded shape."""
-        (parameter,) = ctx.saved_tensors
-        ctx.recorder.per_unit(parameter, ctx.layout.reduce(g, parameter.shape))
+        ctx.recorder.per_unit(ctx.parameter, ctx.layout.reduce(g, ctx.parameter.shape))
         return (None,) * 4
 
 
@@ -48,7 +46,7 @@ class RecordedLayerNorm(torch.autograd.Function):
     """`F.layer_norm`, whose backward records per-unit gradients of weight and bias (d,)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, recorder: Recorder, layout: Layout
     ) -> Tensor:
         """x: (*lead, d)."""
@@ -56,18 +54,19 @@ class RecordedLayerNorm(torch.autograd.Function):
             x = x.float()  # autocast runs layer_norm in float32
         out, mean, rstd = torch.ops.aten.native_layer_norm(x, weight.shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.parameters = tracked(recorder, weight, bias)
         ctx.bias, ctx.recorder, ctx.layout = bias, recorder, layout
         return out  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """g: (*lead, d)."""
         x, mean, rstd, weight = ctx.saved_tensors
-        recorder, layout = ctx.recorder, ctx.layout
-        if recorder.tracks(weight):
-            recorder.bias(weight, g * (x - mean) * rstd, layout)  # d/dw of w * x_hat + b sums over rows as a bias does
-        if ctx.bias is not None and recorder.tracks(ctx.bias):
-            recorder.bias(ctx.bias, g, layout)
+        weight_parameter, bias_parameter = ctx.parameters
+        if weight_parameter is not None:
+            ctx.recorder.bias(weight_parameter, g * (x - mean) * rstd, ctx.layout)  # d/dw of w * x_hat + b sums as a bias does
+        if bias_parameter is not None:
+            ctx.recorder.bias(bias_parameter, g, ctx.layout)
         if not ctx.needs_input_grad[0]:
             return (None,) * 6
         backward = torch.ops.aten.native_layer_norm_backward
@@ -104,12 +103,15 @@ class PrivateRMSNorm(nn.RMSNorm):
 class Elementwise:
     """Rule for any layer of one input (*lead, d) whose parameters are vectors broadcast against it.
 
-    The layer's own forward runs, with every parameter replaced by one copy per item of the batch: RMS norms with weight w, 1 + w
-    or a gate inside, layer scales and biases need no formula of their own. `fits_elementwise` proves it on the layer itself.
+    The layer's own forward runs, with every parameter replaced by one copy per item of the batch: RMS norms with weight w or
+    1 + w, layer scales and biases need no formula of their own. `fits_elementwise` proves it on the layer itself.
     """
 
-    def forward(self: Any, x: Tensor) -> Any:  # noqa: D102
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         recorder = recorder_of(self)
+        if len(args) != 1 or kwargs:  # a gate, a residual: not the layer that was tried
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        (x,) = args
         original = dict(self._parameters)
         trainable = {name: p for name, p in original.items() if p is not None and p.requires_grad}
         layout = recorder.layout(self, x) if trainable and all(map(recorder.tracks, trainable.values())) else None
@@ -145,10 +147,12 @@ def fits_elementwise(module: nn.Module) -> bool:
         recorder = Recorder(dict.fromkeys(copied.parameters(), 0))
         attach(copied, Elementwise, recorder)
         units = Units.rows(2)
-        recorder.observe(Units.rows(1))
-        copied(x[1:])
-        recorder.compare(units)
+        recorder.observe(units)
         copied(x)
+        for unit in range(units.n):
+            recorder.compare(units, unit)
+            copied(x[unit : unit + 1])
+        recorder.settle()
         recorder.start("record", units)
         out = copied(x)
         (out * weights).sum().backward()

@@ -32,7 +32,8 @@ def test_equals_torch_with_its_gradients(causal: bool) -> None:
     bias = torch.randn(1, 3, 5, 5, dtype=torch.float64, requires_grad=True)
     hidden = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~band(5, 5), -math.inf) if causal else 0.0
     ours = attention(*tensors, causal=causal, scale=0.3, bias=bias)
-    torchs = F.scaled_dot_product_attention(*tensors, attn_mask=bias + hidden, scale=0.3)
+    query, key, value = tensors
+    torchs = F.scaled_dot_product_attention(query, key, value, attn_mask=bias + hidden, scale=0.3)
     torch.testing.assert_close(ours, torchs, rtol=0, atol=ATOL)
     seed = torch.randn_like(ours)
     grads = [torch.autograd.grad(out, [*tensors, bias], seed) for out in (ours, torchs)]

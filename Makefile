@@ -1,0 +1,26 @@
+# Each target sets up .venv by itself; nothing is installed again until pyproject.toml or constraints.txt changes.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: quickstart test
+
+quickstart: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/dp-flash train quickstart
+
+test: .venv/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+# torch comes first and by itself: it is the largest, and which build of it is found (CPU, CUDA) is up to pip's configuration.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) $(shell grep '^torch==' constraints.txt)
+	$(INSTALL) --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(INSTALL) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,358 @@
+"""`dp-flash bench`: speed and memory of private training beside non-private training and Opacus, measured in one run.
+
+A step is the forward pass, backward pass, clipping and AdamW update of one physical batch of random tokens. Methods take
+turns, in an order that rotates from round to round, so that whatever else the machine does meets all of them; figures are
+medians over the rounds, and ratios are medians of each round's ratio.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.noise import add_gaussian_noise_, fresh_generator
+
+BASELINE = "non-private"
+MAX_GRAD_NORM = 1.0
+_MEASURED_SECONDS = 0.2  # a turn has as many steps as it takes to last this long
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A Llama decoder with an untied head (Opacus' ghost clipping refuses tied ones) and the batches it is trained on.
+
+    heads are 64 wide and the feed-forward layers 4 * width. autocast: bfloat16 autocast over float32 weights.
+    """
+
+    device: str
+    autocast: bool
+    layers: int
+    width: int
+    vocabulary: int
+    batch: int
+    lengths: tuple[int, ...]
+    threads: int
+
+
+PRESETS = {
+    "cpu": Work(
+        device="cpu",
+        autocast=False,
+        layers=8,
+        width=512,
+        vocabulary=8192,
+        batch=8,
+        lengths=(128, 512),
+        threads=os.cpu_count() or 1,
+    ),
+    "cuda": Work(
+        device="cuda",
+        autocast=True,
+        layers=8,
+        width=2048,
+        vocabulary=32000,
+        batch=8,
+        lengths=(512, 2048),
+        threads=os.cpu_count() or 1,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of one method at one length; None with the reason in `note` where it did not run.
+
+    ratio and memory_ratio are over the non-private method. memory: bytes at the peak, beyond those of the imported libraries.
+    """
+
+    length: int
+    method: str
+    tokens_per_second: float | None = None
+    ratio: float | None = None
+    memory: int | None = None
+    memory_ratio: float | None = None
+    note: str = ""
+
+
+def model_of(work: Work, length: int, attention: str) -> Any:
+    """The decoder to train, the same weights at every call, in training mode on the device."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=work.vocabulary,
+        hidden_size=work.width,
+        intermediate_size=4 * work.width,
+        num_hidden_layers=work.layers,
+        num_attention_heads=max(1, work.width // 64),
+        max_position_embeddings=length,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention)  # type: ignore[no-untyped-call]
+    return model.to(work.device).train()
+
+
+def tokens_of(work: Work, length: int) -> Tensor:
+    """The physical batch: int64 (batch, length)."""
+    return torch.randint(work.vocabulary, (work.batch, length), generator=torch.Generator().manual_seed(1)).to(work.device)
+
+
+def non_private(work: Work, length: int) -> tuple[nn.Module, Step]:
+    """The model, and a step of it without privacy."""
+    model, tokens = model_of(work, length, "sdpa"), tokens_of(work, length)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with _precision(work):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+
+    return model, step
+
+
+def dp_flash(work: Work, length: int) -> tuple[nn.Module, Step]:
+    """The model, and a step of it with `ClippingEngine` and dp_flash attention."""
+    model, tokens = model_of(work, length, "dp_flash"), tokens_of(work, length)
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine = ClippingEngine(model, max_grad_norm=MAX_GRAD_NORM)
+    scale = torch.full((work.batch,), 1 / (length - 1), device=work.device)
+
+    def loss_fn(batch: dict[str, Tensor]) -> Tensor:
+        with _precision(work):
+            loss: Tensor = model(**batch, num_items_in_batch=1).loss
+        return loss
+
+    def step() -> None:
+        optimizer.zero_grad()
+        engine.backward(loss_fn, {"input_ids": tokens, "labels": tokens}, None, scale)
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.div_(work.batch)
+        optimizer.step()
+
+    return model, step
+
+
+def opacus(work: Work, length: int, mode: str) -> tuple[nn.Module, Step]:
+    """The model, and a step of it with Opacus' PrivacyEngine; `mode` is its grad_sample_mode, "hooks" or "ghost".
+
+    Noise multiplier 0, so that no method's step contains noise.
+    """
+    from opacus import PrivacyEngine
+    from torch.utils.data import DataLoader, TensorDataset
+
+    model, tokens = model_of(work, length, "sdpa"), tokens_of(work, length)
+    warnings.filterwarnings("ignore", message="Secure RNG turned off|Full backward hook is firing")  # on every use of Opacus
+    made = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.AdamW(model.parameters()),
+        criterion=nn.CrossEntropyLoss(),
+        data_loader=DataLoader(TensorDataset(tokens), batch_size=work.batch),
+        noise_multiplier=0.0,
+        max_grad_norm=MAX_GRAD_NORM,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+    )
+    private, optimizer = made[:2]
+    criterion = functools.partial(made[2], shape=(work.batch, length - 1)) if mode == "ghost" else nn.CrossEntropyLoss()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with _precision(work):
+            logits = private(input_ids=tokens).logits
+        criterion(logits[:, :-1].reshape(-1, work.vocabulary).float(), tokens[:, 1:].reshape(-1)).backward()
+        optimizer.step()
+
+    return model, step
+
+
+METHODS: dict[str, Callable[[Work, int], tuple[nn.Module, Step]]] = {
+    BASELINE: non_private,
+    "dp_flash": dp_flash,
+    "Opacus hooks": functools.partial(opacus, mode="hooks"),
+    "Opacus ghost": functools.partial(opacus, mode="ghost"),
+}
+
+
+def measure(work: Work, *, repeats: int, advance: Callable[[], None] = lambda: None) -> list[Row]:
+    """A row for every length and method, in that order; `advance` is called after each of `turns(work, repeats)` turns."""
+    torch.set_num_threads(work.threads)
+    rows = []
+    for length in work.lengths:
+        memory = {method: peak_memory(work, length, method, advance) for method in METHODS}
+        seconds, notes = _seconds(work, length, repeats, advance)
+        for method in METHODS:
+            if method in notes:
+                rows.append(Row(length=length, method=method, note=notes[method]))
+                continue
+            own, base = memory[method], memory[BASELINE]
+            rows.append(
+                Row(
+                    length=length,
+                    method=method,
+                    tokens_per_second=work.batch * length / statistics.median(seconds[method]),
+                    ratio=statistics.median(b / s for b, s in zip(seconds[BASELINE], seconds[method], strict=True)),
+                    memory=own,
+                    memory_ratio=own / base if own is not None and base else None,
+                )
+            )
+    return rows
+
+
+def turns(work: Work, repeats: int) -> int:
+    """How often `measure` calls `advance`."""
+    return len(work.lengths) * len(METHODS) * (2 + repeats)
+
+
+def _seconds(work: Work, length: int, repeats: int, advance: Step) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds per step of each method in each round, and why a peer does not run."""
+    steps: dict[str, Step] = {}
+    notes: dict[str, str] = {}
+    for name, make in METHODS.items():
+        try:
+            _, step = make(work, length)
+            step()
+            steps[name] = step
+        except ImportError:
+            notes[name] = "not installed"
+        except Exception as error:
+            if name in (BASELINE, "dp_flash"):
+                raise
+            notes[name] = f"failed: {' '.join(str(error).split())[:60]}"
+        advance()
+    counts = {name: math.ceil(_MEASURED_SECONDS / _timed(work, step, 1)) for name, step in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for _ in range(repeats):
+        for name in order:
+            seconds[name].append(_timed(work, steps[name], counts[name]))
+            advance()
+        order = order[1:] + order[:1]
+    for _ in range(repeats * len(notes)):
+        advance()
+    return seconds, notes
+
+
+def _timed(work: Work, step: Step, count: int) -> float:
+    _synchronize(work)
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    _synchronize(work)
+    return (time.perf_counter() - start) / count
+
+
+def peak_memory(work: Work, length: int, method: str, advance: Callable[[], None] = lambda: None) -> int | None:
+    """Bytes that two steps of a method need at their peak, measured in a process of their own; None if it fails there."""
+    command = [sys.executable, "-m", "dp_flash_hf.bench", json.dumps(asdict(work)), str(length), method]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    advance()
+    return int(done.stdout) if done.returncode == 0 else None
+
+
+def _print_peak_memory(work: Work, length: int, method: str) -> None:
+    torch.set_num_threads(work.threads)
+    if method not in (BASELINE, "dp_flash"):
+        import opacus as _  # its own memory is not the step's
+    before = _resident_peak()
+    _, step = METHODS[method](work, length)
+    step()
+    step()
+    print(torch.cuda.max_memory_allocated() if work.device == "cuda" else _resident_peak() - before)
+
+
+def _resident_peak() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss starts at what the parent process held
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def noise_milliseconds(work: Work, length: int) -> float:
+    """What the noise of one logical batch takes, whatever its size: one Gaussian number per parameter, added in place."""
+    gradients = [torch.zeros_like(parameter) for parameter in model_of(work, length, "sdpa").parameters()]
+    generator = fresh_generator(work.device)
+    return 1000 * statistics.median(
+        _timed(work, lambda: add_gaussian_noise_(gradients, std=1.0, generator=generator), 1) for _ in range(3)
+    )
+
+
+def print_table(work: Work, *, repeats: int) -> None:
+    """Measure, and print one table with what was measured under it."""
+    if work.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench: no CUDA device here; use --preset cpu")
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("measuring", total=turns(work, repeats))
+        rows = measure(work, repeats=repeats, advance=lambda: progress.advance(task))
+    table = Table()
+    for column in ("length", "method", "tokens/s", "ratio", "peak MiB", "ratio"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        if row.length != work.lengths[0] and row.method == BASELINE:
+            table.add_section()
+        figures = (
+            f"{row.tokens_per_second:,.0f}" if row.tokens_per_second is not None else row.note,
+            f"{row.ratio:.2f}" if row.ratio is not None else "",
+            f"{row.memory / 2**20:,.0f}" if row.memory is not None else "",
+            f"{row.memory_ratio:.2f}" if row.memory_ratio is not None else "",
+        )
+        table.add_row(str(row.length), row.method, *figures)
+    Console().print(table)
+    size = sum(parameter.numel() for parameter in model_of(work, work.lengths[0], "sdpa").parameters()) / 1e6
+    where = f"{work.threads} CPU threads" if work.device == "cpu" else torch.cuda.get_device_name()
+    noise = noise_milliseconds(work, work.lengths[0])
+    print(
+        f"Llama decoder: {work.layers} layers of width {work.width}, vocabulary {work.vocabulary}, untied head, "
+        f"{size:.1f} M parameters.\n"
+        f"Batch {work.batch}, {'bfloat16 autocast' if work.autocast else 'float32'}, {where}, torch {torch.__version__}.\n"
+        "Timed: forward, backward, clipping and AdamW step of one physical batch; medians of "
+        f"{repeats} rounds, methods taking turns.\n"
+        f"Not in it: the noise, added once per logical batch whatever its size; it takes {noise:.0f} ms.\n"
+        "Peak memory: of two steps in a process of their own, beyond the imported libraries.\n"
+        "Ratios: to non-private training."
+    )
+
+
+@contextmanager
+def _precision(work: Work) -> Iterator[None]:
+    with torch.autocast(work.device, torch.bfloat16, enabled=work.autocast):
+        yield
+
+
+def _synchronize(work: Work) -> None:
+    if work.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _work_from_json(text: str) -> Work:
+    values: dict[str, Any] = json.loads(text)
+    return replace(Work(**values), lengths=tuple(values["lengths"]))
+
+
+if __name__ == "__main__":
+    _print_peak_memory(_work_from_json(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

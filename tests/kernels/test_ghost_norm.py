@@ -1,0 +1,112 @@
+"""Squared norms from records against the gradients formed one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dp_flash_hf.kernels.ghost_norm import (
+    InputGram,
+    embedding_squared_norms,
+    hidden_by_rounding,
+    is_uniform,
+    linear_squared_norms,
+    tied_cross_terms,
+    upcast,
+)
+
+SIZES = [(4, 4, 4), (1, 1), (3,), (5, 0, 2), (0, 0), (1, 7, 40)]
+
+
+def gradients(a: Tensor, g: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    return [g_u.mT @ a_u for a_u, g_u in zip(a.double().split(sizes), g.double().split(sizes), strict=True)]
+
+
+def tables(ids: Tensor, g: Tensor, sizes: tuple[int, ...], rows: int) -> list[Tensor]:
+    out = []
+    for ids_u, g_u in zip(ids.split(sizes), g.double().split(sizes), strict=True):
+        table = torch.zeros(rows, g.shape[1], dtype=torch.float64)
+        for i, row in zip(ids_u.tolist(), g_u, strict=True):
+            table[i] += row
+        out.append(table)
+    return out
+
+
+def squares(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([t.square().sum() for t in tensors])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("d", "p"), [(3, 5), (17, 2), (1, 1)])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_linear(sizes: tuple[int, ...], d: int, p: int, dtype: torch.dtype) -> None:
+    a, g = torch.randn(sum(sizes), d).to(dtype), torch.randn(sum(sizes), p).to(dtype)
+    got = linear_squared_norms(a, g, sizes)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert got.shape == (len(sizes),)
+    # float32 sums of at most 40^2 terms; a unit's sum is kept above 2^-16 of its terms, or formed directly
+    torch.testing.assert_close(
+        got.double(), squares(gradients(a, g, sizes)), rtol=1e-10 if dtype == torch.float64 else 1e-4, atol=0.0
+    )
+
+
+def test_a_shared_input_gram_changes_nothing() -> None:
+    gram = InputGram()
+    a, b = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
+    square = torch.randn(4, 4, dtype=torch.float64)
+    calls: list[tuple[Tensor, tuple[int, ...]]] = [(a, (4, 4)), (a, (4, 4)), (b, (4, 4)), (a, (2, 2, 2, 2))]
+    calls += [(square, (4,)), (square.mT, (4,)), (square, (4,))]
+    for x, sizes in calls:
+        g = torch.randn(len(x), 3, dtype=torch.float64)
+        torch.testing.assert_close(linear_squared_norms(x, g, sizes, gram), linear_squared_norms(x, g, sizes))
+    gram.clear()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5, 1e8])
+def test_a_cancelled_sum_is_never_underestimated(scale: float) -> None:
+    """Pairs of tokens that cancel but for a remainder: the norm may come out larger by what rounding hides, never smaller."""
+    for sizes in ((6, 6), (6, 2)):
+        a, g = torch.randn(sum(sizes), 30), torch.randn(sum(sizes), 30)
+        for first in range(0, sum(sizes), 2):
+            a[first : first + 2] *= scale
+            a[first + 1], g[first + 1] = a[first] * (1 + 1e-6 * torch.randn(30)), -g[first]
+        got, wanted = linear_squared_norms(a, g, sizes).double().sqrt(), squares(gradients(a, g, sizes)).sqrt()
+        bound = torch.stack([x.sum() for x in (a.norm(dim=1) * g.norm(dim=1)).split(sizes)]).double()
+        hidden = hidden_by_rounding(bound.float(), torch.tensor(sizes)).double().sqrt()
+        assert bool((got >= 0.99 * wanted).all())
+        assert bool((got <= wanted + 2 * hidden).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_embedding(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    ids, g = torch.randint(0, 4, (sum(sizes),)), torch.randn(sum(sizes), 5).to(dtype)
+    got = embedding_squared_norms(ids, g, sizes)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(
+        got.double(), squares(tables(ids, g, sizes, 4)), rtol=1e-10 if dtype == torch.float64 else 1e-4, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_tied(sizes: tuple[int, ...]) -> None:
+    d, vocabulary = 5, 7
+    looked_up = tuple(2 * size for size in sizes)
+    a, g = torch.randn(sum(sizes), d, dtype=torch.float64), torch.randn(sum(sizes), vocabulary, dtype=torch.float64)
+    ids, rows = torch.randint(0, vocabulary, (sum(looked_up),)), torch.randn(sum(looked_up), d, dtype=torch.float64)
+    wanted = [
+        (head * table).sum()
+        for head, table in zip(gradients(a, g, sizes), tables(ids, rows, looked_up, vocabulary), strict=True)
+    ]
+    torch.testing.assert_close(tied_cross_terms(a, g, ids, rows, sizes, looked_up), torch.stack(wanted))
+
+
+def test_helpers() -> None:
+    assert [is_uniform(s) for s in ((), (0, 0), (2,), (2, 2), (2, 3))] == [False, False, True, True, False]
+    assert [upcast(torch.zeros(1, dtype=t)).dtype for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)] == [
+        torch.float32,
+        torch.float32,
+        torch.float32,
+        torch.float64,
+    ]

@@ -1,0 +1,117 @@
+"""The benchmark measures the same work for every method, and says so when one cannot run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dp_flash_hf import bench, cli
+from dp_flash_hf.bench import BASELINE, MAX_GRAD_NORM, METHODS, Work
+
+TINY = Work(device="cpu", autocast=False, layers=1, width=64, vocabulary=50, batch=3, lengths=(7,), threads=1)
+
+
+def _row_gradients(model: Any, tokens: Tensor) -> list[list[Tensor]]:
+    """Of each row: the gradient of its mean loss, one tensor per parameter."""
+    return [
+        list(torch.autograd.grad(model(input_ids=row[None], labels=row[None]).loss, list(model.parameters()))) for row in tokens
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_steps_with_the_gradient_it_claims(method: str) -> None:
+    """Rows are clipped to MAX_GRAD_NORM and averaged, except without privacy: a loop over single rows says how."""
+    if method.startswith("Opacus"):
+        pytest.importorskip("opacus")
+    rows = _row_gradients(bench.model_of(TINY, 7, "sdpa"), bench.tokens_of(TINY, 7))
+    norms = [float(torch.cat([g.flatten() for g in row]).norm()) for row in rows]
+    assert min(norms) > MAX_GRAD_NORM  # else clipping would change nothing
+    factors = [1.0 if method == BASELINE else MAX_GRAD_NORM / norm for norm in norms]
+    expected = [sum(f * g for f, g in zip(factors, of_rows, strict=True)) / TINY.batch for of_rows in zip(*rows, strict=True)]
+
+    model, step = METHODS[method](TINY, 7)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    step()
+    for (name, parameter), want, old in zip(model.named_parameters(), expected, before, strict=True):
+        assert parameter.grad is not None, name
+        # float32 sums in another order; Opacus clips to MAX_GRAD_NORM / (norm + 1e-6)
+        error = float((parameter.grad - want).norm() / want.norm())
+        assert error < 100 * torch.finfo(torch.float32).eps, name
+        assert not torch.equal(parameter, old), f"{name} was not updated"
+
+
+def test_peak_memory_is_that_of_the_work() -> None:
+    """Weights, gradients and AdamW's two moments at least; and not what this test process or the libraries hold."""
+    method = BASELINE if find_spec("opacus") is None else "Opacus ghost"
+    work = replace(TINY, width=512, vocabulary=4096)
+    parameters = sum(p.numel() for p in bench.model_of(work, 7, "sdpa").parameters())
+    held = torch.ones(300 * 2**20, dtype=torch.uint8)
+    peak = bench.peak_memory(work, 7, method)
+    assert peak is not None
+    assert 4 * 4 * parameters <= peak < held.nbytes
+
+
+def test_a_missing_or_failing_peer_leaves_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(work: Work, length: int) -> tuple[nn.Module, bench.Step]:
+        raise ImportError("No module named 'opacus'")
+
+    def failing(work: Work, length: int) -> tuple[nn.Module, bench.Step]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bench, "METHODS", {BASELINE: METHODS[BASELINE], "Opacus hooks": missing, "Opacus ghost": failing})
+    monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: advance())
+    turns: list[None] = []
+    rows = bench.measure(TINY, repeats=2, advance=lambda: turns.append(None))
+    assert [row.note for row in rows] == ["", "not installed", "failed: out of memory"]
+    assert rows[0].ratio == 1.0
+    assert rows[1].tokens_per_second is rows[1].ratio is rows[1].memory is None
+    assert len(turns) == bench.turns(TINY, 2)
+
+
+def test_our_own_failure_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(work: Work, length: int) -> tuple[nn.Module, bench.Step]:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(bench, "METHODS", {BASELINE: METHODS[BASELINE], "dp_flash": failing})
+    monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: advance())
+    with pytest.raises(RuntimeError, match="ours"):
+        bench.measure(TINY, repeats=1)
+
+
+def test_methods_take_turns_in_a_rotating_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def logged(name: str) -> Any:
+        return lambda work, length: (nn.Linear(1, 1), lambda: order.append(name))
+
+    monkeypatch.setattr(bench, "METHODS", {name: logged(name) for name in (BASELINE, "dp_flash", "peer")})
+    monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: advance())
+    monkeypatch.setattr(bench, "_timed", lambda work, step, count: (step(), 1.0)[1])
+    bench.measure(TINY, repeats=3)
+    assert order[6:] == [BASELINE, "dp_flash", "peer", "dp_flash", "peer", BASELINE, "peer", BASELINE, "dp_flash"]
+
+
+def test_the_command_prints_one_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: 3 * 2**20)
+    cli.main(
+        ["bench", "--layers", "1", "--width", "64", "--lengths", "8,12", "--batch", "2", "--repeats", "1", "--threads", "1"]
+    )
+    table, _, below = capsys.readouterr().out.rpartition("┘")
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
+    assert [row[:2] for row in cells] == [[length, method] for length in ("8", "12") for method in METHODS]
+    assert [row[3:] for row in cells if row[1] == BASELINE] == [["1.00", "3", "1.00"]] * 2
+    assert "1 layers of width 64, vocabulary 8192" in below
+    assert "added once per logical batch" in below
+
+
+def test_cuda_without_a_device_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "--preset", "cuda"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "dp-flash: bench: no CUDA device here; use --preset cpu\n"

@@ -1,0 +1,361 @@
+"""Recipes run for real, on small data, and leave a model with its privacy report."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    ByT5Tokenizer,
+    LlamaConfig,
+    TrainingArguments,
+)
+
+import dp_flash_hf
+from dp_flash_hf import PrivacyConfig, PrivacyReport, cli
+from dp_flash_hf.recipes import common
+
+FOLDER = Path(dp_flash_hf.__file__).parent / "recipes"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+SMALL = ["report_to=none", "save_strategy=no", "disable_tqdm=true", "use_cpu=true", "target_delta=1e-3"]
+
+
+class _Stopped(Exception):  # noqa: N818  # not an error
+    """Raised in place of a recipe's work."""
+
+
+def _options(name: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """What a recipe reads before it does anything."""
+    module = importlib.import_module(f"dp_flash_hf.recipes.{name}")
+    found: list[tuple[Any, ...]] = []
+
+    def reading(*args: Any) -> None:
+        found.append(common.read_options(*args))
+        raise _Stopped
+
+    monkeypatch.setattr(module, "read_options", reading)
+    with pytest.raises(_Stopped):
+        module.main(overrides)
+    return found[0]
+
+
+def test_every_script_has_its_yaml() -> None:
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common"}
+    assert scripts == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_first_comment_is_a_command_and_an_override_that_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    found = re.match(rf"# dp-flash train {name} .*: dp-flash train {name} (.+)\)$", first)
+    assert found, first
+    plain = _options(name, [], monkeypatch)
+    changed = _options(name, shlex.split(found[1]), monkeypatch)
+    keys = [part.partition("=")[0] for part in shlex.split(found[1])]
+    kinds = dict(zip(plain, changed, strict=True))
+    for key in keys:
+        assert any(getattr(new, key, None) != getattr(old, key, None) for old, new in kinds.items()), key
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_yaml_is_flat_and_private(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, privacy, args = _options(name, [], monkeypatch)
+    assert privacy.target_epsilon == 8
+    assert privacy.seed is None
+    assert options.attn_implementation == "dp_flash"
+    assert args.output_dir == f"runs/{name}"
+
+
+# Options.
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    (tmp_path / "mine.yaml").write_text(
+        "target_epsilon: 8\ntarget_delta: 1e-5\nlearning_rate: 1e-3\nsave_strategy: no\nseed: 3\n"
+    )
+    return str(tmp_path / "mine.py")
+
+
+def test_values_are_typed_in_the_file_and_in_overrides(script: str) -> None:
+    overrides = ["bf16=false", "warmup_steps=7", 'lr_scheduler_kwargs={"num_cycles": 2}', "report_to=[]", "target_epsilon=3"]
+    privacy, args = common.read_options(script, overrides, PrivacyConfig, TrainingArguments)
+    assert privacy == PrivacyConfig(target_epsilon=3.0, target_delta=1e-5)
+    assert args.learning_rate == 1e-3
+    assert args.save_strategy == "no"
+    assert args.warmup_steps == 7
+    assert args.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+def test_shared_keys_have_one_owner(script: str) -> None:
+    """max_grad_norm clips units; seed never fixes the noise."""
+    privacy, args = common.read_options(script, ["max_grad_norm=0.25"], PrivacyConfig, TrainingArguments)
+    assert privacy.max_grad_norm == 0.25
+    assert args.max_grad_norm == TrainingArguments(output_dir="").max_grad_norm
+    assert (privacy.seed, args.seed) == (None, 3)
+
+
+def test_null_means_the_default(script: str) -> None:
+    overrides = ["target_epsilon=null", "noise_multiplier=2", "learning_rate=null"]
+    privacy, args = common.read_options(script, overrides, PrivacyConfig, TrainingArguments)
+    assert (privacy.target_epsilon, privacy.noise_multiplier) == (None, 2.0)
+    assert args.learning_rate == TrainingArguments(output_dir="").learning_rate
+
+
+def test_lists_reach_list_options(script: str) -> None:
+    @dataclasses.dataclass
+    class Lists:
+        names: list[str] = dataclasses.field(default_factory=list)
+
+    Lists.__annotations__["names"] = list[str]  # a local class's annotations are strings that nobody can resolve
+    lists, _ = common.read_options(script, ["names=[a, b]", "learning_rate=null"], Lists, _Everything)
+    assert lists.names == ["a", "b"]
+
+
+@dataclasses.dataclass
+class _Everything(TrainingArguments):
+    target_epsilon: float = 1.0
+    target_delta: float = 1.0
+
+
+def test_a_file_that_is_not_keys_and_values_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("just words\n")
+    with pytest.raises(ValueError, match="key: value"):
+        common.read_options(str(tmp_path / "mine.py"), [], PrivacyConfig)
+    (tmp_path / "mine.yaml").write_text("a: [\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml"):
+        common.read_options(str(tmp_path / "mine.py"), [], PrivacyConfig)
+
+
+# Data.
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "folder", "folder of csv"])
+def test_rows_load_from_files_and_folders(form: str, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": ["a", "b,\nc"], "label": ["x", "y"]})
+    source = tmp_path / f"rows.{form}" if "folder" not in form else tmp_path / "rows"
+    if form == "csv":
+        rows.to_csv(source)
+    elif form == "jsonl":
+        rows.to_json(source)
+    elif form == "parquet":
+        rows.to_parquet(source)
+    elif form == "folder":
+        rows.save_to_disk(source)
+    else:
+        source.mkdir()
+        rows.to_csv(source / "train.csv")
+    assert common.load_rows(str(source), "train").to_dict() == rows.to_dict()
+
+
+def test_prompts_are_read_but_not_learnt() -> None:
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    rows = Dataset.from_dict({"ask": ["ab", "x" * 50], "answer": ["c", "d"]})
+    first, second = common.tokenize_texts(rows, tokenizer, 12, text="answer", prompt="ask")
+    assert tokenizer.decode(first["input_ids"]) == "ab\n</s>c</s>"
+    assert [label for label in first["labels"] if label != -100] == first["input_ids"][-2:]
+    assert len(second["input_ids"]) == len(second["labels"]) == 12
+    (plain, _) = common.tokenize_texts(rows, tokenizer, 12, text="answer", prompt=None)
+    assert plain["labels"] == plain["input_ids"]
+
+
+def test_a_refused_setup_leaves_no_folder_but_keeps_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for folder in (tmp_path / "old", tmp_path / "old" / "new" / "run"):
+        with pytest.raises(ValueError, match="refused"), common.leaving_nothing_behind(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            raise ValueError("refused")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("decoder"))
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, bos_token_id=None
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("classifier"))
+    config = BertConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_dropout_prob=0.0,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """128 rows whose label can be read off the first letter."""
+    path = tmp_path_factory.mktemp("data") / "rows.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "category"])
+        writer.writerows([("aaaa" if i % 2 else "bbbb") + str(i), "yes" if i % 2 else "no"] for i in range(128))
+    return path
+
+
+def _report(folder: Path) -> PrivacyReport:
+    return PrivacyReport.from_json((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def _classify(rows: Path, model: str, output: Path, *overrides: str) -> None:
+    data = [f"dataset={rows}", f"eval_dataset={rows}", "label_column=category", "max_length=8"]
+    batch = ["per_device_train_batch_size=16", "gradient_accumulation_steps=2"]
+    cli.main(["train", "classification", f"model={model}", f"output_dir={output}", *data, *batch, *SMALL, *overrides])
+
+
+def test_classification_is_private_and_says_what_it_guarantees(
+    rows: Path, classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _classify(rows, classifier, tmp_path / "run", "max_steps=2")
+    printed = capsys.readouterr().out
+    report = _report(tmp_path / "run")
+    assert report.private
+    assert (report.n_units, report.expected_batch_size, report.steps) == (128, 32, 2)
+    assert report.epsilon <= 8
+    assert report.to_text() in printed
+    assert report.to_model_card() in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    saved = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert saved["label2id"] == {"no": 0, "yes": 1}
+    assert "accuracy on 128 held-out rows" in printed
+
+
+def test_classification_without_privacy_learns_and_says_so(
+    rows: Path, classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _classify(rows, classifier, tmp_path / "run", "max_steps=30", "learning_rate=1e-2", "private=false")
+    printed = capsys.readouterr().out
+    assert "NOT private" in printed
+    assert "accuracy on 128 held-out rows: 1.0000" in printed
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_classification_with_an_adapter_trains_the_adapter_alone(rows: Path, classifier: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    _classify(rows, classifier, tmp_path / "run", "max_steps=1", "lora_rank=2")
+    assert _report(tmp_path / "run").steps == 1
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n")  # what peft says about the adapter stays
+    assert card.count("## Differential privacy") == 1
+
+
+def test_an_unknown_label_is_refused_before_training(
+    rows: Path, classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text("text,category\nc,maybe\n")
+    with pytest.raises(SystemExit):
+        _classify(rows, classifier, tmp_path / "run", f"eval_dataset={other}")
+    assert "'maybe'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("refused", ["target_delta=0.1", "fp16=true", "gradient_accumulation_steps=64"])
+def test_a_budget_that_cannot_be_met_leaves_nothing(
+    refused: str, rows: Path, classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        _classify(rows, classifier, tmp_path / "new" / "run", "max_steps=2", refused)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("dp-flash: ")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["full_finetune", "lora_finetune"])
+def test_language_models_train_on_a_csv(
+    name: str, rows: Path, decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "lora_finetune":
+        pytest.importorskip("peft")
+    data = [f"dataset={rows}", f"eval_dataset={rows}", "prompt_column=category", "text_column=text", "max_length=16"]
+    batch = ["per_device_train_batch_size=16", "gradient_accumulation_steps=2", "max_steps=2", "warmup_steps=0"]
+    cli.main(["train", name, f"model={decoder}", f"output_dir={tmp_path / 'run'}", *data, *batch, *SMALL])
+    report = _report(tmp_path / "run")
+    assert (report.n_units, report.steps) == (128, 2)
+    weights = "adapter_model.safetensors" if name == "lora_finetune" else "model.safetensors"
+    assert (tmp_path / "run" / weights).is_file()
+    assert re.search(r"loss per token on 128 held-out rows: \d", capsys.readouterr().out)
+
+
+QUICK = ["hidden_size=16", "num_layers=1", "num_heads=2", "max_length=16", "logging_steps=1", "per_device_eval_batch_size=256"]
+
+
+def test_quickstart_runs_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dp_flash_hf.recipes.quickstart", "max_steps=2", f"output_dir={tmp_path}", *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    report = _report(tmp_path)
+    assert report.private
+    assert report.steps == 2
+    assert report.epsilon <= 8
+    assert report.to_text() in done.stdout
+    assert "sample: 'Return the " in done.stdout
+
+
+def test_a_copied_recipe_runs_with_its_own_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli.main(["recipes", "cp", "quickstart", "."])
+    path = tmp_path / "quickstart.yaml"
+    path.write_text(re.sub(r"target_epsilon: \d+", "target_epsilon: 5", path.read_text(encoding="utf-8")), encoding="utf-8")
+    source = (tmp_path / "quickstart.py").read_text(encoding="utf-8")
+    (tmp_path / "quickstart.py").write_text(source.replace("def read_docstrings() -> list[str]:\n", _FEW), encoding="utf-8")
+    cli.main(["train", "quickstart.py", "max_steps=1", "gradient_accumulation_steps=1", *QUICK])
+    report = _report(tmp_path / "runs" / "quickstart")
+    assert report.target_epsilon == 5
+    assert report.n_units == 300  # of 320, one in 16 held out: the copy's own lines ran
+    assert "on 20 held-out docstrings" in capsys.readouterr().out
+
+
+_FEW = """def read_docstrings() -> list[str]:
+    return [f"Return the {number}." for number in range(320)]
+
+
+def all_docstrings() -> list[str]:
+"""
+
+
+@pytest.mark.slow
+def test_the_whole_quickstart_learns(tmp_path: Path) -> None:
+    """From uniform over bytes (ln 259 = 5.56) to knowing the common letters and words."""
+    command = [sys.executable, "-m", "dp_flash_hf.recipes.quickstart", f"output_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = re.search(r"held-out docstrings: ([\d.]+) before training, ([\d.]+) after", done.stdout)
+    assert losses
+    assert float(losses[1]) > 5
+    assert float(losses[2]) < 3
+    report = _report(tmp_path)
+    assert report.steps == report.planned_steps
+    assert report.epsilon <= 8
