@@ -43,9 +43,7 @@ NAMES = ("dp_flash", "dp_attention")
 # Keyword arguments of transformers that change what attention computes, and that nothing below implements.
 _UNHANDLED = ("block_indices", "sinks", "cache", "block_table", "head_mask")
 
-
 Sight = Literal["all", "causal", "mask", "nothing"]
-
 
 # Model types that extend their mask by additive terms, which a bool mask silently turns around.
 _ADDS_TO_ITS_MASK = ("deepseek_v4",)
@@ -106,7 +104,7 @@ def dp_flash_attention(
         indices: (B, Q, N) keys picked by a sparse-attention indexer; a query sees only these, and only if the mask agrees.
         cu_seq_lens_q: (n + 1,) boundaries of the segments packed into the one row of the batch, 0 first and Q last.
         cu_seq_lens_k: the same for keys; None means `cu_seq_lens_q`.
-        max_length_q, max_length_k: longest segments; only saves reading them from the device.
+        max_length_q, max_length_k: longest segments; models pass them, the boundaries already say so.
         position_ids: (B or 1, Q); without `cu_seq_lens_q`, a position below the one before starts a segment, and so does one
             that repeats without being above the first of its row.
         output_attentions: only False.

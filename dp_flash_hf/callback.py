@@ -90,6 +90,7 @@ class DPCallback(TrainerCallback, ExportableState):
             f"{plan.sampler.sampling_rate:.4g}, {steps} steps, epsilon {plan.epsilon():.4g} at delta {plan.target_delta:g}"
         )
         self._original_train, self._original_log = trainer.train, trainer.log
+        self._original_num_items = trainer._get_num_items_in_batch
         overrides: dict[str, Callable[..., Any]] = {
             "train": self._train,
             "log": self._log,
@@ -97,7 +98,7 @@ class DPCallback(TrainerCallback, ExportableState):
             "training_step": self._training_step,
             "_clip_grad_norm": lambda *args, **kwargs: None,  # would rescale by a norm taken before noise
             "_get_grad_norm": lambda *args, **kwargs: None,  # would log that norm
-            "_get_num_items_in_batch": lambda *args, **kwargs: None,  # would divide every unit's loss by what others hold
+            "_get_num_items_in_batch": self._num_items,
             "floating_point_ops": lambda *args, **kwargs: 0,  # would log how many tokens were drawn
         }
         for name, override in overrides.items():
@@ -250,6 +251,10 @@ class DPCallback(TrainerCallback, ExportableState):
         # For display only: the mean over this batch's labels. Nothing of it reaches the gradients.
         mean: Tensor = total / max(labels, 1.0) / trainer.args.gradient_accumulation_steps
         return mean
+
+    def _num_items(self, batches: list[dict[str, Any]], device: torch.device) -> Any:
+        # In training, it would divide every unit's loss by what others hold; evaluation is the trainer's own.
+        return None if batches and UNITS in batches[0] else self._original_num_items(batches, device)
 
     def _log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         for name in ("loss", "train_loss"):
@@ -542,10 +547,10 @@ def _refuse_settings(trainer: Trainer) -> None:
         "torch_compile: not yet supported; set it to False": (
             args.torch_compile
             or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-            or isinstance(trainer.model, torch._dynamo.OptimizedModule)
+            or hasattr(trainer.model, "_orig_mod")
         ),
         "dataloader_drop_last: Poisson batches have no remainder to drop; set it to False": args.dataloader_drop_last,
-        f"train_sampling_strategy={args.train_sampling_strategy!r}: not the sampling that is accounted; use 'random' or 'group_by_length'": (
+        f"train_sampling_strategy={args.train_sampling_strategy!r} is not accounted; use 'random' or 'group_by_length'": (
             getattr(args, "train_sampling_strategy", "random") not in ("random", "group_by_length")
         ),
         "neftune_noise_alpha: its noise depends on the longest text of the batch; unset it": args.neftune_noise_alpha

@@ -39,7 +39,7 @@ class Model:
     hidden_size: int = field(default=128, metadata={"help": "width of the decoder"})
     num_layers: int = field(default=2, metadata={"help": "decoder layers"})
     num_heads: int = field(default=4, metadata={"help": "attention heads"})
-    max_length: int = field(default=128, metadata={"help": "bytes read of each docstring"})
+    max_length: int = field(default=64, metadata={"help": "bytes read of each docstring"})
     attn_implementation: str = field(default="dp_flash", metadata={"help": "attention in which no unit can see another"})
     prompt: str = field(default="Return the ", metadata={"help": "how the sample begins"})
 

@@ -135,7 +135,7 @@ def sums_of(
     return seen.sums
 
 
-DRAWS = ([0, 3, 4, 9, 11, 17, 20], [], [5])
+DRAWS: tuple[list[int], ...] = ([0, 3, 4, 9, 11, 17, 20], [], [5])
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,7 @@ DRAWS = ([0, 3, 4, 9, 11, 17, 20], [], [5])
         {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
         {"seed": 7, "data_seed": 3, "full_determinism": False},
         {"torch_empty_cache_steps": 1},
+        {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"accelerator_config": {"split_batches": True, "dispatch_batches": True}},
         {"optim": "adamw_torch_fused"},
         {"max_grad_norm": 0.0},
@@ -188,7 +189,7 @@ def test_flattened_batches_equal_padded_ones(attention: str, tmp_path: Path, mon
     model.set_attn_implementation(attention)
     padded = sums_of(model, tmp_path, monkeypatch, *DRAWS)
     for options in ({}, {"return_flash_attn_kwargs": True}):
-        collator = hf.DataCollatorWithFlattening(**options)
+        collator: Any = hf.DataCollatorWithFlattening(**options)  # type: ignore[no-untyped-call]
         flat = sums_of(
             model,
             tmp_path,
@@ -218,6 +219,30 @@ def test_hf_datasets_keep_their_column_removal(tmp_path: Path) -> None:
     assert columns <= {"input_ids", "labels", "label"}
     assert dp.report().n_units == 9
     assert dp.report().unit == "all rows with the same 'user'"
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+def test_grouping_by_length_orders_each_draw_and_no_more(
+    lengths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [{**example, "length": len(example["input_ids"])} if lengths else example for example in texts()]
+    trainer = trainer_for(
+        "gpt2",
+        tmp_path,
+        datasets.Dataset.from_list(data),
+        train_sampling_strategy="group_by_length",
+        gradient_accumulation_steps=2,
+    )
+    attached(trainer, seed=0)
+    seen = watch(monkeypatch)
+    parts = [[row for row, _ in part] for part in trainer.get_train_dataloader().batch_sampler]
+    steps = [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)]
+    assert [sorted(step) for step in steps] == seen.drawn
+    for step in steps:
+        sizes = [len(data[row]["input_ids"]) for row in step]
+        assert sizes == sorted(sizes)
+    assert steps != seen.drawn
+    trainer.train()
 
 
 def test_model_init_makes_the_model_anew(tmp_path: Path) -> None:
@@ -339,24 +364,37 @@ def test_a_user_contributes_at_most_max_examples_per_unit(tmp_path: Path) -> Non
 RUN = """
 import os, signal, sys
 from pathlib import Path
-import torch, transformers
-torch.set_num_threads(1)
-from tests.trainers import *
+import torch
+from transformers import TrainerCallback
+from tests.test_callback import budgeted
 
-class Kill(transformers.TrainerCallback):
+class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
+torch.set_num_threads(1)
 path, resume = Path(sys.argv[1]), sys.argv[2] == "resume"
-trainer = trainer_for("gpt2", path, max_steps=8, learning_rate=1e-2, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2,
-                      per_device_train_batch_size=2)
-dp = DPCallback(PrivacyConfig(target_epsilon=4.0, target_delta=1e-3)).attach(trainer)
+trainer, dp = budgeted(path)
 if not resume:
     trainer.add_callback(Kill())
 trainer.train(resume_from_checkpoint=resume or None)
 (path / "report.json").write_text(dp.report().to_json())
 """
+
+
+def budgeted(path: Path) -> tuple[Any, DPCallback]:
+    trainer = trainer_for(
+        "gpt2",
+        path,
+        max_steps=8,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=2,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+    )
+    return trainer, attached(trainer, target_epsilon=4.0, noise_multiplier=None)
 
 
 def process(path: Path, what: str) -> int:
@@ -366,21 +404,13 @@ def process(path: Path, what: str) -> int:
     ).returncode
 
 
-def test_a_killed_run_resumes_in_another_process_and_ends_with_the_epsilon_of_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_elsewhere_and_ends_with_the_epsilon_of_an_uninterrupted_one(tmp_path: Path) -> None:
     assert process(tmp_path, "start") == -signal.SIGKILL
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert not (tmp_path / "report.json").exists()
     assert process(tmp_path, "resume") == 0
     resumed = json.loads((tmp_path / "report.json").read_text())
-    trainer = trainer_for(
-        "gpt2",
-        tmp_path / "other",
-        max_steps=8,
-        learning_rate=1e-2,
-        gradient_accumulation_steps=2,
-        per_device_train_batch_size=2,
-    )
-    dp = DPCallback(PrivacyConfig(target_epsilon=4.0, target_delta=1e-3)).attach(trainer)
+    trainer, dp = budgeted(tmp_path / "uninterrupted")
     trainer.train()
     assert resumed == dp.report().to_dict()
     assert resumed["steps"] == 8

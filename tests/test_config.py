@@ -17,7 +17,7 @@ GOOD: dict[str, Any] = {"target_delta": 1e-5, "target_epsilon": 8.0}
 def test_fields_are_frozen_and_by_keyword_only() -> None:
     config = PrivacyConfig(**GOOD)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.max_grad_norm = 2.0  # type: ignore[call-arg]
+        config.max_grad_norm = 2.0  # type: ignore[misc]
     with pytest.raises(TypeError):
         PrivacyConfig(1e-5, 8.0)  # type: ignore[call-arg]
     assert len({config, PrivacyConfig(**GOOD)}) == 1  # equal by value, and usable as a key

@@ -74,8 +74,8 @@ def trainer_for(
     collator: Callable[[Any], Any] | None = None,
     evaluation: Any = None,
     **settings: Any,
-) -> hf.Trainer:
-    """A stock trainer: `model` is a name of tests.models (built in float64, without dropout) or a model.
+) -> Any:
+    """A stock trainer of class `cls`: `model` is a name of tests.models (built in float64, without dropout) or a model.
 
     SGD with learning rate 0 unless said otherwise, so that every step sees the same weights.
     """
@@ -146,7 +146,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 def draws(monkeypatch: pytest.MonkeyPatch, *steps: Sequence[int]) -> None:
-    """Let the sampler draw these units, one list for every step, and nobody afterwards (workers of a loader fetch in advance)."""
+    """Let the sampler draw these units, one list for every step, and nobody afterwards: workers fetch in advance."""
     upcoming = iter(steps)
     monkeypatch.setattr(PoissonSampler, "draw", lambda self, generator: torch.tensor(next(upcoming, []), dtype=torch.long))
 
