@@ -257,13 +257,15 @@ def test_tables_looked_up_once_for_all_rows(how: str, rows: int, length: int) ->
     assert outcome(Positions(lookup), {"ids": torch.randint(0, 12, (rows, length))}) == expected
 
 
-class TokensTransposed(nn.Module):
-    def __init__(self) -> None:
+class TokensMoved(nn.Module):
+    """Transposes, or turns upside down, the rows of tokens."""
+
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.table, self.out = nn.Embedding(12, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.table, self.out, self.move = nn.Embedding(12, WIDTH), nn.Linear(WIDTH, WIDTH), move
 
     def forward(self, ids: Tensor) -> Tensor:
-        out: Tensor = self.out(self.table(ids.T))
+        out: Tensor = self.out(self.table(self.move(ids)))
         return out
 
 
@@ -272,7 +274,8 @@ def test_token_units_of_several_rows() -> None:
     batch = {"ids": torch.randint(0, 12, (4, 4))}
     parts: list[Batch] = [{"ids": batch["ids"][units == unit][None]} for unit in range(7)]
     assert outcome(Positions(lambda h, table: h), batch, units=units, parts=parts) == "fast"
-    assert outcome(TokensTransposed(), batch, units=units, parts=parts) == "unit by unit"
+    for move in (torch.t, torch.flipud):
+        assert outcome(TokensMoved(move), batch, units=units, parts=parts) == "unit by unit"
 
 
 class TwoLayouts(Body):

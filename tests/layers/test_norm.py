@@ -93,6 +93,13 @@ class AcrossRows(Vector):
         return (x - x.mean(0, keepdim=True)) * self.weight
 
 
+class AddsTheOtherRows(Vector):
+    """Right gradients of its vector, and an output that depends on the other rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + x.mean(0, keepdim=True)
+
+
 class AlongTheRows(Vector):
     """Its vector runs over tokens, which are as many as features."""
 
@@ -177,7 +184,7 @@ def test_what_only_looks_elementwise(name: str) -> None:
         assert how(randomised(ONLY_LOOKS_SO[name]()), torch.randn(shape, dtype=torch.float64)) == "unit by unit"
 
 
-@pytest.mark.parametrize("layer", [AcrossRows, ConstantWeight, Noisy])
+@pytest.mark.parametrize("layer", [AcrossRows, AddsTheOtherRows, ConstantWeight, Noisy])
 def test_layers_no_rule_may_serve(layer: type[nn.Module]) -> None:
     assert not fits_elementwise(layer())
 
