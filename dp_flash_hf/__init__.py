@@ -1,4 +1,7 @@
-"""Exact differentially private fine-tuning for Hugging Face Transformers; importing registers attn_implementation="dp_flash"."""
+"""Exact differentially private fine-tuning for Hugging Face Transformers.
+
+Importing registers `attn_implementation="dp_flash"`.
+"""
 
 from dp_flash_hf import attention, patching
 from dp_flash_hf.accountant import PrivacyPlan

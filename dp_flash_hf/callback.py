@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import os
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils.dataclasses import DistributedType, DynamoBackend
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.utils import logging
 
 from dp_flash_hf.accountant import PrivacyPlan
+from dp_flash_hf.batches import UNITS, PoissonBatches, UnitCollator, WithUnits, physical_batches, steps_per_epoch, units_of
 from dp_flash_hf.config import PrivacyConfig
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.losses import UnitLoss, learn_loss
 from dp_flash_hf.mechanism import DPSGD
-from dp_flash_hf.noise import fresh_generator
+from dp_flash_hf.preflight import check_collator, check_training_mode
 from dp_flash_hf.report import PrivacyReport
-from dp_flash_hf.sampling import PoissonSampler, choose_rows, group_rows
-from dp_flash_hf.units import Units, leading_shape, select_items, select_unit, subset
+from dp_flash_hf.sampling import group_rows
+from dp_flash_hf.units import Units, select_unit
 
 logger = logging.get_logger(__name__)
 
-UNITS = "dp_units"  # key under which the collator passes on the unit of every example
 PREFLIGHT_UNITS = 4
 
 
@@ -82,7 +79,7 @@ class DPCallback(TrainerCallback, ExportableState):
         n_units = len(dataset) if rows is None else len(rows)
         args = trainer.args
         expected = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * _steps_per_epoch(n_units, expected))
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch(n_units, expected))
         plan = PrivacyPlan.from_config(self.config, n_units=n_units, expected_batch_size=expected, steps=steps)
         self._mechanism, self._dataset, self._rows, self._trainer = DPSGD(self.config, plan), dataset, rows, trainer
         logger.info(
@@ -209,7 +206,7 @@ class DPCallback(TrainerCallback, ExportableState):
             )
         workers = args.dataloader_num_workers
         return DataLoader(
-            _WithUnits(dataset),
+            WithUnits(dataset),
             batch_sampler=PoissonBatches(
                 self.mechanism.plan.sampler,
                 splits=args.gradient_accumulation_steps,
@@ -219,7 +216,7 @@ class DPCallback(TrainerCallback, ExportableState):
                 seed=self.config.seed,
                 first_step=self.mechanism.steps,
             ),
-            collate_fn=_UnitCollator(collator),
+            collate_fn=UnitCollator(collator),
             num_workers=workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
@@ -244,7 +241,7 @@ class DPCallback(TrainerCallback, ExportableState):
         total, labels = torch.zeros((), device=trainer.args.device), 0.0
         if len(inputs[UNITS]):
             batch, units = self._prepared(inputs)
-            for part, part_units in _physical_batches(batch, units, trainer.args.per_device_train_batch_size):
+            for part, part_units in physical_batches(batch, units, trainer.args.per_device_train_batch_size):
                 scale = self._unit_loss.scale(part, part_units) if self.config.unit_loss == "mean" else None
                 total += self.engine.backward(self._unit_loss, part, part_units, scale)
                 labels += self._unit_loss.count(part)
@@ -271,7 +268,7 @@ class DPCallback(TrainerCallback, ExportableState):
         batch = dict(inputs)
         of_example = batch.pop(UNITS)
         batch = dict(self._trainer._prepare_inputs(batch))
-        return batch, _units_of(batch, of_example)
+        return batch, units_of(batch, of_example)
 
     def _preflight(self, loader: DataLoader[Any]) -> None:
         """Learn how the loss divides, and prove isolation and exactness on the user's own model and data, before any step."""
@@ -286,7 +283,7 @@ class DPCallback(TrainerCallback, ExportableState):
         assert self.engine is not None
         dataset: Any = loader.dataset
         batch, units = self._prepared(loader.collate_fn(dataset.__getitems__(keys)))
-        _check_collator(dataset, loader.collate_fn, keys)
+        check_collator(dataset, loader.collate_fn, keys)
         parameters = inspect.signature(trainer.compute_loss).parameters
         accepts_count = "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -309,199 +306,13 @@ class DPCallback(TrainerCallback, ExportableState):
         scale = self._unit_loss.scale(batch, units)
         self.engine.check(self._unit_loss, batch, units, scale, tolerance=0.05 if low else 1e-3)
         if units.kind == "rows":  # with equal shapes there is little rounding to allow for
-            _check_training_mode(self.engine, self._unit_loss, batch, units, scale, tolerance=1e-3 if low else 1e-5)
+            check_training_mode(self.engine, self._unit_loss, batch, units, scale, tolerance=1e-3 if low else 1e-5)
         attention = getattr(trainer.model.config, "_attn_implementation", None) if hasattr(trainer.model, "config") else None
         forms = sorted(set(self.engine.forms().values()))
         logger.info(
             f"preflight passed on {units.n} units: the loss is a {self._unit_loss.divides} over {self._unit_loss.counted}, "
             f"attention is {attention}, gradients are exact by {', '.join(forms)}"
         )
-
-
-def _check_collator(dataset: Any, collate: Callable[[Any], Any], keys: list[tuple[int, int]]) -> None:
-    """Raise PrivacyError where the collator lets the last example of a batch change other rows, as mixup and packing do.
-
-    It is exchanged for the longest other one, so that padding stays, and random numbers are repeated.
-    """
-    if len(keys) < 2:
-        return
-    examples = dataset.__getitems__(keys)
-    *others, (_, unit) = examples
-    batches = []
-    for last in (*(example for example, _ in others), examples[-1][0]):
-        with torch.random.fork_rng([]):
-            state, numpy_state = random.getstate(), np.random.get_state()
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            batches.append(collate([*copy.deepcopy(others), (copy.deepcopy(last), unit)]))
-            random.setstate(state)
-            np.random.set_state(numpy_state)
-    *exchanged, whole = batches
-    for name, value in whole.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(keys):
-            continue
-        for other in exchanged:
-            if other[name].shape == value.shape and not torch.equal(other[name][:-1], value[:-1]):
-                raise PrivacyError(
-                    f"the collator mixes examples: {name!r} of the others changes with the last one, so a unit would reach "
-                    "more than its own rows; mix and sort nothing in the collator"
-                )
-
-
-def _check_training_mode(
-    engine: ClippingEngine, loss: UnitLoss, batch: dict[str, Any], units: Units, scale: Tensor, *, tolerance: float
-) -> None:
-    """Raise PrivacyError where, in training mode, units see each other or the data change a buffer: batch statistics do both.
-
-    The first unit must keep its norm when all other rows become copies of its own, with the random numbers of dropout repeated.
-    """
-    own = units.items(0)
-    items = torch.arange(units.n_items)
-    others = units.of_item != 0
-    items[others] = own[torch.arange(int(others.sum())) % len(own)]
-    buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
-    modes = [(module, module.training) for module in engine.model.modules()]
-    norms = []
-    try:
-        engine.model.train()
-        for chosen in (batch, select_items(batch, units, items)):
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                engine.backward(loss, chosen, units, scale)
-            norms.append(float(engine.norms[0]))
-            engine.model.zero_grad()
-        changed = [name for name, buffer in engine.model.named_buffers() if not torch.equal(buffer, buffers[name])]
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for name, buffer in engine.model.named_buffers():
-            buffer.copy_(buffers[name])
-    if changed:
-        raise PrivacyError(
-            f"training changes the buffers {changed[:8]}, without noise; freeze these statistics or replace their layers"
-        )
-    if not abs(norms[0] - norms[1]) <= tolerance * max(norms[0], 1e-12):
-        raise PrivacyError(
-            f"in training mode a unit's gradient norm changes from {norms[0]:.6g} to {norms[1]:.6g} with the other units of "
-            "its batch; look for batch statistics"
-        )
-
-
-class PoissonBatches(Sampler[list[tuple[int, int]]]):
-    """Batch sampler of (row, unit) keys: every step is one draw, split into exactly `splits` parts, some of them empty.
-
-    Units are numbered from 0 within each part and never split. len() is the number of parts in an "epoch": as many draws as it
-    takes to see each unit once on average.
-    """
-
-    def __init__(
-        self,
-        sampler: PoissonSampler,
-        *,
-        splits: int,
-        rows: Sequence[Tensor] | None,
-        max_examples_per_unit: int | None,
-        lengths: Tensor | None,
-        seed: int | None,
-        first_step: int,
-    ) -> None:
-        self.sampler, self.splits, self.rows, self.max_examples_per_unit = sampler, splits, rows, max_examples_per_unit
-        self.lengths = lengths
-        self.seed, self.step = seed, first_step
-        self._fresh = fresh_generator()
-
-    def __len__(self) -> int:
-        return _steps_per_epoch(self.sampler.n_units, self.sampler.expected_batch_size) * self.splits
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for _ in range(len(self) // self.splits):
-            generator = self._fresh
-            if self.seed is not None:
-                generator = fresh_generator(seed=self.seed, stream=f"sampling step {self.step}")
-            self.step += 1
-            drawn = self.sampler.draw(generator)
-            if self.lengths is not None:  # the sum does not depend on who is computed with whom, but padding does
-                drawn = drawn[self.lengths[drawn].argsort()]
-            for part in drawn.tensor_split(self.splits):
-                if self.rows is None or self.max_examples_per_unit is None:
-                    yield [(row, unit) for unit, row in enumerate(part.tolist())]
-                else:
-                    own = choose_rows(self.rows, part, self.max_examples_per_unit, generator)
-                    yield [(row, unit) for unit, rows in enumerate(own) for row in rows.tolist()]
-
-
-class _WithUnits(Dataset[tuple[Any, int]]):
-    """A dataset read by (row, unit) keys, which passes the unit on with the example."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Any, int]]:
-        rows = [row for row, _ in keys]
-        fetch = getattr(self.dataset, "__getitems__", None)
-        examples = fetch(rows) if callable(fetch) and rows else [self.dataset[row] for row in rows]
-        return list(zip(examples, (unit for _, unit in keys), strict=True))
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
-        return self.__getitems__([key])[0]
-
-
-class _UnitCollator:
-    """The trainer's collator, which also passes on whose each example is; an empty draw makes a batch of nothing."""
-
-    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: list[tuple[Any, int]]) -> dict[str, Any]:
-        units = torch.tensor([unit for _, unit in examples], dtype=torch.long)
-        if not examples:
-            return {UNITS: units}
-        return {**self.collator([example for example, _ in examples]), UNITS: units}
-
-
-def _units_of(batch: Mapping[str, Any], of_example: Tensor) -> Units:
-    """Units of a collated batch: its rows are the examples, or the segments of one row that a flattening collator made."""
-    of_example = of_example.cpu()
-    shape = leading_shape(batch)
-    if shape[0] == len(of_example):
-        return Units.of(of_example, shape)
-    boundaries = batch.get("cu_seq_lens_q")
-    if boundaries is None and isinstance(batch.get("position_ids"), Tensor) and shape[0] == 1:
-        starts = (batch["position_ids"].flatten() == 0).nonzero().flatten().cpu()
-        boundaries = torch.cat([starts, torch.tensor([shape[-1]])])
-    if boundaries is None or len(boundaries) != len(of_example) + 1:
-        raise UnsupportedError(
-            f"the collator made {shape[0]} rows of {len(of_example)} examples, so it is unknown whose is which; use a collator "
-            "that keeps one row per example, or DataCollatorWithFlattening"
-        )
-    lengths = boundaries.cpu().long().diff()
-    return Units.of(torch.repeat_interleave(of_example, lengths).view(1, -1), shape)
-
-
-def _physical_batches(batch: dict[str, Any], units: Units, max_rows: int) -> Iterator[tuple[dict[str, Any], Units]]:
-    """Split the rows of a batch into about equal parts of at most `max_rows`, keeping each unit whole, and packed rows too."""
-    if units.kind == "tokens" or units.n_items <= max_rows:
-        yield batch, units
-        return
-    even = math.ceil(units.n_items / math.ceil(units.n_items / max_rows))
-    chosen: list[Tensor] = []
-    for unit in range(units.n):
-        own = units.items(unit)
-        if chosen and sum(map(len, chosen)) + len(own) > even:
-            items = torch.cat(chosen)
-            yield select_items(batch, units, items), subset(units, items)
-            chosen = []
-        chosen.append(own)
-    items = torch.cat(chosen)
-    yield select_items(batch, units, items), subset(units, items)
-
-
-def _steps_per_epoch(n_units: int, expected_batch_size: int) -> int:
-    return max(1, round(n_units / expected_batch_size))
 
 
 def _column(dataset: Any, name: str) -> list[Any]:

@@ -38,7 +38,9 @@ class PrivacyConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise invalid(name, expected=f"one of {', '.join(choices)}", actual=getattr(self, name), remedy="choose one of them")
+                raise invalid(
+                    name, expected=f"one of {', '.join(choices)}", actual=getattr(self, name), remedy="choose one of them"
+                )
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise invalid(
                 "target_epsilon, noise_multiplier",

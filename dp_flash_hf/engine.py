@@ -108,18 +108,18 @@ class ClippingEngine:
                 return self._microbatch(loss_fn, batch, resolved, scale, choose)
             run = self._two_pass if self.strategy == "two_pass" else self._bookkeeping
             try:
-                if self._recorder.knows(resolved, leading_shape(batch)[1:]):
+                if self._recorder.layouts.knows(resolved, leading_shape(batch)[1:]):
                     try:
                         return run(loss_fn, batch, resolved, scale)
                     except UncoveredParametersError:
-                        if not self._recorder.unsettled:
+                        if not self._recorder.layouts.unsettled:
                             raise
                         self._clear_gradients()
                 self._learn(loss_fn, batch, choose, resolved)
                 return run(loss_fn, batch, resolved, scale)
             except UncoveredParametersError as error:
-                if self._recorder.unsettled:  # constant or NaN inputs: the next batch may tell
-                    self._recorder.forget()
+                if self._recorder.layouts.unsettled:  # constant or NaN inputs: the next batch may tell
+                    self._recorder.layouts.forget()
                 elif self.strategy == "auto":
                     self._uncovered |= error.parameters
                 if self.strategy != "auto":
@@ -150,7 +150,7 @@ class ClippingEngine:
             resolved = Units.of(units, leading_shape(inputs))
             seen.append(resolved)
             scale = self._scale(loss_scale, resolved)
-            if not self._recorder.knows(resolved, leading_shape(inputs)[1:]):
+            if not self._recorder.layouts.knows(resolved, leading_shape(inputs)[1:]):
 
                 def forward(part: Batch) -> Any:
                     return module(*(part[f"argument {i}"] for i in range(len(args))), **{name: part[name] for name in kwargs})
@@ -171,8 +171,8 @@ class ClippingEngine:
             try:
                 self._require_coverage()
             except UncoveredParametersError:
-                if self._recorder.unsettled:
-                    self._recorder.forget()
+                if self._recorder.layouts.unsettled:
+                    self._recorder.layouts.forget()
                 raise
             if not self._recorder.records:
                 raise PrivacyError("engine.batch: no backward ran inside it; run forward and backward inside the block")
@@ -322,19 +322,21 @@ class ClippingEngine:
         try:
             with torch.no_grad(), torch.random.fork_rng(list(devices)):
                 self.model.eval()
-                self._recorder.observe(units, leading_shape(batch)[1:])
+                self._recorder.start("learn", units)
+                layouts = self._recorder.layouts
+                layouts.observe(units, leading_shape(batch)[1:])
                 forward(batch)
                 for unit in range(units.n):
                     if units.sizes[unit]:
-                        self._recorder.compare(units, unit)
+                        layouts.compare(unit)
                         forward(select(batch, unit))
                 for noise in DISTURBANCES:
-                    self._recorder.disturb(units)
+                    layouts.disturb()
                     disturb = partial(_disturbed, noise)
                     hooks = [module.register_forward_hook(disturb) for module in self._attached]
                     forward(_disturbed_inputs(noise, batch))
                     _remove(hooks)
-                self._recorder.settle()
+                layouts.settle()
         finally:
             _remove(hooks)
             for module, training in modes:

@@ -7,8 +7,6 @@ arXiv 2210.00038).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,11 +24,12 @@ from dp_flash_hf.kernels.ghost_norm import (
     tied_cross_terms,
     upcast,
 )
+from dp_flash_hf.layouts import Layout, Layouts, is_shared
 from dp_flash_hf.units import Units
 
-# idle: layers behave as without the library. observe, compare, disturb: layouts are being learnt, nothing is recorded.
+# idle: layers behave as without the library. learn: layouts are being learnt, nothing is recorded.
 # record: keep what backward saw. norms: keep norms only. sum: clip factors are known, add to the sums at once.
-Phase = Literal["idle", "observe", "compare", "disturb", "record", "norms", "sum"]
+Phase = Literal["idle", "learn", "record", "norms", "sum"]
 
 # Per-unit gradients are formed when they are at most this many times larger than the records (inputs and output gradients):
 # forming them costs what the ordinary weight gradient costs and makes the norm and the clipped sum nearly free.
@@ -40,66 +39,6 @@ DENSE_LIMIT = 1.0
 def full_precision(device: torch.device) -> torch.autocast:
     """A region where autocast does not apply: sums over units run in float32 wherever the user turned autocast on."""
     return torch.autocast(device.type, enabled=False)
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Where the items of a batch stand in the leading dimensions of a tensor.
-
-    lead: the leading sizes. dims: the dimension(s) of `lead` that run over items, outermost first; empty when everything
-    belongs to one single unit.
-    """
-
-    units: Units
-    lead: tuple[int, ...]
-    dims: tuple[int, ...]
-
-    @property
-    def whole(self) -> bool:
-        """Whether everything belongs to one unit."""
-        return not self.dims
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Rows of each unit in the result of `arrange`."""
-        rows = math.prod(self.lead)
-        if self.whole:
-            return tuple(rows if size else 0 for size in self.units.sizes)
-        return tuple(size * (rows // self.units.n_items) for size in self.units.sizes)
-
-    def arrange(self, x: Tensor) -> Tensor:
-        """(*lead, d) -> (rows, d) in unit order; rows of nobody are left out."""
-        if self.whole:
-            return x.reshape(-1, x.shape[-1])
-        if self.dims != (0,) and self.dims != (0, 1):
-            x = x.movedim(self.dims, tuple(range(len(self.dims))))
-        return self.units.arrange(x.reshape(self.units.n_items, -1, x.shape[-1]))
-
-    def parameter_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape to which a parameter that is broadcast against (*lead, ...) is expanded so that every item has its own."""
-        return (*(size if dim in self.dims else 1 for dim, size in enumerate(self.lead)), *shape)
-
-    def reduce(self, g: Tensor, shape: Sequence[int]) -> Tensor:
-        """Gradient of an expanded parameter (`parameter_shape(shape)`) -> per-unit gradients (units, *shape), upcast."""
-        g = upcast(g)
-        if self.whole:
-            out = torch.zeros(self.units.n, *shape, dtype=g.dtype, device=g.device)
-            out[self.units.last] = g.reshape(shape)
-            return out
-        per_item = g.reshape(self.units.n_items, -1, *shape).sum(1)
-        if self.units.identity:
-            return per_item
-        owned = self.units.of_item >= 0
-        out = torch.zeros(self.units.n, *shape, dtype=g.dtype, device=g.device)
-        return out.index_add_(0, self.units.of_item[owned].to(g.device), per_item[owned.to(g.device)])
-
-
-@dataclass
-class Place:
-    """Where a layer's input keeps items, as proven on a batch: in `dims` of its leading ones, with so many rows for each."""
-
-    dims: tuple[int, ...]
-    rows_per_item: set[int]
 
 
 @dataclass
@@ -255,36 +194,16 @@ def _merge_embedding(uses: list[EmbeddingUse]) -> EmbeddingUse | None:
 
 
 class Recorder:
-    """Shared by an engine and its layers. Layers use `tracks`, `layout`, `per_item_rows` and the four that record.
-
-    Nothing says which dimension of a layer's input runs over units, so it is *learnt*, from passes without gradient: the whole
-    batch (`observe`), every unit alone (`compare`), and the whole batch with its activations disturbed (`disturb`). A layer's
-    place is known when every unit's part of the whole is what that unit's own pass held there, and no other reading of the
-    shape says the same. Where any of it fails, the layer stays without a place, its gradient is left to autograd, and the
-    engine finds it there.
-    """
+    """Shared by an engine and its layers. Layers use `tracks`, `layout`, `per_item_rows` and the four that record."""
 
     def __init__(self, groups: dict[nn.Parameter, int]) -> None:
         self.phase: Phase = "idle"
         self.units = Units.rows(0)
+        self.layouts = Layouts()
         self.records: dict[nn.Parameter, GradientRecord] = {}
         self.forms: dict[nn.Parameter, str] = {}  # how the norm of each parameter was last computed
         self._groups = groups
         self._n_groups = max(groups.values(), default=-1) + 1
-        self.unsettled = False  # whether a layer's input came in a shape that its place was not proven for
-        self._places: dict[tuple[nn.Module, int], Place | None] = {}
-        self._learnt_kind: str | None = None
-        self._known = False
-        self._lengths: set[tuple[int, ...]] = set()
-        self._length: tuple[int, ...] = ()
-        self._whole = Units.rows(0)  # while learning: the batch, what each call saw of it, and the calls met in this pass
-        self._items = torch.zeros(0, dtype=torch.long)
-        self._seen: dict[nn.Module, list[Tensor]] = {}
-        self._found: dict[tuple[nn.Module, int], Place | None] = {}
-        self._shared: dict[nn.Module, list[bool]] = {}
-        self._met: dict[nn.Module, int] = {}
-        self._met_lookups: dict[nn.Module, int] = {}
-        self._calls: dict[nn.Parameter, int] = {}
         self._gram = InputGram()
         self._norms: Tensor | None = None
         self._spent: set[nn.Parameter] = set()
@@ -312,42 +231,16 @@ class Recorder:
         None makes the layer compute as without the library; the gradient that autograd then leaves tells the engine.
         """
         lead = tuple(x.shape[: x.dim() - feature_dims])
-        if self.phase in ("observe", "compare", "disturb"):
-            self._learn(module, x.detach(), lead)
+        if self.phase == "learn":
+            self.layouts.meet(module, x, len(lead))
             return None
-        if not torch.is_grad_enabled():
-            return None
-        if self.units.is_single:
-            return Layout(self.units, lead, ())
-        place = self._places.get((module, len(lead)))
-        if place is None:
-            return None
-        rows, rest = divmod(math.prod(lead[dim] for dim in place.dims), self.units.n_items)
-        if rest or rows not in place.rows_per_item or (len(place.dims) > 1 and lead[:2] != self.units.shape):
-            self.unsettled = True
-            return None
-        return Layout(self.units, lead, place.dims)
+        return self.layouts.find(module, lead, self.units) if torch.is_grad_enabled() else None
 
     def per_item_rows(self, module: nn.Module, ids: Tensor, table_rows: int) -> Tensor:
-        """(1, ...) -> (rows, ...), for tables that models look up once for all rows; anything else comes back as it is.
-
-        While layouts are learnt every item looks up other rows of the table, so that a model which mixes the items' lookups,
-        or uses the first of them for all, is seen to do so.
-        """
-        units = self._whole if self.phase in ("compare", "disturb") else self.units
-        shared = units.kind == "rows" and ids.dim() >= 2 and ids.shape[0] == 1 and units.n_items > 1
-        if self.phase not in ("observe", "compare", "disturb"):
-            return ids.expand(units.n_items, *ids.shape[1:]) if shared else ids
-        if self.phase == "observe":
-            self._shared.setdefault(module, []).append(shared)
-        else:  # a row alone looks as if it were shared: what counts is what the same lookup was in the whole batch
-            number = self._met_lookups.get(module, 0)
-            self._met_lookups[module] = number + 1
-            shared = number < len(self._shared.get(module, [])) and self._shared[module][number]
-        if not shared:
-            return ids
-        shift = self._items.to(ids.device).reshape(-1, *[1] * (ids.dim() - 1))
-        return (ids + shift) % table_rows
+        """(1, ...) -> (rows, ...), for tables that models look up once for all rows; anything else comes back as it is."""
+        if self.phase == "learn":
+            return self.layouts.lookup(module, ids, table_rows)
+        return ids.expand(self.units.n_items, *ids.shape[1:]) if is_shared(ids, self.units) else ids
 
     def linear(self, parameter: nn.Parameter, a: Tensor, g: Tensor, layout: Layout) -> None:
         """Record y = x W^T with gradient sum g_t a_t^T. a: (*lead, d), g: (*lead, p)."""
@@ -376,67 +269,6 @@ class Recorder:
 
     # What the engine does.
 
-    def knows(self, units: Units, length: tuple[int, ...]) -> bool:
-        """Whether the layouts of this kind of batch are known, or need not be. length: sizes of its inputs beside the rows."""
-        if units.is_single:
-            return True
-        flattened = any(place is not None and place.rows_per_item != {1} for place in self._places.values())
-        return self._known and self._learnt_kind == units.kind and (not flattened or length in self._lengths)
-
-    def forget(self) -> None:
-        """Learn anew from the next batch; what was proven stays."""
-        self._known, self.unsettled = False, False
-
-    def observe(self, units: Units, length: tuple[int, ...] = ()) -> None:
-        """Learn layouts: watch a forward pass over a whole batch, ..."""
-        if self._learnt_kind != units.kind:
-            self._places, self._lengths = {}, set()
-        self._length = length
-        self._learnt_kind, self._known, self.unsettled = units.kind, False, False
-        self._whole, self._items = units, torch.arange(units.n_items)
-        self._seen, self._found, self._shared, self._calls = {}, {}, {}, {}
-        self._start_pass("observe", units)
-
-    def compare(self, units: Units, unit: int) -> None:
-        """... then one over each unit alone, ..."""
-        self._end_pass()
-        self._items = units.items(unit)
-        self._start_pass("compare", Units.rows(1))
-
-    def disturb(self, units: Units) -> None:
-        """... then the whole batch with layers' outputs disturbed: shapes that follow the data cannot be relied on, ..."""
-        self._end_pass()
-        self._items = torch.arange(units.n_items)
-        self._start_pass("disturb", units)
-
-    def settle(self) -> None:
-        """... and keep what all of them agreed on."""
-        self._end_pass()
-        for key, place in self._found.items():
-            old = self._places.get(key, place)
-            if place is not None and old is not None and place.dims == old.dims:
-                place.rows_per_item |= old.rows_per_item
-            elif old != place:
-                place = None
-            self._places[key] = place
-        self.stop()
-        self._known = True
-        self._lengths.add(self._length)
-
-    def _start_pass(self, phase: Phase, units: Units) -> None:
-        self.start(phase, units)
-        self._met, self._met_lookups = {}, {}
-
-    def _end_pass(self) -> None:
-        if self.phase != "observe":
-            for module, seen in self._seen.items():
-                if self._met.get(module, 0) != len(seen):
-                    self._refuse(module)
-
-    def _refuse(self, module: nn.Module) -> None:
-        for seen in self._seen.get(module, []):
-            self._found[(module, seen.dim())] = None
-
     def start(
         self, phase: Phase, units: Units, factors: Tensor | None = None, sums: dict[nn.Parameter, Tensor] | None = None
     ) -> None:
@@ -448,7 +280,6 @@ class Recorder:
     def stop(self) -> None:
         """Back to idle; every record is dropped."""
         self.start("idle", Units.rows(0))
-        self._seen = {}
         self._gram.clear()
 
     @property
@@ -497,68 +328,6 @@ class Recorder:
             record.add_per_unit(use)
         else:
             record.add(use)
-        if self.phase == "norms" and self._calls.get(parameter) == 1:  # no cross terms to come: the records may go
+        if self.phase == "norms" and self.layouts.calls.get(parameter) == 1:  # no cross terms to come: the records may go
             self._add_norms(parameter, self.records.pop(parameter))
             self._spent.add(parameter)
-
-    def _learn(self, module: nn.Module, x: Tensor, lead: tuple[int, ...]) -> None:
-        x = _one_number_per_row(x, len(lead))
-        if self.phase == "observe":
-            self._seen.setdefault(module, []).append(x)
-            for parameter in module.parameters(recurse=False):
-                self._calls[parameter] = self._calls.get(parameter, 0) + 1
-            return
-        number = self._met.get(module, 0)
-        self._met[module] = number + 1
-        seen = self._seen.get(module, [])
-        if number >= len(seen) or seen[number].dim() != x.dim():
-            self._refuse(module)
-            self._found[(module, x.dim())] = None
-        elif self.phase == "disturb":
-            if seen[number].shape != x.shape:
-                self._refuse(module)
-        else:
-            key, place = (module, x.dim()), self._place(x, seen[number])
-            old = self._found.setdefault(key, place)
-            if place is None or old is None or place.dims != old.dims:
-                self._found[key] = None
-            else:
-                old.rows_per_item |= place.rows_per_item
-
-    def _place(self, alone: Tensor, whole: Tensor) -> Place | None:
-        """Where the compared unit's items stand in `whole`, given what its own pass held, both (*lead,); None if unproven."""
-        units, items = self._whole, self._items.to(whole.device)
-        if units.kind == "tokens" and units.shape[0] > 1 and whole.dim() > 1:  # rows of tokens; a unit alone is one row
-            if tuple(whole.shape[:2]) != units.shape or tuple(alone.shape[:2]) != (1, len(items)):
-                return None
-            return Place((0, 1), {1}) if _same(alone[0], whole.flatten(0, 1)[items]) else None
-        changed = [dim for dim, (one, all_) in enumerate(zip(alone.shape, whole.shape, strict=True)) if one != all_]
-        if len(changed) != 1 or whole.shape[changed[0]] * len(items) != alone.shape[changed[0]] * units.n_items:
-            return None
-        (dim,) = changed
-        rows, rest = divmod(whole.shape[dim], units.n_items)
-        if rest:
-            return None
-        alone, whole = alone.movedim(dim, 0).unflatten(0, (len(items), rows)), whole.movedim(dim, 0)
-        if not _same(alone, whole.unflatten(0, (units.n_items, rows))[items]):
-            return None
-        other = whole.unflatten(0, (rows, units.n_items)).transpose(0, 1)[items]
-        constant = rows > 1 and _same(alone, other)  # nothing tells the items' rows from each other
-        return Place((dim,), set() if constant else {rows})
-
-
-def _one_number_per_row(x: Tensor, lead: int) -> Tensor:
-    """(*lead, *features) -> (*lead,): enough to tell rows apart, and small enough to keep for every layer."""
-    if x.dim() == lead:
-        return x.double() if x.is_floating_point() else x
-    x = upcast(x.flatten(lead))
-    weights = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
-    return (x * weights).sum(-1)
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two passes agree on the same rows: rounding apart, no two units do."""
-    if not found.is_floating_point():
-        return bool(torch.equal(found, wanted))
-    found, wanted = found.double().nan_to_num(), wanted.double().nan_to_num()
-    return bool((found - wanted).norm() <= 0.05 * wanted.norm())

@@ -16,7 +16,6 @@ from tests.oracle import clipped_sum, distance, unit_gradients
 from tests.trainers import Pad, attached, draws, texts, trainer_for, watch, without_dropout
 
 ROUNDING = 4 * float(torch.finfo(torch.float32).eps)  # of factors 1 / labels and of causal models' losses, both float32
-C = 0.5
 DRAWN = [0, 3, 4, 9, 11]
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -59,10 +58,11 @@ def test_adapters_get_their_units_clipped_sum(variant: str, tmp_path: Path, monk
     def mean(batch: dict[str, Tensor]) -> Tensor:
         return loss(batch) / (batch["labels"][:, 1:] != -100).sum()
 
-    wanted, norms = clipped_sum(unit_gradients(model.eval(), mean, [Pad()([data[row]]) for row in DRAWN]), C)
-    assert norms.max() > C > norms.min() or norms.min() > C
+    singles = unit_gradients(model.eval(), mean, [Pad()([data[row]]) for row in DRAWN])
+    bound = float(clipped_sum(singles, 1.0)[1].median())
+    wanted, _ = clipped_sum(singles, bound)
     trainer = trainer_for(model, tmp_path, data, max_steps=1)
-    dp = attached(trainer, max_grad_norm=C)
+    dp = attached(trainer, max_grad_norm=bound)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
@@ -113,11 +113,11 @@ def test_dropout_in_the_adapter_is_drawn_once(tmp_path: Path, monkeypatch: pytes
     seen = watch(monkeypatch)
     draws(monkeypatch, [5], [5], DRAWN)
     trainer = trainer_for(adapted({"target_modules": ["v_proj"]}, dropout=0.5), tmp_path, max_steps=3)
-    attached(trainer, max_grad_norm=C)
+    attached(trainer, max_grad_norm=0.5)
     trainer.train()
     assert distance(seen.sums[0], seen.sums[1]) > 0.01  # the masks differ from step to step
     total = [sum(float(value.square().sum()) for value in sums.values()) ** 0.5 for sums in seen.sums]
-    assert all(norm <= C * n * (1 + ROUNDING) for norm, n in zip(total, (1, 1, len(DRAWN)), strict=True))
+    assert all(norm <= 0.5 * n * (1 + ROUNDING) for norm, n in zip(total, (1, 1, len(DRAWN)), strict=True))
 
 
 def test_gpt2_adapters_on_conv1d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels.ghost_norm import upcast
-from dp_flash_hf.records import EmbeddingUse, GradientRecord, Layout, LinearUse
+from dp_flash_hf.layouts import Layout
+from dp_flash_hf.records import EmbeddingUse, GradientRecord, LinearUse
 from dp_flash_hf.units import Units
 from tests.models import Batch
 from tests.oracle import clipped_sum, distance, each_row, grads, unit_gradients

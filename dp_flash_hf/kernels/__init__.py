@@ -1,0 +1,1 @@
+"""The arithmetic of attention, norms and clipped sums; `reference.py` is what the rest must agree with."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from dp_flash_hf.layers import recorder_of, register_rule, tracked
-from dp_flash_hf.records import Layout, Recorder
+from dp_flash_hf.layouts import Layout
+from dp_flash_hf.records import Recorder
 
 
 class RecordedConv2d(torch.autograd.Function):

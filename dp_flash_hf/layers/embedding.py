@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.layers import recorder_of, register_rule
-from dp_flash_hf.records import Layout, Recorder
+from dp_flash_hf.layouts import Layout
+from dp_flash_hf.records import Recorder
 
 
 class RecordedEmbedding(torch.autograd.Function):

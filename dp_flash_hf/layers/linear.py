@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_flash_hf.layers import recorder_of, register_rule, tracked
-from dp_flash_hf.records import Layout, Recorder
+from dp_flash_hf.layouts import Layout
+from dp_flash_hf.records import Recorder
 
 
 class RecordedLinear(torch.autograd.Function):

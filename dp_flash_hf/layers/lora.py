@@ -15,8 +15,8 @@ from dp_flash_hf.layers.norm import per_item
 class PrivateDoraLinear:
     """Rule for the magnitude vector m (p,) of DoRA on a linear layer (Liu et al. 2024, arXiv 2402.09353).
 
-    The layer returns m z - base with z = (base + update) / ||W + dW||, so its slope in m is (output + base) / m. The layer's own
-    forward runs with m held constant, and m re-enters through that slope, one copy per item of the batch.
+    The layer returns m z - base with z = (base + update) / ||W + dW||, so its slope in m is (output + base) / m. The layer's
+    own forward runs with m held constant, and m re-enters through that slope, one copy per item of the batch.
     """
 
     def forward(self: Any, x: Tensor, *, base_layer: Any, base_result: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -35,4 +35,5 @@ class PrivateDoraLinear:
             base = base_layer(x) if base_result is None else base_result
             bias = getattr(base_layer, "bias", None)
             slope = (out + (base if bias is None else base - bias)) / magnitude
-        return out + (per_item(magnitude, recorder, layout) - magnitude.detach()) * slope
+        result: Tensor = out + (per_item(magnitude, recorder, layout) - magnitude.detach()) * slope
+        return result

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_flash_hf.layers import recorder_of, register_rule, tracked
-from dp_flash_hf.records import Layout, Recorder
+from dp_flash_hf.layouts import Layout
+from dp_flash_hf.records import Recorder
 from dp_flash_hf.units import Units
 
 
@@ -147,12 +148,13 @@ def fits_elementwise(module: nn.Module) -> bool:
         recorder = Recorder(dict.fromkeys(copied.parameters(), 0))
         attach(copied, Elementwise, recorder)
         units = Units.rows(2)
-        recorder.observe(units)
+        recorder.start("learn", units)
+        recorder.layouts.observe(units)
         copied(x)
         for unit in range(units.n):
-            recorder.compare(units, unit)
+            recorder.layouts.compare(unit)
             copied(x[unit : unit + 1])
-        recorder.settle()
+        recorder.layouts.settle()
         recorder.start("record", units)
         out = copied(x)
         (out * weights).sum().backward()
