@@ -97,7 +97,7 @@ class ClippingEngine:
         """
         if not isinstance(batch, Mapping):
             raise invalid("batch", expected="a mapping of model inputs", actual=type(batch).__name__, remedy="pass a dict")
-        resolved = Units.of(units, leading_shape(batch))
+        resolved = _units_of(units, batch)
         scale = self._scale(loss_scale, resolved)
         if resolved.n == 0:
             self.norms = torch.zeros(0)
@@ -147,7 +147,7 @@ class ClippingEngine:
             if seen or not torch.is_grad_enabled():
                 return
             inputs = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
-            resolved = Units.of(units, leading_shape(inputs))
+            resolved = _units_of(units, inputs)
             seen.append(resolved)
             scale = self._scale(loss_scale, resolved)
             if not self._recorder.layouts.knows(resolved, leading_shape(inputs)[1:]):
@@ -231,7 +231,7 @@ class ClippingEngine:
         tolerance: relative; rounding of the model's dtype is what it must allow for.
         Raises PrivacyError on a mismatch.
         """
-        resolved = Units.of(units, leading_shape(batch))
+        resolved = _units_of(units, batch)
         modes = [(module, module.training) for module in self.model.modules()]
         strategy, dropped = self.strategy, self.dropped_units
         held, sums = {p: p.grad for p in self.parameters}, self._sums
@@ -320,7 +320,7 @@ class ClippingEngine:
         devices = {p.device for p in self.parameters if p.device.type != "cpu"}
         hooks: list[torch.utils.hooks.RemovableHandle] = []
         try:
-            with torch.no_grad(), torch.random.fork_rng(list(devices)):
+            with torch.random.fork_rng(list(devices)):
                 self.model.eval()
                 self._recorder.start("learn", units)
                 layouts = self._recorder.layouts
@@ -347,7 +347,7 @@ class ClippingEngine:
 
     def _bookkeeping(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
         self._recorder.start("record", units)
-        loss = loss_fn(batch)
+        loss = self._loss(loss_fn, batch)
         _plain_backward(loss)
         self._require_coverage()
         self._add_recorded(units, scale)
@@ -357,7 +357,7 @@ class ClippingEngine:
         devices = sorted({p.device.index or 0 for p in self.parameters if p.device.type == "cuda"})
         with torch.random.fork_rng(devices):  # both passes must see the same dropout
             self._recorder.start("norms", units)
-            loss = loss_fn(batch)
+            loss = self._loss(loss_fn, batch)
             _plain_backward(loss)
             self._require_coverage()
             self._reached = self._recorder.reached
@@ -404,6 +404,15 @@ class ClippingEngine:
         return total
 
     # Shared steps.
+
+    def _loss(self, loss_fn: LossFunction, batch: Batch) -> Tensor:
+        loss = loss_fn(batch)
+        early = self._recorder.reached
+        if early:  # as adversarial losses do: part of that gradient, or its own gradient, is not what was recorded
+            raise UncoveredParametersError(
+                {p: self.parameters[p] for p in early}, "the loss function takes gradients itself, of"
+            )
+        return loss
 
     @property
     def _like(self) -> Tensor:
@@ -461,9 +470,9 @@ class ClippingEngine:
         self._sums[parameter] = (total, released, released._version)
 
     def _require_coverage(self) -> None:
-        found = {p for p in self.parameters if p.grad is not None}
+        found = {p: name for p, name in self.parameters.items() if p.grad is not None}
         if found:
-            raise UncoveredParametersError(found, [self.parameters[p] for p in found])
+            raise UncoveredParametersError(found, "no rule covers how the model uses")
 
     @contextmanager
     def _isolated_gradients(self) -> Iterator[None]:
@@ -506,15 +515,25 @@ class ClippingEngine:
 
 
 class UncoveredParametersError(PrivacyError):
-    """Autograd left gradients of parameters used outside any rule: their per-unit norms are unknown."""
+    """Gradients were taken of parameters outside the rules: their per-unit norms are unknown."""
 
-    def __init__(self, parameters: set[nn.Parameter], names: list[str]) -> None:
-        self.parameters = parameters
-        shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        super().__init__(
-            f"no rule covers how the model uses {shown}; use engine.backward with strategy='auto', freeze them, or register a "
-            "rule."
+    def __init__(self, parameters: dict[nn.Parameter, str], what: str) -> None:
+        self.parameters = set(parameters)
+        names = sorted(parameters.values())
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        super().__init__(f"{what} {shown}; use engine.backward with strategy='auto', freeze them, or register a rule.")
+
+
+def _units_of(units: Tensor | Units | None, batch: Batch) -> Units:
+    ends = batch.get("cu_seq_lens_q")
+    if units is None and isinstance(ends, Tensor) and len(ends) > 2:
+        raise invalid(
+            "units",
+            expected="the units of a packed batch",
+            actual=None,
+            remedy="pass units=batch['cu_seq_lens_q'], or unit ids",
         )
+    return Units.of(units, leading_shape(batch))
 
 
 def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
@@ -551,7 +570,7 @@ def _with_noise(noise: tuple[float, float], x: Tensor) -> Tensor:
 def _plain_backward(loss: Tensor) -> None:
     if loss.dim() != 0:
         raise invalid("loss_fn", expected="a scalar", actual=tuple(loss.shape), remedy="sum the units' losses")
-    with full_precision(loss.device):  # backward runs in the dtypes that forward chose
+    with torch.autocast(loss.device.type, enabled=False):  # backward runs in the dtypes that forward chose
         loss.backward()
 
 

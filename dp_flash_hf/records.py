@@ -7,6 +7,8 @@ arXiv 2210.00038).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,9 +38,19 @@ Phase = Literal["idle", "learn", "record", "norms", "sum"]
 DENSE_LIMIT = 1.0
 
 
-def full_precision(device: torch.device) -> torch.autocast:
-    """A region where autocast does not apply: sums over units run in float32 wherever the user turned autocast on."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Sums over units run in float32 here, whatever the user set: no autocast, no TF32 or bfloat16 inside float32 products.
+
+    The bounds on rounding in `kernels.ghost_norm` rest on it.
+    """
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
 
 
 @dataclass

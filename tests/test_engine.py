@@ -712,6 +712,67 @@ def test_parameters_used_outside_any_rule(kind: str, clipping: Any) -> None:
         engine.detach()
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_loss_that_takes_gradients_itself(rows: int) -> None:
+    """Gradient penalties and adversarial losses run layers' backward early, with gradients that are not the loss's."""
+    model, batch = Toy(), toy_batch(rows)
+
+    def loss(part: Batch) -> Tensor:
+        hidden = model.table(part["input_ids"])
+        logits = model.head(torch.tanh(model.norm(model.inner(hidden))))
+        plain = F.cross_entropy(logits.flatten(0, 1), part["input_ids"].flatten(), reduction="sum")
+        (slope,) = torch.autograd.grad(plain, hidden, create_graph=True)
+        return plain + slope.square().sum()
+
+    wanted, norms = clipped_sum(unit_gradients(model, loss, each_row(batch)), 0.7)
+    engine = ClippingEngine(model, max_grad_norm=0.7)
+    with pytest.warns(UserWarning, match="takes gradients itself"):
+        engine.backward(loss, batch)
+    assert distance(grads(model), wanted) < 1e-12
+    torch.testing.assert_close(engine.norms, norms)
+    engine.detach()
+    model.zero_grad()
+    for strategy in FAST:
+        engine = ClippingEngine(model, max_grad_norm=0.7, strategy=strategy)
+        with pytest.raises(PrivacyError, match="takes gradients itself"):
+            engine.backward(loss, batch)
+        engine.detach()
+
+
+def test_a_packed_batch_needs_its_units() -> None:
+    """Without them its one row, several people's, would be clipped as one unit."""
+    engine = ClippingEngine(Toy(), max_grad_norm=1.0)
+    batch = {**toy_batch(1, 6), "cu_seq_lens_q": torch.tensor([0, 2, 6], dtype=torch.int32)}
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        engine.backward(toy_loss(engine.model), batch)
+    engine.backward(toy_loss(engine.model), batch, units=batch["cu_seq_lens_q"])
+    assert len(engine.norms) == 2
+
+
+def test_norms_do_not_take_the_users_shortcuts_in_matrix_products() -> None:
+    """float32 products may run in TF32 or bfloat16 if the user allows it; the bounds on rounding assume that sums do not."""
+    seen: list[str] = []
+    model, batch = Toy(dtype=torch.float32), toy_batch()
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+    original = torch.bmm
+
+    def bmm(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return original(*args, **kwargs)
+
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "bmm", bmm)
+            engine.backward(toy_loss(model), batch)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+    assert seen
+    assert set(seen) == {"highest"}
+
+
 @pytest.mark.parametrize("also_called", [True, False])
 def test_leftovers_under_autocast(also_called: bool) -> None:
     """Autocast keeps a cast copy of each weight: one made where there are no gradients must not hide a leftover."""
