@@ -30,7 +30,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
@@ -490,8 +489,18 @@ def _varlen_takes(query: Tensor, value: Tensor, pattern: _Pattern) -> bool:
         and pattern.softcap is None
         and pattern.sinks is None
         and pattern.bias is None
-        and {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()  # since torch 2.12
+        and _varlen_kernel() is not None
     )
+
+
+@functools.cache
+def _varlen_kernel() -> Callable[..., Any] | None:
+    """Torch's attention over packed rows, where it has one that takes causal and grouped-query calls (since torch 2.12)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # absent before torch 2.10, and slow to import
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, *, causal: bool) -> Tensor:
@@ -501,7 +510,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device) for lengths in (queries, keys)
     )
     flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    output = varlen_attn(
+    kernel = _varlen_kernel()
+    assert kernel is not None
+    output = kernel(
         *(flat_q, flat_k, flat_v, ends_q, ends_k, max(queries), max(keys)),
         scale=scale,
         window_size=(-1, 0) if causal else (-1, -1),

@@ -170,7 +170,7 @@ def test_6_3_would_fail_with_the_models_own_mean_and_preflight_sees_it(
     with pytest.raises(PrivacyError, match="couples units"):
         coupling(name, tmp_path, monkeypatch)
     monkeypatch.setattr(ClippingEngine, "check", lambda *args, **kwargs: None)
-    monkeypatch.setattr(callback_module, "_check_training_mode", lambda *args, **kwargs: None)
+    monkeypatch.setattr(callback_module, "check_training_mode", lambda *args, **kwargs: None)
     assert coupling(name, tmp_path, monkeypatch) > 0.1
 
 
@@ -251,7 +251,7 @@ def test_6_3_would_train_such_layers_without_preflight(
     module: MeanOfRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ClippingEngine, "check", lambda *args, **kwargs: None)
-    monkeypatch.setattr(callback_module, "_check_training_mode", lambda *args, **kwargs: None)
+    monkeypatch.setattr(callback_module, "check_training_mode", lambda *args, **kwargs: None)
     trainer = trainer_for(built_in(module), tmp_path)
     dp = attached(trainer)
     trainer.train()
@@ -287,7 +287,7 @@ def test_6_3_preflight_refuses_a_collator_that_mixes_examples(tmp_path: Path, mo
     dp = attached(trainer)
     with pytest.raises(PrivacyError, match="collator mixes"):
         trainer.train()
-    monkeypatch.setattr(callback_module, "_check_collator", lambda *args: None)
+    monkeypatch.setattr(callback_module, "check_collator", lambda *args: None)
     trainer.train()
     assert dp.mechanism.steps == 2
 
@@ -382,7 +382,7 @@ def test_6_4_physical_batches_hold_each_drawn_unit_once(
     for row, example in enumerate(data):
         example["input_ids"] = [3 + row] * 3
     trainer = trainer_for("gpt2", tmp_path, data, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    monkeypatch.setattr(callback_module, "_check_training_mode", lambda *args, **kwargs: None)
+    monkeypatch.setattr(callback_module, "check_training_mode", lambda *args, **kwargs: None)
     dp = attached(trainer)
     monkeypatch.setattr(ClippingEngine, "backward", recorded)
     trainer.train()

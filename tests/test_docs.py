@@ -1,0 +1,101 @@
+"""The code that README and docs print, run as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import transformers as hf
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY, PADDING = 31, 0
+
+
+def blocks(page: str, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def block(page: str, containing: str) -> str:
+    (found,) = (text for text in blocks(page) if containing in text)
+    return found
+
+
+def collate(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PADDING)
+    return {"input_ids": ids, "attention_mask": (ids != PADDING).long(), "labels": ids.masked_fill(ids == PADDING, -100)}
+
+
+def collate_examples(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    return collate([example["input_ids"] for example in examples])
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> dict[str, Any]:
+    """What the examples take as given: a saved model, data, a collator, a Trainer's arguments."""
+    config = hf.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=PADDING,
+        use_cache=False,
+    )
+    model = hf.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, VOCABULARY, (3 + row % 5,), generator=generator).tolist() for row in range(96)]
+    return {
+        **{name: getattr(hf, name) for name in ("AutoModelForCausalLM", "Trainer")},
+        "name": str(tmp_path / "model"),
+        "args": hf.TrainingArguments(
+            str(tmp_path / "out"),
+            per_device_train_batch_size=16,
+            max_steps=3,
+            report_to="none",
+            use_cpu=True,
+            save_strategy="no",
+        ),
+        "data": [{"input_ids": row, "labels": row} for row in rows],
+        "collator": collate_examples,
+        "model": model,
+        "dataset": rows,
+        "collate": collate,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "accelerator": accelerate.Accelerator(cpu=True),
+    }
+
+
+def test_the_two_lines(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    exec(block("README.md", ".attach(trainer)"), names)
+    assert "epsilon <= " in capsys.readouterr().out
+    assert names["dp"].report().steps == 3
+    assert 0 < names["dp"].report().epsilon <= 8
+
+
+def test_the_loop_of_ones_own(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    before = [p.detach().clone() for p in names["model"].parameters()]
+    exec(block("README.md", "mechanism.release()"), names)
+    assert "epsilon <= " in capsys.readouterr().out
+    assert names["mechanism"].steps == names["plan"].steps == 20
+    assert not any(torch.equal(old, new) for old, new in zip(before, names["model"].parameters(), strict=True))
+
+
+def test_the_settings(names: dict[str, Any]) -> None:
+    from dp_flash_hf import PrivacyConfig
+
+    exec(block("README.md", 'privacy_unit="user_id"'), {"PrivacyConfig": PrivacyConfig})
+
+
+def test_the_worked_rule() -> None:
+    exec(block("docs/extending.md", "register_rule"), {"__name__": "example"})
+
+
+def test_every_link_within_the_project_leads_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
