@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 import transformers as hf
+from accelerate.accelerator import Accelerator
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY, PADDING = 31, 0
@@ -66,7 +66,7 @@ def names(tmp_path: Path) -> dict[str, Any]:
         "dataset": rows,
         "collate": collate,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
-        "accelerator": accelerate.Accelerator(cpu=True),
+        "accelerator": Accelerator(cpu=True),
     }
 
 

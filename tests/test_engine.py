@@ -722,7 +722,8 @@ def test_a_loss_that_takes_gradients_itself(rows: int) -> None:
         logits = model.head(torch.tanh(model.norm(model.inner(hidden))))
         plain = F.cross_entropy(logits.flatten(0, 1), part["input_ids"].flatten(), reduction="sum")
         (slope,) = torch.autograd.grad(plain, hidden, create_graph=True)
-        return plain + slope.square().sum()
+        total: Tensor = plain + slope.square().sum()
+        return total
 
     wanted, norms = clipped_sum(unit_gradients(model, loss, each_row(batch)), 0.7)
     engine = ClippingEngine(model, max_grad_norm=0.7)
