@@ -265,18 +265,18 @@ class ClippingEngine:
             raise PrivacyError(
                 f"these parameters require gradients but the loss does not depend on them: {unused[:8]}; freeze them"
             )
-        if abs(float(together - alone)) > tolerance * max(abs(float(alone)), 1e-3):
+        if not abs(float(together - alone)) <= tolerance * max(abs(float(alone)), 1e-3):  # so written, NaN fails too
             raise PrivacyError(
                 f"the loss couples units: {float(together):.6g} together, {float(alone):.6g} as the sum of each alone; make "
                 "the loss a sum over units (divide by a constant, not by what is in the batch)"
             )
-        if moved is not None and moved > tolerance * scale:
+        if moved is not None and not moved <= tolerance * scale:
             raise PrivacyError(
                 "a unit's gradient changes with the other units of its batch; look for operations across the batch"
             )
         apart = float((norms - norms_alone).abs().max()) if resolved.n else 0.0
         off = sum(float((clipped[p] - clipped_alone[p]).double().square().sum()) for p in clipped) ** 0.5
-        if apart > tolerance * scale or off > tolerance * self.max_grad_norm * max(resolved.n, 1):
+        if not (apart <= tolerance * scale and off <= tolerance * self.max_grad_norm * max(resolved.n, 1)):
             raise PrivacyError(
                 f"gradients in the batch differ from those of each unit alone: norms by {apart:.3g} of {scale:.3g}, clipped "
                 f"sum by {off:.3g}; units see each other (padding, routing, batch statistics), or a layer's rule is wrong"
@@ -589,8 +589,7 @@ def _groups(model: nn.Module, parameters: Mapping[nn.Parameter, str], clipping: 
 
 def _refuse_coupled(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "track_running_stats", False):
             raise UnsupportedError(
-                f"{name}: batch normalisation makes every example's gradient depend on the others; replace it by GroupNorm or "
-                "LayerNorm"
+                f"{name}: batch normalisation and running statistics mix all units; replace it by GroupNorm or LayerNorm"
             )

@@ -21,6 +21,7 @@ NOT_COVERED = (
     "The number of units is treated as public; so is every setting of the run.",
     "Copies: a person whose data also appears in other units is protected unit by unit, not as a whole.",
     "Attacks on floating-point noise, on PyTorch's random generators, or on timing and memory use.",
+    "Steps lost in a crash after the last checkpoint, if anything that they wrote was seen.",
     "Anyone who reads the training machine's memory, or random states saved beside a checkpoint.",
 )
 _NOT_PRIVATE = "NOT PRIVATE: a fixed seed makes the sampling and the noise reproducible. No figure here is a guarantee."

@@ -563,7 +563,13 @@ def test_arguments_out_of_range(options: dict[str, Any], name: str) -> None:
 
 
 def test_models_that_cannot_be_trained_privately() -> None:
-    for norm in (nn.BatchNorm1d(3), nn.SyncBatchNorm(3), nn.BatchNorm2d(3, affine=False)):
+    norms = (
+        nn.BatchNorm1d(3),
+        nn.SyncBatchNorm(3),
+        nn.BatchNorm2d(3, affine=False),
+        nn.InstanceNorm1d(3, track_running_stats=True),
+    )
+    for norm in norms:
         with pytest.raises(UnsupportedError, match="batch normalisation"):
             ClippingEngine(nn.Sequential(nn.Linear(3, 3), norm), max_grad_norm=1.0)
     with pytest.raises(UnsupportedError, match="no parameter"):
@@ -873,11 +879,13 @@ class Coupled(Toy):
 
 def test_check_refuses_units_that_see_each_other() -> None:
     batch = toy_batch()
-    coupled, mean, unused = Coupled(), Toy(), Toy()
+    coupled, mean, unused, broken = Coupled(), Toy(), Toy(), Toy()
     unused.spare = nn.Linear(2, 2).double()
     with pytest.raises(PrivacyError, match="units"):
         ClippingEngine(coupled, max_grad_norm=1.0).check(toy_loss(coupled), batch)
     with pytest.raises(PrivacyError, match="couples units"):
         ClippingEngine(mean, max_grad_norm=1.0).check(lambda b: toy_loss(mean)(b) / len(b["input_ids"]), batch)
+    with pytest.raises(PrivacyError, match="couples units"):  # what is not a number is no agreement
+        ClippingEngine(broken, max_grad_norm=1.0).check(lambda b: toy_loss(broken)(b) * float("nan"), batch)
     with pytest.raises(PrivacyError, match="does not depend on them"):
         ClippingEngine(unused, max_grad_norm=1.0).check(toy_loss(unused), batch)

@@ -812,8 +812,11 @@ class Unfreeze(hf.TrainerCallback):
             model.transformer.h[0].mlp.c_fc.weight.requires_grad_(True)
 
 
-def test_6_8_parameters_unfrozen_while_training_are_not_updated_without_noise(tmp_path: Path) -> None:
+def test_6_8_parameters_unfrozen_while_training_are_not_updated_without_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Engine and mechanism both refuse; tests/test_mechanism.py shows what the update would be if they did not."""
+    draws(monkeypatch, [1, 2], [3])
     trainer = trainer_for("gpt2", tmp_path)
     weight = trainer.model.transformer.h[0].mlp.c_fc.weight
     weight.requires_grad_(False)
