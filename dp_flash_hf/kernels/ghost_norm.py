@@ -37,14 +37,14 @@ def hidden_by_rounding(bound: Tensor, rows: int | Tensor) -> Tensor:
 
 
 class InputGram:
-    """A A^T of the last inputs asked for: projections that share an input (q, k, v; gate, up) follow one another."""
+    """Gram blocks of the last inputs asked for: projections that share an input (q, k, v; gate, up) follow one another."""
 
     def __init__(self) -> None:
         self._inputs: Tensor | None = None
-        self._gram: Tensor | None = None
+        self._gram: tuple[Tensor, ...] | None = None
 
-    def __call__(self, a: Tensor) -> Tensor:
-        """a (units, k, d) -> (units, k, k)."""
+    def __call__(self, a: Tensor) -> tuple[Tensor, ...]:
+        """a (units, k, d) -> `gram_blocks(a)`."""
         kept = self._inputs
         if (
             kept is None
@@ -54,13 +54,19 @@ class InputGram:
             or kept.stride() != a.stride()
         ):
             # Holding the inputs themselves keeps their memory from being given to another tensor of the same address.
-            self._inputs, self._gram = a, torch.bmm(a, a.mT)
+            self._inputs, self._gram = a, gram_blocks(a)
         assert self._gram is not None
         return self._gram
 
     def clear(self) -> None:
         """Let go of the tensors."""
         self._inputs = self._gram = None
+
+
+def gram_blocks(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (units, k, d) -> X X^T in blocks: first half by itself, second half by itself, first by second. The fourth is known."""
+    first, second = x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
+    return torch.bmm(first, first.mT), torch.bmm(second, second.mT), torch.bmm(first, second.mT)
 
 
 def linear_squared_norms(a: Tensor, g: Tensor, sizes: Sequence[int], gram: InputGram | None = None) -> Tensor:
@@ -87,9 +93,11 @@ def _gram_is_cheaper(k: int, d: int, p: int) -> bool:
 
 
 def _gram_form(a: Tensor, g: Tensor, gram: InputGram | None) -> Tensor:
-    inputs = gram(a) if gram is not None else torch.bmm(a, a.mT)
-    norms = torch.einsum("uts,uts->u", inputs, torch.bmm(g, g.mT))
-    bound = (inputs.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() * torch.linalg.vector_norm(g, dim=2)).sum(1)
+    inputs, outputs = gram(a) if gram is not None else gram_blocks(a), gram_blocks(g)
+    halves, between = zip(inputs[:2], outputs[:2], strict=True), (inputs[2], outputs[2])
+    norms = sum((torch.einsum("uts,uts->u", x, y) for x, y in halves), 2 * torch.einsum("uts,uts->u", *between))
+    lengths = torch.cat([x.diagonal(dim1=1, dim2=2) for x in inputs[:2]], 1).clamp(min=0).sqrt()
+    bound = (lengths * torch.linalg.vector_norm(g, dim=2)).sum(1)
     for unit in (norms < CANCELLED * bound.square()).nonzero().flatten().tolist():
         norms[unit] = _direct_form(a[unit], g[unit], bound[unit])
     return norms
