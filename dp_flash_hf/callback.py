@@ -218,7 +218,7 @@ class DPCallback(TrainerCallback, ExportableState):
             ),
             collate_fn=UnitCollator(collator),
             num_workers=workers,
-            pin_memory=args.dataloader_pin_memory,
+            pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers > 0 else None,
         )

@@ -104,7 +104,7 @@ def main(overrides: Sequence[str]) -> None:
     print(dp.report().to_text())
     print(f"\nloss per byte on {len(held_out)} held-out docstrings: {before:.3f} before training, {after:.3f} after")
     prompt = tokenizer(options.prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-    sample = model.generate(**prompt, do_sample=True, temperature=0.7, max_length=options.max_length)
+    sample = model.generate(**prompt, do_sample=True, temperature=0.5, max_length=options.max_length)
     print(f"sample: {tokenizer.decode(sample[0], skip_special_tokens=True)!r}")
 
 
