@@ -65,12 +65,15 @@ class ClippingEngine:
         if not self.parameters:
             raise UnsupportedError("the model has no parameter with requires_grad=True; unfreeze what is to be trained")
         self.norms = torch.zeros(0)  # per-unit gradient norms of the last batch, scaled, before clipping
-        self.dropped_units = 0  # units whose gradient was not finite, since the engine was made; not private information
+        self.dropped_units = (
+            0  # units whose norm was not finite, since the engine was made; counted without noise: keep it secret
+        )
         self._sums: dict[nn.Parameter, tuple[Tensor, Tensor, int]] = {}
         self._uncovered: set[nn.Parameter] = set()
         self._reached: set[nn.Parameter] = set()  # parameters that the last batch's loss depended on
-        self._recorder = Recorder(_groups(model, self.parameters, clipping))
-        self._n_groups = len(set(_groups(model, self.parameters, clipping).values()))
+        self._groups = _groups(model, self.parameters, clipping)
+        self._n_groups = len(set(self._groups.values()))
+        self._recorder = Recorder(self._groups)
         self._attached: list[nn.Module] = []
         self._detached = False
         self._attach()
@@ -378,7 +381,6 @@ class ClippingEngine:
 
     def _microbatch(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select) -> Tensor:
         sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.parameters}
-        groups = _groups(self.model, self.parameters, self.clipping)
         total = torch.zeros(())
         norms = []
         self._reached = set()
@@ -391,11 +393,11 @@ class ClippingEngine:
                 for p in self.parameters:
                     if p.grad is not None:
                         self._reached.add(p)
-                        squared[0, groups[p]] += p.grad.to(squared.dtype).square().sum()
+                        squared[0, self._groups[p]] += p.grad.to(squared.dtype).square().sum()
             factors = self._factors(squared, None if scale is None else scale[unit : unit + 1])
             norms.append(self.norms)
             for p in self.parameters:
-                factor = float(factors[0, groups[p]])
+                factor = float(factors[0, self._groups[p]])
                 if p.grad is not None and factor != 0.0:
                     sums[p].add_(p.grad.to(sums[p].dtype), alpha=factor)
                 p.grad = None
@@ -442,7 +444,6 @@ class ClippingEngine:
 
     @torch.no_grad()
     def _add_recorded(self, units: Units, scale: Tensor | None) -> None:
-        groups = _groups(self.model, self.parameters, self.clipping)
         factors = self._factors(self._recorder.squared_norms(self._like), scale)
         records = self._recorder.records
         self._reached = self._recorder.reached
@@ -452,7 +453,7 @@ class ClippingEngine:
             record = records.pop(parameter, None)
             if record is not None:
                 with full_precision(total.device):
-                    record.add_clipped_sum_(total, factors[:, groups[parameter]])
+                    record.add_clipped_sum_(total, factors[:, self._groups[parameter]])
             self._publish(parameter)
         self._recorder.stop()
 

@@ -77,7 +77,7 @@ class Place:
 class Layouts:
     """The layouts of one model's layers.
 
-    Nothing says which dimension of a layer's input runs over units, so it is *learnt*, from passes without gradient: the whole
+    Nothing says which dimension of a layer's input runs over units, so it is *learnt*, from forward passes: the whole
     batch (`observe`), every unit alone (`compare`), and the whole batch with its activations disturbed (`disturb`). A layer's
     place is known when every unit's part of the whole is what that unit's own pass held there, and no other reading of the
     shape says the same. Where any of it fails the layer stays without a place, its gradient is left to autograd, and the
