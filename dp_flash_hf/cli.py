@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, help="rows of the physical batch (default: the preset's)")
     bench.add_argument("--layers", type=int, help="decoder layers (default: the preset's)")
     bench.add_argument("--width", type=int, help="hidden size, a multiple of 64 (default: the preset's)")
+    bench.add_argument("--vocabulary", type=int, help="tokens that the head tells apart (default: the preset's)")
     bench.add_argument("--repeats", type=int, default=5, help="rounds; medians are over them (default: 5)")
     bench.add_argument("--threads", type=int, help="CPU threads (default: all)")
     bench.set_defaults(command=_bench)
@@ -308,7 +309,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     from dp_flash_hf import bench
 
-    names = ("lengths", "batch", "layers", "width", "threads")
+    names = ("lengths", "batch", "layers", "width", "vocabulary", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     bench.print_table(replace(bench.PRESETS[options.preset], **given), repeats=options.repeats)
 

@@ -195,10 +195,7 @@ class ClippingEngine:
                 raise PrivacyError(
                     f"{self.parameters[parameter]}.grad was not made by the engine: it is not clipped; zero_grad() first"
                 )
-            total = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-            parameter.grad = released = total.to(parameter.dtype)
-            self._sums[parameter] = (total, released, released._version)
-            return total
+            return self._hold(parameter, torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)))
         if parameter.grad is not released or released._version != version:
             if bool((parameter.grad == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
                 parameter.grad = None
@@ -448,13 +445,16 @@ class ClippingEngine:
         records = self._recorder.records
         self._reached = self._recorder.reached
         self._restore_gradients()
-        for parameter in self.parameters:
-            total = self.clipped_sum(parameter)
-            record = records.pop(parameter, None)
-            if record is not None:
-                with full_precision(total.device):
-                    record.add_clipped_sum_(total, factors[:, self._groups[parameter]])
-            self._publish(parameter)
+        with full_precision(factors.device):
+            for parameter in self.parameters:
+                record, own = records.pop(parameter, None), factors[:, self._groups[parameter]].to(parameter.device)
+                if record is None:
+                    self.clipped_sum(parameter)
+                elif parameter.grad is None:
+                    self._hold(parameter, record.clipped_sum(own))
+                else:
+                    record.add_clipped_sum_(self.clipped_sum(parameter), own)
+                    self._publish(parameter)
         self._recorder.stop()
 
     @torch.no_grad()
@@ -463,6 +463,12 @@ class ClippingEngine:
         for parameter, added in sums.items():
             self.clipped_sum(parameter).add_(added)
             self._publish(parameter)
+
+    def _hold(self, parameter: nn.Parameter, total: Tensor) -> Tensor:
+        """Make a new sum the parameter's own."""
+        parameter.grad = released = total.to(parameter.dtype)
+        self._sums[parameter] = (total, released, released._version)
+        return total
 
     def _publish(self, parameter: nn.Parameter) -> None:
         total, released, _ = self._sums[parameter]

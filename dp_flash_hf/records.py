@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_flash_hf.errors import PrivacyError
-from dp_flash_hf.kernels.clipped_sum import add_embedding_, add_linear_, add_per_unit_
+from dp_flash_hf.kernels.clipped_sum import add_embedding_, add_linear_, add_per_unit_, linear_clipped_sum
 from dp_flash_hf.kernels.ghost_norm import (
     InputGram,
     embedding_squared_norms,
@@ -75,7 +75,7 @@ class LinearUse:
             out.addmm_(g_u.mT, a_u)
 
     def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
-        """out (p, d) += clipped sum."""
+        """out (p, d) += `clipped_sum`."""
         add_linear_(out.view(self.g.shape[1], self.a.shape[1]), self.a, self.g, factors, self.sizes)
 
 
@@ -177,6 +177,15 @@ class GradientRecord:
             ids_u, g_u = embedding.ids.split(embedding.sizes)[unit], embedding.g.split(embedding.sizes)[unit]
             EmbeddingUse(ids_u, g_u, (len(ids_u),)).add_to_units_(gradient)
         return gradient[0]
+
+    def clipped_sum(self, factors: Tensor) -> Tensor:
+        """(*shape): sum over units of factors (units,) times the unit's gradient."""
+        if self.per_unit is None and not self.embedding and len(self.linear) == 1:
+            (use,) = self.linear  # a product of its own is one pass over memory less than zeros and a sum
+            return linear_clipped_sum(use.a, use.g, factors, use.sizes).view(self.shape)
+        out = torch.zeros(self.shape, dtype=factors.dtype, device=factors.device)
+        self.add_clipped_sum_(out, factors)
+        return out
 
     def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
         """out (*shape) += sum over units of factors (units,) times the unit's gradient."""

@@ -93,20 +93,21 @@ def test_methods_take_turns_in_a_rotating_order(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: advance())
     monkeypatch.setattr(bench, "_timed", lambda work, step, count: (step(), 1.0)[1])
     bench.measure(TINY, repeats=3)
-    assert order[6:] == [BASELINE, "dp_flash", "peer", "dp_flash", "peer", BASELINE, "peer", BASELINE, "dp_flash"]
+    turns = [BASELINE, "dp_flash", "peer", "dp_flash", "peer", BASELINE, "peer", BASELINE, "dp_flash"]
+    assert order[6:] == [name for turn in turns for name in (turn, turn)]  # each begins with an untimed step
 
 
 def test_the_command_prints_one_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: 3 * 2**20)
-    cli.main(
-        ["bench", "--layers", "1", "--width", "64", "--lengths", "8,12", "--batch", "2", "--repeats", "1", "--threads", "1"]
-    )
+    monkeypatch.setattr(bench, "_MEASURED_SECONDS", 0.01)
+    sizes = ["--layers", "1", "--width", "64", "--vocabulary", "99", "--lengths", "8,12", "--batch", "2"]
+    cli.main(["bench", *sizes, "--repeats", "1", "--threads", "1"])
     table, _, below = capsys.readouterr().out.rpartition("┘")
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
     assert [row[:2] for row in cells] == [[length, method] for length in ("8", "12") for method in METHODS]
     assert [row[3:] for row in cells if row[1] == BASELINE] == [["1.00", "3", "1.00"]] * 2
-    assert "1 layers of width 64, vocabulary 8192" in below
-    assert "added once per logical batch" in below
+    assert "1 layers of width 64, vocabulary 99" in below
+    assert "once per logical batch" in below
 
 
 def test_cuda_without_a_device_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

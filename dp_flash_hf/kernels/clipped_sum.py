@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dp_flash_hf.kernels.ghost_norm import upcast
+from dp_flash_hf.kernels.ghost_norm import is_uniform, upcast
 
 
 def weighted_rows(x: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -15,19 +15,35 @@ def weighted_rows(x: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
 
     The select, not the product, clears a unit of factor 0: its rows may hold NaN or infinity.
     """
-    repeats = torch.tensor(list(sizes), device=factors.device)
-    per_row = torch.repeat_interleave(factors, repeats, output_size=sum(sizes)).to(x.dtype).unsqueeze(1)
-    return torch.where(per_row == 0, 0.0, x * per_row) if bool((factors == 0).any()) else x * per_row
+    if is_uniform(sizes):
+        rows, per_row = x.unflatten(0, (len(sizes), -1)), factors.to(x.dtype).view(-1, 1, 1)
+    else:
+        repeats = torch.tensor(list(sizes), device=factors.device)
+        rows, per_row = x, torch.repeat_interleave(factors, repeats, output_size=sum(sizes)).to(x.dtype).unsqueeze(1)
+    weighted = torch.where(per_row == 0, 0.0, rows * per_row) if bool((factors == 0).any()) else rows * per_row
+    return weighted.view(x.shape)
+
+
+def linear_clipped_sum(a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
+    """sum_u factors[u] sum_{t in u} g_t a_t^T, (p, d), with a (rows, d) and g (rows, p) in unit order."""
+    left, right = _weighted(a, g, factors, sizes)
+    return left.mT @ right
 
 
 def add_linear_(out: Tensor, a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> None:
-    """out (p, d) += sum_u factors[u] sum_{t in u} g_t a_t^T, with a (rows, d) and g (rows, p) in unit order."""
+    """out (p, d) += `linear_clipped_sum`, without forming it."""
+    left, right = _weighted(a, g, factors, sizes)
+    out.addmm_(left.mT, right)
+
+
+def _weighted(a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """g and a, the smaller of them weighted."""
     a, g = upcast(a), upcast(g)
-    weigh_a = a.shape[1] < g.shape[1]
-    weighted, other = weighted_rows(a if weigh_a else g, factors, sizes), g if weigh_a else a
-    if bool((factors == 0).any()):  # 0 * NaN is NaN: both sides of the product must be clean
-        other = weighted_rows(other, (factors != 0).to(other.dtype), sizes)
-    out.addmm_(other.mT, weighted) if weigh_a else out.addmm_(weighted.mT, other)
+    clean = (factors != 0).to(a.dtype)
+    keep = (lambda x: x) if bool(clean.all()) else (lambda x: weighted_rows(x, clean, sizes))  # 0 * NaN is NaN
+    if a.shape[1] < g.shape[1]:
+        return keep(g), weighted_rows(a, factors, sizes)
+    return weighted_rows(g, factors, sizes), keep(a)
 
 
 def add_embedding_(out: Tensor, ids: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> None:

@@ -7,9 +7,13 @@ Sums run in float32, or float64 for float64 inputs, whatever the dtype of the re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Rows of the smallest Gram blocks. On CPU 16 to 64 are alike (within 4 % at 128 and 512 rows), 128 and more are slower.
+SMALLEST_BLOCK = 32
 
 # Below this fraction of its bound (sum_t |a_t| |g_t|)^2 a Gram sum has cancelled so far that float32 rounding (2^-24 of the
 # bound per term) could hide a norm; such a unit is computed anew from its gradient itself, whose squares cannot cancel.
@@ -37,14 +41,14 @@ def hidden_by_rounding(bound: Tensor, rows: int | Tensor) -> Tensor:
 
 
 class InputGram:
-    """Gram blocks of the last inputs asked for: projections that share an input (q, k, v; gate, up) follow one another."""
+    """Gram matrices of the last inputs asked for: projections that share an input (q, k, v; gate, up) follow one another."""
 
     def __init__(self) -> None:
         self._inputs: Tensor | None = None
-        self._gram: tuple[Tensor, ...] | None = None
+        self._gram: Gram | None = None
 
-    def __call__(self, a: Tensor) -> tuple[Tensor, ...]:
-        """a (units, k, d) -> `gram_blocks(a)`."""
+    def __call__(self, a: Tensor) -> Gram:
+        """a (units, k, d) -> `gram(a)`."""
         kept = self._inputs
         if (
             kept is None
@@ -54,7 +58,7 @@ class InputGram:
             or kept.stride() != a.stride()
         ):
             # Holding the inputs themselves keeps their memory from being given to another tensor of the same address.
-            self._inputs, self._gram = a, gram_blocks(a)
+            self._inputs, self._gram = a, gram(a)
         assert self._gram is not None
         return self._gram
 
@@ -63,13 +67,43 @@ class InputGram:
         self._inputs = self._gram = None
 
 
-def gram_blocks(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (units, k, d) -> X X^T in blocks: first half by itself, second half by itself, first by second. The fourth is known."""
-    first, second = x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
-    return torch.bmm(first, first.mT), torch.bmm(second, second.mT), torch.bmm(first, second.mT)
+class Gram(NamedTuple):
+    """X X^T of every unit in blocks: those on its diagonal, and those below it, which stand for the ones above too."""
+
+    diagonal: list[Tensor]  # each (units * m, s, s)
+    below: list[Tensor]  # each (units * m, s, t)
+
+    def lengths(self, n_units: int) -> Tensor:
+        """(units, k): norms of the rows of X."""
+        squares = [block.diagonal(dim1=1, dim2=2).reshape(n_units, -1) for block in self.diagonal]
+        return torch.cat(squares, 1).clamp(min=0).sqrt()
+
+    def dot(self, other: Gram, n_units: int) -> Tensor:
+        """(units,): sum over all pairs of rows of this Gram matrix times the other."""
+        total = self.diagonal[0].new_zeros(n_units)
+        for weight, xs, ys in ((1, self.diagonal, other.diagonal), (2, self.below, other.below)):
+            for x, y in zip(xs, ys, strict=True):
+                total += weight * (x * y).view(n_units, -1).sum(1)
+        return total
 
 
-def linear_squared_norms(a: Tensor, g: Tensor, sizes: Sequence[int], gram: InputGram | None = None) -> Tensor:
+def gram(x: Tensor) -> Gram:
+    """x (units, k, d) -> X X^T of each unit, halved again and again so that nearly half of the products are never formed."""
+    parts, below = [x.contiguous()], []  # contiguous, so that equal k means equal blocks
+    while parts[0].shape[1] > SMALLEST_BLOCK:
+        halves = []
+        for part in parts:
+            size = part.shape[1] // 2
+            first, second = part[:, :size], part[:, size:]
+            below.append(torch.bmm(second, first.mT))
+            # Halves of one size are again one batch, which is what makes small blocks as fast as large ones.
+            one_batch = part.is_contiguous() and part.shape[1] == 2 * size
+            halves += [part.view(-1, size, part.shape[2])] if one_batch else [first, second]
+        parts = halves
+    return Gram([torch.bmm(part, part.mT) for part in parts], below)
+
+
+def linear_squared_norms(a: Tensor, g: Tensor, sizes: Sequence[int], shared: InputGram | None = None) -> Tensor:
     """||sum_{t in u} g_t a_t^T||_F^2 for every unit u.
 
     a: (rows, d) inputs, g: (rows, p) output gradients, both in unit order. Returns (units,).
@@ -78,7 +112,7 @@ def linear_squared_norms(a: Tensor, g: Tensor, sizes: Sequence[int], gram: Input
     """
     a, g = upcast(a), upcast(g)
     if is_uniform(sizes):
-        return _gram_form(a.unflatten(0, (len(sizes), -1)), g.unflatten(0, (len(sizes), -1)), gram)
+        return _gram_form(a.unflatten(0, (len(sizes), -1)), g.unflatten(0, (len(sizes), -1)), shared)
     out = torch.zeros(len(sizes), dtype=a.dtype, device=a.device)
     for unit, (a_u, g_u) in enumerate(zip(a.split(list(sizes)), g.split(list(sizes)), strict=True)):
         if _gram_is_cheaper(len(a_u), a_u.shape[1], g_u.shape[1]):
@@ -92,12 +126,10 @@ def _gram_is_cheaper(k: int, d: int, p: int) -> bool:
     return k * (d + p) < d * p
 
 
-def _gram_form(a: Tensor, g: Tensor, gram: InputGram | None) -> Tensor:
-    inputs, outputs = gram(a) if gram is not None else gram_blocks(a), gram_blocks(g)
-    halves, between = zip(inputs[:2], outputs[:2], strict=True), (inputs[2], outputs[2])
-    norms = sum((torch.einsum("uts,uts->u", x, y) for x, y in halves), 2 * torch.einsum("uts,uts->u", *between))
-    lengths = torch.cat([x.diagonal(dim1=1, dim2=2) for x in inputs[:2]], 1).clamp(min=0).sqrt()
-    bound = (lengths * torch.linalg.vector_norm(g, dim=2)).sum(1)
+def _gram_form(a: Tensor, g: Tensor, shared: InputGram | None) -> Tensor:
+    inputs, outputs = shared(a) if shared is not None else gram(a), gram(g)
+    norms = inputs.dot(outputs, len(a))
+    bound = (inputs.lengths(len(a)) * outputs.lengths(len(a))).sum(1)
     for unit in (norms < CANCELLED * bound.square()).nonzero().flatten().tolist():
         norms[unit] = _direct_form(a[unit], g[unit], bound[unit])
     return norms
