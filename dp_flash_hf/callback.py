@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils.dataclasses import DistributedType, DynamoBackend
 from torch import Tensor
@@ -20,18 +21,16 @@ from transformers.utils import logging
 from dp_flash_hf.accountant import PrivacyPlan
 from dp_flash_hf.batches import UNITS, PoissonBatches, UnitCollator, WithUnits, physical_batches, steps_per_epoch, units_of
 from dp_flash_hf.config import PrivacyConfig
-from dp_flash_hf.engine import ClippingEngine, Strategy
+from dp_flash_hf.engine import ClippingEngine, Strategy, training_mode
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.losses import UnitLoss, learn_loss
 from dp_flash_hf.mechanism import DPSGD
-from dp_flash_hf.preflight import check_collator, check_training_mode
+from dp_flash_hf.preflight import check_collator, check_padding, check_training_mode, choose_units
 from dp_flash_hf.report import PrivacyReport
 from dp_flash_hf.sampling import group_rows
 from dp_flash_hf.units import Units, select_unit
 
 logger = logging.get_logger(__name__)
-
-PREFLIGHT_UNITS = 4
 
 
 class DPCallback(TrainerCallback, ExportableState):
@@ -273,17 +272,19 @@ class DPCallback(TrainerCallback, ExportableState):
     def _preflight(self, loader: DataLoader[Any]) -> None:
         """Learn how the loss divides, and prove isolation and exactness on the user's own model and data, before any step."""
         trainer = self._trainer
-        rows = self._rows or [torch.tensor([row]) for row in range(min(PREFLIGHT_UNITS, len(loader.dataset)))]  # type: ignore[arg-type]
-        keys = [
-            (row, unit)
-            for unit, own in enumerate(rows[:PREFLIGHT_UNITS])
-            for row in own[: self.config.max_examples_per_unit].tolist()
-        ]
         assert loader.collate_fn is not None
         assert self.engine is not None
         dataset: Any = loader.dataset
-        batch, units = self._prepared(loader.collate_fn(dataset.__getitems__(keys)))
-        check_collator(dataset, loader.collate_fn, keys)
+        collate = loader.collate_fn
+
+        def keys_of(unit: int, number: int) -> list[tuple[int, int]]:
+            own = [unit] if self._rows is None else self._rows[unit][: self.config.max_examples_per_unit].tolist()
+            return [(row, number) for row in own]
+
+        chosen = choose_units(self.mechanism.plan.sampler.n_units, lambda unit: dataset[keys_of(unit, 0)[0]][0])
+        keys = [key for number, unit in enumerate(chosen) for key in keys_of(unit, number)]
+        batch, units = self._prepared(collate(dataset.__getitems__(keys)))
+        check_collator(dataset, collate, keys)
         parameters = inspect.signature(trainer.compute_loss).parameters
         accepts_count = "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -294,18 +295,24 @@ class DPCallback(TrainerCallback, ExportableState):
                 return loss
 
         low = trainer.args.bf16 or any(p.dtype in (torch.bfloat16, torch.float16) for p in trainer.model.parameters())
-        training = [(module, module.training) for module in trainer.model.modules()]
-        trainer.model.eval()
-        try:
+        with training_mode(trainer.model, False):
             self._unit_loss = learn_loss(
-                model_loss, batch, units, lambda whole, unit: select_unit(whole, units, unit), tolerance=1e-2 if low else 1e-4
+                model_loss,
+                batch,
+                units,
+                lambda whole, unit: select_unit(whole, units, unit),
+                n_classes=getattr(getattr(trainer.model, "config", None), "num_labels", None),
+                tolerance=1e-2 if low else 1e-4,
             )
-        finally:
-            for module, mode in training:
-                module.training = mode
         scale = self._unit_loss.scale(batch, units)
         self.engine.check(self._unit_loss, batch, units, scale, tolerance=0.05 if low else 1e-3)
-        if units.kind == "rows":  # with equal shapes there is little rounding to allow for
+        if units.kind == "rows":
+
+            def alone(number: int) -> dict[str, Any]:
+                return self._prepared(collate(dataset.__getitems__(keys_of(chosen[number], 0))))[0]
+
+            check_padding(self.engine, self._unit_loss, batch, units, scale, alone, tolerance=0.05 if low else 1e-3)
+            # With equal shapes there is little rounding to allow for.
             check_training_mode(self.engine, self._unit_loss, batch, units, scale, tolerance=1e-3 if low else 1e-5)
         attention = getattr(trainer.model.config, "_attn_implementation", None) if hasattr(trainer.model, "config") else None
         forms = sorted(set(self.engine.forms().values()))
@@ -321,7 +328,8 @@ def _column(dataset: Any, name: str) -> list[Any]:
         raise invalid(
             "privacy_unit", expected=f"a column of train_dataset ({', '.join(columns)})", actual=name, remedy="name one"
         )
-    return list(dataset[name]) if columns is not None else [dataset[row][name] for row in range(len(dataset))]
+    values = dataset[name] if columns is not None else [dataset[row][name] for row in range(len(dataset))]
+    return [value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value for value in values]
 
 
 def _refuse_settings(trainer: Trainer) -> None:

@@ -1,6 +1,6 @@
 """`dp-flash`: train recipes, plan a budget, see what would run, and measure it.
 
-Heavy imports are inside the commands, so that `dp-flash --help` and a mistyped command answer at once.
+What only some commands need is imported inside them.
 """
 
 from __future__ import annotations
@@ -83,16 +83,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Give two of --epsilon, --noise-multiplier and --steps (or --epochs); the third is computed. "
         "Each may be a comma-separated list: the table has every combination.",
     )
-    plan.add_argument("--units", type=int, required=True, help="privacy units (usually: examples) in the dataset")
-    plan.add_argument("--batch", type=int, required=True, help="expected units per optimizer step")
-    plan.add_argument("--delta", type=float, help="default: units ** -1.1")
+    plan.add_argument("--units", type=_whole, required=True, help="privacy units (usually: examples) in the dataset")
+    plan.add_argument("--batch", type=_whole, required=True, help="expected units per optimizer step")
+    plan.add_argument("--delta", type=_above_zero, help="default: units ** -1.1")
     plan.add_argument("--epsilon", type=_numbers, help="target epsilon: calibrates the noise, or counts the steps it affords")
     plan.add_argument("--noise-multiplier", type=_numbers, help="noise standard deviation / max_grad_norm")
     steps = plan.add_mutually_exclusive_group()
-    steps.add_argument("--steps", type=_numbers, help="optimizer steps")
+    steps.add_argument("--steps", type=_whole_numbers, help="optimizer steps")
     steps.add_argument("--epochs", type=_numbers, help="optimizer steps, in units of units / batch")
     plan.add_argument("--accountant", default="pld", help="pld (default), prv or rdp")
-    plan.add_argument("--max-batch-size", type=int, help="truncated Poisson sampling: most units in one draw")
+    plan.add_argument("--max-batch-size", type=_whole, help="truncated Poisson sampling: most units in one draw")
     plan.set_defaults(command=_plan)
 
     recipes = commands.add_parser("recipes", help="list or copy recipes").add_subparsers(required=True, metavar="COMMAND")
@@ -107,28 +107,45 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--task", choices=sorted(_AUTO_CLASSES), default="causal-lm", help="the model's head (default: causal-lm)"
     )
-    doctor.add_argument("--length", type=int, default=128, help="tokens per row of the trial batch (default: 128)")
+    doctor.add_argument("--length", type=_whole, default=128, help="tokens per row of the trial batch (default: 128)")
     doctor.set_defaults(command=_doctor)
 
     bench = commands.add_parser("bench", help="speed and memory beside non-private training and Opacus")
     bench.add_argument("--preset", choices=("cpu", "cuda"), default="cpu", help="model, batch and lengths (default: cpu)")
     bench.add_argument("--lengths", type=_whole_numbers, help="tokens per row, comma-separated (default: the preset's)")
-    bench.add_argument("--batch", type=int, help="rows of the physical batch (default: the preset's)")
-    bench.add_argument("--layers", type=int, help="decoder layers (default: the preset's)")
-    bench.add_argument("--width", type=int, help="hidden size, a multiple of 64 (default: the preset's)")
-    bench.add_argument("--vocabulary", type=int, help="tokens that the head tells apart (default: the preset's)")
-    bench.add_argument("--repeats", type=int, default=5, help="rounds; medians are over them (default: 5)")
-    bench.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    bench.add_argument("--batch", type=_whole, help="rows of the physical batch (default: the preset's)")
+    bench.add_argument("--layers", type=_whole, help="decoder layers (default: the preset's)")
+    bench.add_argument("--width", type=_whole, help="hidden size, a multiple of 64 (default: the preset's)")
+    bench.add_argument("--vocabulary", type=_whole, help="tokens that the head tells apart (default: the preset's)")
+    bench.add_argument("--repeats", type=_whole, default=5, help="rounds; medians are over them (default: 5)")
+    bench.add_argument("--threads", type=_whole, help="CPU threads (default: all)")
     bench.set_defaults(command=_bench)
     return parser
 
 
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
+    return value
+
+
+def _whole(text: str) -> int:
+    value = _above_zero(text)
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(value)
+
+
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    return [_above_zero(part) for part in text.split(",")]
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
+    return tuple(_whole(part) for part in text.split(","))
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -136,11 +153,12 @@ def _train(options: argparse.Namespace) -> None:
     if path.suffix == ".py":
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        name = f"dp_flash_recipe_{path.stem}"  # never the name of a package
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
         recipe = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = recipe  # dataclasses look their module up
+        sys.modules[name] = recipe  # dataclasses look their module up
         spec.loader.exec_module(recipe)
     else:
         recipe = import_module(f"dp_flash_hf.recipes.{_require_recipe(options.recipe)}")
@@ -186,16 +204,17 @@ def _plan(options: argparse.Namespace) -> None:
     from rich.progress import track
 
     from dp_flash_hf.accountant import ADJACENCY, PrivacyPlan
+    from dp_flash_hf.batches import steps_per_epoch
     from dp_flash_hf.config import PrivacyConfig
 
     steps = options.steps
     if options.epochs:
-        steps = [math.ceil(epochs * options.units / options.batch) for epochs in options.epochs]
+        steps = [math.ceil(epochs * steps_per_epoch(options.units, options.batch)) for epochs in options.epochs]
     if sum(values is None for values in (options.epsilon, options.noise_multiplier, steps)) != 1:
         raise ValueError("plan: give exactly two of --epsilon, --noise-multiplier and --steps (or --epochs)")
     delta = options.units**-1.1 if options.delta is None else options.delta
 
-    def plan(epsilon: float | None, noise_multiplier: float | None, steps: float) -> PrivacyPlan:
+    def plan(epsilon: float | None, noise_multiplier: float | None, steps: int) -> PrivacyPlan:
         config = PrivacyConfig(
             target_delta=delta,
             target_epsilon=epsilon,
@@ -204,9 +223,7 @@ def _plan(options: argparse.Namespace) -> None:
             sampling="poisson" if options.max_batch_size is None else "truncated_poisson",
             max_batch_size=options.max_batch_size,
         )
-        if steps != int(steps):
-            raise invalid("steps", expected="whole numbers", actual=steps, remedy="round it")
-        return PrivacyPlan.from_config(config, n_units=options.units, expected_batch_size=options.batch, steps=int(steps))
+        return PrivacyPlan.from_config(config, n_units=options.units, expected_batch_size=options.batch, steps=steps)
 
     rows = []
     combinations = list(product(options.epsilon or [None], options.noise_multiplier or [None], steps or [None]))
@@ -226,7 +243,7 @@ def _plan(options: argparse.Namespace) -> None:
     table = _table("epsilon", "noise multiplier", "steps", "epochs", justify="right")
     for row in rows:
         epochs = row.steps * row.sampler.sampling_rate
-        table.add_row(f"{row.epsilon():.3f}", f"{row.noise_multiplier:.4f}", str(row.steps), f"{epochs:.2f}")
+        table.add_row(f"{row.epsilon():.4g}", f"{row.noise_multiplier:.4f}", str(row.steps), f"{epochs:.2f}")
     _print(table)
     print(
         f"{options.units} units, {options.batch} expected per step (sampling rate {rows[0].sampler.sampling_rate:.4g}), "

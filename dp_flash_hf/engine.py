@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from dp_flash_hf import layers
 from dp_flash_hf.clipping import clip_factors
 from dp_flash_hf.config import Clipping
+from dp_flash_hf.coupling import BatchGuard, refuse_model
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.records import Recorder, full_precision
-from dp_flash_hf.units import Batch, Units, leading_shape, select_items, select_unit
+from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_items, select_unit
 
 Strategy = Literal["auto", "bookkeeping", "two_pass", "microbatch"]
 LossFunction = Callable[[Any], Tensor]
@@ -59,21 +60,21 @@ class ClippingEngine:
             raise invalid("clipping", expected=f"one of {get_args(Clipping)}", actual=clipping, remedy="choose one of them")
         if strategy not in get_args(Strategy):
             raise invalid("strategy", expected=f"one of {get_args(Strategy)}", actual=strategy, remedy="choose one of them")
-        _refuse_coupled(model)
+        refuse_model(model)
         self.model, self.max_grad_norm, self.clipping, self.strategy = model, float(max_grad_norm), clipping, strategy
         self.parameters = {p: name for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UnsupportedError("the model has no parameter with requires_grad=True; unfreeze what is to be trained")
         self.norms = torch.zeros(0)  # per-unit gradient norms of the last batch, scaled, before clipping
-        self.dropped_units = (
-            0  # units whose norm was not finite, since the engine was made; counted without noise: keep it secret
-        )
+        # Units whose norm was not finite, since the engine was made; counted without noise: keep it secret.
+        self.dropped_units = 0
         self._sums: dict[nn.Parameter, tuple[Tensor, Tensor, int]] = {}
         self._uncovered: set[nn.Parameter] = set()
         self._reached: set[nn.Parameter] = set()  # parameters that the last batch's loss depended on
         self._groups = _groups(model, self.parameters, clipping)
         self._n_groups = len(set(self._groups.values()))
         self._recorder = Recorder(self._groups)
+        self._refuse_batch = BatchGuard(model)
         self._attached: list[nn.Module] = []
         self._detached = False
         self._attach()
@@ -101,6 +102,7 @@ class ClippingEngine:
         if not isinstance(batch, Mapping):
             raise invalid("batch", expected="a mapping of model inputs", actual=type(batch).__name__, remedy="pass a dict")
         resolved = _units_of(units, batch)
+        self._refuse_batch(batch)
         scale = self._scale(loss_scale, resolved)
         if resolved.n == 0:
             self.norms = torch.zeros(0)
@@ -151,6 +153,7 @@ class ClippingEngine:
                 return
             inputs = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
             resolved = _units_of(units, inputs)
+            self._refuse_batch(inputs)
             seen.append(resolved)
             scale = self._scale(loss_scale, resolved)
             if not self._recorder.layouts.knows(resolved, leading_shape(inputs)[1:]):
@@ -232,31 +235,28 @@ class ClippingEngine:
         Raises PrivacyError on a mismatch.
         """
         resolved = _units_of(units, batch)
-        modes = [(module, module.training) for module in self.model.modules()]
         strategy, dropped = self.strategy, self.dropped_units
         held, sums = {p: p.grad for p in self.parameters}, self._sums
         try:
-            self.model.eval()
-            self._sums = {}
-            self._clear_gradients()
-            together = self.backward(loss_fn, batch, resolved, loss_scale, select).double()
-            norms, clipped = self.norms, self.take_sums()
-            unused = [name for p, name in self.parameters.items() if p not in self._reached]
-            self.strategy = "microbatch"
-            self._clear_gradients()
-            alone = self.backward(loss_fn, batch, resolved, loss_scale, select).double()
-            norms_alone, clipped_alone = self.norms, self.take_sums()
-            moved = None
-            if resolved.kind == "rows" and resolved.identity and resolved.n > 1 and select is None:
-                order = torch.tensor([0, *range(2, resolved.n), 0])  # unit 0 stays, the others see different company
-                self.strategy = strategy
+            with training_mode(self.model, False):
+                self._sums = {}
                 self._clear_gradients()
-                rolled = None if loss_scale is None else torch.as_tensor(loss_scale)[order]
-                self.backward(loss_fn, select_items(batch, resolved, order), None, rolled)
-                moved = abs(float(self.norms[0]) - float(norms[0]))
+                together = self.backward(loss_fn, batch, resolved, loss_scale, select).double()
+                norms, clipped = self.norms, self.take_sums()
+                unused = [name for p, name in self.parameters.items() if p not in self._reached]
+                self.strategy = "microbatch"
+                self._clear_gradients()
+                alone = self.backward(loss_fn, batch, resolved, loss_scale, select).double()
+                norms_alone, clipped_alone = self.norms, self.take_sums()
+                moved = None
+                if resolved.kind == "rows" and resolved.identity and resolved.n > 1 and select is None:
+                    order = torch.tensor([0, *range(2, resolved.n), 0])  # unit 0 stays, the others see different company
+                    self.strategy = strategy
+                    self._clear_gradients()
+                    rolled = None if loss_scale is None else torch.as_tensor(loss_scale)[order]
+                    self.backward(loss_fn, select_items(batch, resolved, order), None, rolled)
+                    moved = abs(float(self.norms[0]) - float(norms[0]))
         finally:
-            for module, training in modes:
-                module.training = training
             self.strategy, self.dropped_units, self._sums = strategy, dropped, sums
             for parameter, gradient in held.items():
                 parameter.grad = gradient
@@ -316,12 +316,18 @@ class ClippingEngine:
         """Run the whole batch and every unit alone, without dropout, so that it is known where each layer keeps which unit."""
         if units.is_single:
             return
-        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            self._observe(forward, batch, select, units)
+        except RuntimeError:
+            if not self._recorder.layouts.leave_shared():
+                raise
+            self._observe(forward, batch, select, units)
+
+    def _observe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
         devices = {p.device for p in self.parameters if p.device.type != "cpu"}
         hooks: list[torch.utils.hooks.RemovableHandle] = []
         try:
-            with torch.random.fork_rng(list(devices)):
-                self.model.eval()
+            with torch.random.fork_rng(list(devices)), training_mode(self.model, False):
                 self._recorder.start("learn", units)
                 layouts = self._recorder.layouts
                 layouts.observe(units, leading_shape(batch)[1:])
@@ -339,8 +345,6 @@ class ClippingEngine:
                 layouts.settle()
         finally:
             _remove(hooks)
-            for module, training in modes:
-                module.training = training
             self._recorder.stop()
 
     # Strategies.
@@ -510,6 +514,12 @@ class ClippingEngine:
                 f"hooks run as soon as gradients of {hooked[:8]} accumulate, before they are clipped (an optimizer that steps "
                 "inside backward?); use an optimizer that steps after it"
             )
+        changed = [name for p, name in self.parameters.items() if p._backward_hooks]
+        if changed:
+            raise UnsupportedError(
+                f"register_hook on {changed[:8]}: clipped sums are formed without autograd, so the hook would not run; "
+                "change the model's output or freeze the parameter instead"
+            )
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
@@ -529,6 +539,18 @@ class UncoveredParametersError(PrivacyError):
         names = sorted(parameters.values())
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         super().__init__(f"{what} {shown}; use engine.backward with strategy='auto', freeze them, or register a rule.")
+
+
+@contextmanager
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Every module in training or evaluation mode; afterwards each in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _units_of(units: Tensor | Units | None, batch: Batch) -> Units:
@@ -553,12 +575,20 @@ def _disturbed(noise: tuple[float, float], module: nn.Module, args: Any, output:
 
 
 def _disturbed_inputs(noise: tuple[float, float], batch: Batch) -> dict[str, Any]:
-    """Inputs with noise, and one token of the first row masked: what a router, or a model that drops padding, would act on."""
+    """Inputs with noise, one token of the first row masked and one label of the last ignored.
+
+    A router acts on the first, a model that drops padding on the second, a head for labelled positions only on the third.
+    """
     out = dict(batch)
     for name, value in batch.items():
-        if not isinstance(value, Tensor) or value.dim() < 2 or "label" in name:
+        if not isinstance(value, Tensor) or value.dim() < 2:
             continue
-        if name.endswith("attention_mask") and not value.is_floating_point() and value.dim() == 2 and value[0].any():
+        if "label" in name:
+            counted = (value != IGNORED).nonzero()
+            if 0 < len(counted) < value.numel():
+                out[name] = value.clone()
+                out[name][tuple(counted[-1])] = IGNORED
+        elif name.endswith("attention_mask") and not value.is_floating_point() and value.dim() == 2 and value[0].any():
             out[name] = value.clone()
             out[name][0, int(value[0].nonzero()[-1])] = 0
         elif value.is_floating_point():
@@ -592,11 +622,3 @@ def _groups(model: nn.Module, parameters: Mapping[nn.Parameter, str], clipping: 
                 owners.setdefault(parameter, number)
     numbers = {owner: group for group, owner in enumerate(dict.fromkeys(owners.values()))}
     return {parameter: numbers[owner] for parameter, owner in owners.items()}
-
-
-def _refuse_coupled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "track_running_stats", False):
-            raise UnsupportedError(
-                f"{name}: batch normalisation and running statistics mix all units; replace it by GroupNorm or LayerNorm"
-            )

@@ -90,6 +90,7 @@ class Layouts:
         self._places: dict[tuple[nn.Module, int], Place | None] = {}
         self._kind: str | None = None
         self._known = False
+        self._shares = True  # whether lookups for all rows are given to every row
         self._lengths: set[tuple[int, ...]] = set()
         # While learning: the batch, the items of the present pass, what each call saw of the whole batch, and calls met so far.
         self._length: tuple[int, ...] = ()
@@ -187,13 +188,26 @@ class Layouts:
             else:
                 old.rows_per_item |= place.rows_per_item
 
+    def leave_shared(self) -> bool:
+        """From now on leave lookups for all rows as they are; False if there were none.
+
+        For models that repeat for every row what they looked up once, as prompt tuning does.
+        """
+        had = self._shares and any(any(shared) for shared in self._shared.values())
+        self._shares = self._shares and not had
+        return had
+
+    def is_shared(self, ids: Tensor, units: Units) -> bool:
+        """Whether a lookup (1, ...) stands for all rows of the batch."""
+        return self._shares and units.kind == "rows" and ids.dim() >= 2 and ids.shape[0] == 1 and units.n_items > 1
+
     def lookup(self, module: nn.Module, ids: Tensor, table_rows: int) -> Tensor:
         """What `per_item_rows` gives while learning: every item looks up other rows of the table.
 
         A model which mixes the items' lookups, or uses the first of them for all, is then seen to do so.
         """
         if self._pass == "observe":
-            shared = is_shared(ids, self._whole)
+            shared = self.is_shared(ids, self._whole)
             self._shared.setdefault(module, []).append(shared)
         else:  # a row alone looks as if it were shared: what counts is what the same lookup was in the whole batch
             number = self._met_lookups.get(module, 0)
@@ -238,11 +252,6 @@ class Layouts:
         other = whole.unflatten(0, (rows, units.n_items)).transpose(0, 1)[items]
         constant = rows > 1 and _same(alone, other)  # nothing tells the items' rows from each other
         return Place((dim,), set() if constant else {rows})
-
-
-def is_shared(ids: Tensor, units: Units) -> bool:
-    """Whether a lookup (1, ...) stands for all rows of the batch."""
-    return units.kind == "rows" and ids.dim() >= 2 and ids.shape[0] == 1 and units.n_items > 1
 
 
 def _one_number_per_row(x: Tensor, lead: int) -> Tensor:

@@ -6,6 +6,7 @@ depend on other units. Here the division is undone, on evidence: the model itsel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dp_flash_hf.errors import UnsupportedError
-from dp_flash_hf.units import Batch, Units, leading_shape
+from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape
 
-IGNORED = -100  # label that takes no part in a loss, everywhere in Transformers
+_LABELS_TRIED = 16  # each costs a forward pass of the preflight's batch and of its units
 
 Counted = Literal["rows", "labels", "shifted labels"]
 # (batch, num_items_in_batch) -> scalar loss; None leaves the division to the model.
@@ -59,7 +60,11 @@ class UnitLoss:
     counted: Counted
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Sum of all label losses of the batch, a scalar with gradient."""
+        """Sum of all label losses of the batch, a scalar with gradient.
+
+        Raises UnsupportedError for answers outside their text, which models leave out of a mean over the other rows.
+        """
+        _refuse_answers_outside(batch)
         count = self.count(batch)
         if self.divides == "mean" and count == 0:  # the model would divide nothing by nothing
             return torch.zeros((), device=_device(batch), requires_grad=True)
@@ -83,14 +88,18 @@ def learn_loss(
     units: Units,
     alone: Callable[[Batch, int], Mapping[str, Any]],
     *,
+    n_classes: int | None = None,
     tolerance: float = 1e-4,
 ) -> UnitLoss:
     """Find out how a model divides its loss: from one unit at least, from two where it divides by what the batch holds.
 
-    The labels of texts are replaced by made-up ones, so that every way of counting gives another number, whatever the data are.
-    alone: (batch, unit) -> that unit's batch. tolerance: relative, for the rounding of the model. Runs forward passes only.
+    Labels are replaced by made-up ones, so that every way of counting gives another number, whatever the data are, and so do
+    class weights, which divide by the weights of the classes in the batch.
+    alone: (batch, unit) -> that unit's batch. n_classes: of a classifier. tolerance: relative, for the rounding of the model.
+    Runs forward passes only.
     Raises UnsupportedError when the loss is no mean over rows or labels: it would then couple units.
     """
+    _refuse_answers_outside(batch)
     device = _device(batch)
 
     def loss(part: Mapping[str, Any], divisor: float | None) -> float:
@@ -101,7 +110,7 @@ def learn_loss(
     if not _has_token_labels(batch):
         options = ("labels",)
     with torch.no_grad():
-        values = _label_values(batch)
+        values = _label_values(batch, n_classes)
         one = alone(_relabelled(batch, units, values[0], values[0]), 0)
         once, half = loss(one, 1.0), loss(one, 2.0)
         if once != 0.0 and abs(half / once - 0.5) < 1e-2:
@@ -112,14 +121,16 @@ def learn_loss(
             )
         # Likely labels for the first unit and unlikely ones for the rest: losses far apart tell the ways of counting apart.
         first = [loss(alone(_relabelled(batch, units, value, value), 0), 1.0) for value in values]
-        rest = [loss(alone(_relabelled(batch, units, value, value), units.last), 1.0) for value in values]
-        tried = _relabelled(batch, units, values[first.index(min(first))], values[rest.index(max(rest))])
-        whole = loss(tried, 1.0)
-        means = torch.tensor([loss(alone(tried, unit), 1.0) for unit in range(units.n)])
-    errors = {}
-    for option in options:
-        counts = label_counts(tried, units, option)
-        errors[option] = abs(float((counts * means).sum() / counts.sum()) - whole) / max(abs(whole), 1e-6)
+        likely = values[first.index(min(first))]
+        errors = dict.fromkeys(options, 0.0)
+        for value in values:
+            tried = _relabelled(batch, units, likely, value)
+            whole = loss(tried, 1.0)
+            means = torch.tensor([loss(alone(tried, unit), 1.0) for unit in range(units.n)])
+            for option in options:
+                counts = label_counts(tried, units, option)
+                error = abs(float((counts * means).sum() / counts.sum()) - whole) / max(abs(whole), 1e-6)
+                errors[option] = error if math.isnan(error) else max(errors[option], error)
     best = min(errors, key=lambda option: errors[option])
     apart = min((error for option, error in errors.items() if option != best), default=1.0)
     if not (errors[best] <= tolerance and apart > 3 * errors[best] + 1e-6):  # also when something is not a number
@@ -128,6 +139,22 @@ def learn_loss(
             f"share a denominator (relative errors {errors}); override Trainer.compute_loss to return such a loss"
         )
     return UnitLoss(model_loss, "mean", best)
+
+
+def _refuse_answers_outside(batch: Batch) -> None:
+    mask = batch.get("attention_mask")
+    for name in ("start_positions", "end_positions"):
+        answers = batch.get(name)
+        if not isinstance(answers, Tensor) or answers.dim() != 1:
+            continue
+        inside = (answers >= 0) & (answers < leading_shape(batch)[-1])
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            inside &= mask.gather(1, answers.clamp(0, mask.shape[1] - 1).unsqueeze(1)).squeeze(1) != 0
+        if not bool(inside.all()):
+            raise UnsupportedError(
+                f"{name} outside its text: the model would leave that row out and divide by the others, which couples them; "
+                "let unanswerable rows point at position 0, as Transformers' examples do"
+            )
 
 
 def _device(batch: Mapping[str, Any]) -> torch.device:
@@ -139,25 +166,29 @@ def _has_token_labels(batch: Batch) -> bool:
     return isinstance(labels, Tensor) and labels.dim() >= 2 and not labels.is_floating_point()
 
 
-def _label_values(batch: Batch) -> list[int]:
-    """Some labels that occur in the batch."""
+def _label_values(batch: Batch, n_classes: int | None) -> list[int]:
+    """Some labels: those that occur in the batch, and those a classifier has besides."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return [0]
-    return labels[labels != IGNORED].unique()[:8].tolist() or [0]
+    found = labels[labels != IGNORED].unique()[:_LABELS_TRIED].tolist()
+    return list(dict.fromkeys([*found, *range(n_classes or 0)]))[:_LABELS_TRIED] or [0]
 
 
 def _relabelled(batch: dict[str, Any], units: Units, first: int, others: int) -> dict[str, Any]:
     """The batch with three labels `first` at the start of the first unit's texts, and one label, the second, in all `others`.
 
     A text of the first unit then counts 1 row, 3 labels, 2 shifted labels, every other text 1 of each. In a packed row no text
-    has a label at its own start. Without texts, only ignored labels are replaced.
+    has a label at its own start. A row of a classifier has one label anyway.
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return batch
     if not _has_token_labels(batch):
-        return {**batch, "labels": labels.masked_fill(labels == IGNORED, others)}
+        if len(labels) != units.n_items:
+            return {**batch, "labels": labels.masked_fill(labels == IGNORED, others)}
+        of_first = (units.of_item == 0).to(labels.device).reshape(-1, *[1] * (labels.dim() - 1))
+        return {**batch, "labels": torch.where(of_first, first, others).expand_as(labels).to(labels.dtype)}
     made = torch.full_like(labels, IGNORED)
     flat = made.flatten(1) if units.kind == "rows" else made.flatten()
     for unit in range(units.n):

@@ -33,6 +33,7 @@ class DPSGD:
         self._engine: ClippingEngine | None = None
         self._handles: list[Any] = []
         self._gradient: Literal["clipped", "released", "used"] = "clipped"
+        self._released: dict[torch.nn.Parameter, tuple[torch.Tensor, int]] = {}  # what release() made, and its version
         self._generators: dict[torch.device, torch.Generator] = {}
 
     @property
@@ -46,7 +47,16 @@ class DPSGD:
         return self.plan.steps - self.ledger.steps
 
     def start(self, engine: ClippingEngine, optimizer: torch.optim.Optimizer) -> None:
-        """Guard this optimizer. Raises PrivacyError unless it updates exactly the engine's parameters."""
+        """Guard this optimizer.
+
+        Raises PrivacyError unless it updates exactly the engine's parameters, and the engine clips as the configuration says.
+        """
+        for name in ("max_grad_norm", "clipping"):
+            if getattr(engine, name) != getattr(self.config, name):
+                raise PrivacyError(
+                    f"the engine clips with {name}={getattr(engine, name)!r} and the configuration says "
+                    f"{getattr(self.config, name)!r}, which the report would repeat: make the engine with config.{name}"
+                )
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps optimizers
         updated = {p for group in inner.param_groups for p in group["params"] if p.requires_grad}
         if updated != set(engine.parameters):
@@ -83,7 +93,8 @@ class DPSGD:
         for parameter, total in sums.items():
             # A public constant: the drawn size would reveal how many units took part.
             total.div_(self.plan.sampler.expected_batch_size)
-            parameter.grad = total.to(parameter.dtype)
+            parameter.grad = noisy = total.to(parameter.dtype)
+            self._released[parameter] = (noisy, noisy._version)
         self._gradient = "released"
 
     def epsilon(self) -> float:
@@ -146,6 +157,11 @@ class DPSGD:
                 "optimizer.step(closure) computes gradients anew, without noise: use an optimizer without a closure"
             )
         assert self._engine is not None
+        if any(p.grad is not g or g._version != version for p, (g, version) in self._released.items()):
+            raise PrivacyError(
+                "gradients changed between release() and optimizer.step(), by a backward pass without noise for all that is "
+                "known; nothing was updated. Run every backward through the engine, before release()"
+            )
         updated = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         if foreign := len(updated - set(self._engine.parameters)):
             raise PrivacyError(
@@ -154,4 +170,4 @@ class DPSGD:
             )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._gradient = "used"
+        self._gradient, self._released = "used", {}

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.engine import ClippingEngine, training_mode
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.losses import UnitLoss
-from dp_flash_hf.units import Units, select_items
+from dp_flash_hf.units import Units, leading_shape, select_items, select_unit
+
+_COMPUTED = 4  # units in the preflight's batch, computed together and one by one
+_LOOKED_AT = 64  # units they are chosen from
+
+
+def choose_units(n_units: int, example_of: Callable[[int], Any]) -> list[int]:
+    """Units spread over the data, which may be sorted; the longest and the shortest text of those looked at come first.
+
+    example_of: unit -> its first example.
+    """
+
+    def length(unit: int) -> int:
+        example = example_of(unit)
+        return len(example["input_ids"]) if isinstance(example, Mapping) and "input_ids" in example else 0
+
+    spread = sorted({unit * n_units // _LOOKED_AT for unit in range(_LOOKED_AT)})
+    by_length = sorted(spread, key=length)
+    extremes = [by_length[-1], by_length[0]] if length(by_length[-1]) > length(by_length[0]) else []
+    evenly = spread[:: max(1, len(spread) // _COMPUTED)]
+    return list(dict.fromkeys([*extremes, *evenly]))[:_COMPUTED]
 
 
 def check_collator(dataset: Any, collate: Callable[[Any], Any], keys: list[tuple[int, int]]) -> None:
@@ -33,7 +53,8 @@ def check_collator(dataset: Any, collate: Callable[[Any], Any], keys: list[tuple
             torch.manual_seed(0)
             random.seed(0)
             np.random.seed(0)
-            batches.append(collate([*copy.deepcopy(others), (copy.deepcopy(last), unit)]))
+            own = copy.deepcopy(collate)  # it may draw random numbers of its own
+            batches.append(own([*copy.deepcopy(others), (copy.deepcopy(last), unit)]))
             random.setstate(state)
             np.random.set_state(numpy_state)
     *exchanged, whole = batches
@@ -45,6 +66,50 @@ def check_collator(dataset: Any, collate: Callable[[Any], Any], keys: list[tuple
                 raise PrivacyError(
                     f"the collator mixes examples: {name!r} of the others changes with the last one, so a unit would reach "
                     "more than its own rows; mix and sort nothing in the collator"
+                )
+
+
+def check_padding(
+    engine: ClippingEngine,
+    loss: UnitLoss,
+    batch: dict[str, Any],
+    units: Units,
+    scale: Tensor,
+    alone: Callable[[int], dict[str, Any]],
+    *,
+    tolerance: float,
+) -> None:
+    """Raise PrivacyError where a unit's gradient depends on how far it is padded, and so on the longest of its batch.
+
+    alone: unit -> what the collator makes of that unit by itself, of which only the shapes are used: masks may be random.
+    Each unit's rows are cut to that length, on the side where they are padded, and must keep their norm.
+    """
+    mask = batch.get("attention_mask")
+    on_the_left = isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any())
+
+    def cut(whole: Tensor, part: Any) -> Tensor:
+        if not isinstance(part, Tensor) or whole.dim() < 2 or part.shape[2:] != whole.shape[2:]:
+            return whole
+        length = part.shape[1]
+        return whole[:, -length:] if on_the_left else whole[:, :length]
+
+    with training_mode(engine.model, False):
+        engine.backward(loss, batch, units, scale)
+        norms = engine.norms
+        engine.model.zero_grad()
+        for unit in range(units.n):
+            own, shapes = select_unit(batch, units, unit), alone(unit)
+            short = {name: cut(value, shapes.get(name)) if isinstance(value, Tensor) else value for name, value in own.items()}
+            if all(value is own[name] for name, value in short.items()):
+                continue
+            engine.backward(loss, short, Units.of(torch.zeros(units.sizes[unit], dtype=torch.long), leading_shape(short)))
+            norm = float(engine.norms[0]) * float(scale[unit])
+            engine.model.zero_grad()
+            if not abs(norm - float(norms[unit])) <= tolerance * max(norm, 1e-12):
+                raise PrivacyError(
+                    f"a unit's gradient norm is {norm:.6g} alone and {float(norms[unit]):.6g} padded to the longest of its "
+                    "batch, so it depends on the others' lengths; pad on the right (tokenizer.padding_side), or pad every row "
+                    "to one length (padding='max_length')"
                 )
 
 
@@ -60,20 +125,16 @@ def check_training_mode(
     others = units.of_item != 0
     items[others] = own[torch.arange(int(others.sum())) % len(own)]
     buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
-    modes = [(module, module.training) for module in engine.model.modules()]
     norms = []
     try:
-        engine.model.train()
         for chosen in (batch, select_items(batch, units, items)):
-            with torch.random.fork_rng():
+            with training_mode(engine.model, True), torch.random.fork_rng():
                 torch.manual_seed(0)
                 engine.backward(loss, chosen, units, scale)
             norms.append(float(engine.norms[0]))
             engine.model.zero_grad()
         changed = [name for name, buffer in engine.model.named_buffers() if not torch.equal(buffer, buffers[name])]
     finally:
-        for module, mode in modes:
-            module.training = mode
         for name, buffer in engine.model.named_buffers():
             buffer.copy_(buffers[name])
     if changed:

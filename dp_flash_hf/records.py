@@ -26,7 +26,7 @@ from dp_flash_hf.kernels.ghost_norm import (
     tied_cross_terms,
     upcast,
 )
-from dp_flash_hf.layouts import Layout, Layouts, is_shared
+from dp_flash_hf.layouts import Layout, Layouts
 from dp_flash_hf.units import Units
 
 # idle: layers behave as without the library. learn: layouts are being learnt, nothing is recorded.
@@ -75,7 +75,7 @@ class LinearUse:
             out.addmm_(g_u.mT, a_u)
 
     def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
-        """out (p, d) += `clipped_sum`."""
+        """out (p, d) += sum over units of factors (units,) times the unit's gradient."""
         add_linear_(out.view(self.g.shape[1], self.a.shape[1]), self.a, self.g, factors, self.sizes)
 
 
@@ -93,7 +93,7 @@ class EmbeddingUse:
             out.index_add_(0, ids_u, g_u)
 
     def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
-        """out (V, d) += clipped sum."""
+        """out (V, d) += the same."""
         add_embedding_(out, self.ids, self.g, factors, self.sizes)
 
 
@@ -261,7 +261,7 @@ class Recorder:
         """(1, ...) -> (rows, ...), for tables that models look up once for all rows; anything else comes back as it is."""
         if self.phase == "learn":
             return self.layouts.lookup(module, ids, table_rows)
-        return ids.expand(self.units.n_items, *ids.shape[1:]) if is_shared(ids, self.units) else ids
+        return ids.expand(self.units.n_items, *ids.shape[1:]) if self.layouts.is_shared(ids, self.units) else ids
 
     def linear(self, parameter: nn.Parameter, a: Tensor, g: Tensor, layout: Layout) -> None:
         """Record y = x W^T with gradient sum g_t a_t^T. a: (*lead, d), g: (*lead, p)."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from dp_flash_hf.errors import invalid
 
 Batch = Mapping[str, Any]
+IGNORED = -100  # label that takes no part in a loss, everywhere in Transformers
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,8 @@ class Units:
         if not isinstance(units, Tensor) or units.is_floating_point() or units.dtype == torch.bool:
             raise invalid("units", expected="an int64 or int32 tensor", actual=type(units).__name__, remedy=remedy)
         if units.dtype == torch.int32:
+            if rows[0] > 1:
+                raise invalid("units", expected="boundaries for one packed row", actual=f"{rows[0]} rows", remedy=remedy)
             return _from_boundaries(units, rows, remedy)
         ids = units.detach().cpu().long()
         if ids.shape not in {rows[:1], rows[:2]}:
@@ -96,8 +99,8 @@ class Units:
     @cached_property
     def order(self) -> Tensor | None:
         """Items sorted by unit, nobody's items left out; None where they already stand so."""
-        owned = int((self.of_item < 0).sum())
-        order = torch.argsort(self.of_item, stable=True)[owned:]
+        nobodys = int((self.of_item < 0).sum())
+        order = torch.argsort(self.of_item, stable=True)[nobodys:]
         return None if torch.equal(order, torch.arange(self.n_items)) else order
 
     def items(self, unit: int) -> Tensor:

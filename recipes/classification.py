@@ -25,7 +25,7 @@ from transformers import (
 from dp_flash_hf import DPCallback, PrivacyConfig
 from dp_flash_hf.cli import run
 from dp_flash_hf.errors import invalid
-from dp_flash_hf.recipes.common import leaving_nothing_behind, load_rows, read_options, require_columns, save
+from dp_flash_hf.recipes.common import encoded, leaving_nothing_behind, load_rows, read_options, require_columns, save
 
 
 @dataclass
@@ -52,8 +52,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
 
 
-def encode(rows: Dataset, ids: dict[str, int], tokenizer: Any, options: Options) -> Dataset:
-    """Tokens and class ids. Raises ValueError for a label that is not in `ids`."""
+def encode(rows: Dataset, ids: dict[str, int], tokenizer: Any, options: Options, unit: str | None = None) -> Dataset:
+    """Tokens and class ids, and the column `unit` if there is one. Raises ValueError for a label that is not in `ids`."""
     unknown = sorted({str(label) for label in rows[options.label_column]} - ids.keys())
     if unknown:
         raise invalid(
@@ -64,7 +64,7 @@ def encode(rows: Dataset, ids: dict[str, int], tokenizer: Any, options: Options)
         tokens = tokenizer(row[options.text_column], truncation=True, max_length=options.max_length)
         return {**tokens, "labels": ids[str(row[options.label_column])]}
 
-    return rows.map(one, remove_columns=rows.column_names, desc="tokenizing")
+    return encoded(rows, one, unit)
 
 
 def main(overrides: Sequence[str]) -> None:
@@ -80,7 +80,8 @@ def main(overrides: Sequence[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    train, held_out = encode(train, ids, tokenizer, options), encode(held_out, ids, tokenizer, options)
+    train = encode(train, ids, tokenizer, options, privacy.privacy_unit)
+    held_out = encode(held_out, ids, tokenizer, options)
 
     model = AutoModelForSequenceClassification.from_pretrained(
         options.model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -70,11 +70,20 @@ def require_columns(rows: Dataset, *columns: str) -> None:
             )
 
 
-def tokenize_texts(rows: Dataset, tokenizer: Any, max_length: int, *, text: str, prompt: str | None) -> Dataset:
+def encoded(rows: Dataset, encode: Callable[[dict[str, Any]], dict[str, Any]], unit: str | None) -> Dataset:
+    """Every row as `encode` makes it, with the column that names its privacy unit, if one does."""
+    if unit is not None:
+        require_columns(rows, unit)
+    return rows.map(encode, remove_columns=[name for name in rows.column_names if name != unit], desc="tokenizing")
+
+
+def tokenize_texts(
+    rows: Dataset, tokenizer: Any, max_length: int, *, text: str, prompt: str | None, unit: str | None = None
+) -> Dataset:
     """Rows of input_ids and labels for a causal language model: the prompt (no labels), the text, the end-of-text token.
 
-    `text` and `prompt` name columns. Each row is cut to `max_length` tokens by itself; rows are never packed together, because
-    a packed row would hold several privacy units.
+    `text`, `prompt` and `unit` name columns; the last is kept, for `PrivacyConfig.privacy_unit`. Each row is cut to
+    `max_length` tokens by itself; rows are never packed together, because a packed row would hold several privacy units.
     """
     require_columns(rows, text, *([] if prompt is None else [prompt]))
 
@@ -83,7 +92,7 @@ def tokenize_texts(rows: Dataset, tokenizer: Any, max_length: int, *, text: str,
         after = [*tokenizer(row[text], add_special_tokens=prompt is None)["input_ids"], tokenizer.eos_token_id]
         return {"input_ids": (before + after)[:max_length], "labels": ([-100] * len(before) + after)[:max_length]}
 
-    return rows.map(encode, remove_columns=rows.column_names, desc="tokenizing")
+    return encoded(rows, encode, unit)
 
 
 @contextmanager

@@ -40,7 +40,8 @@ def main(overrides: Sequence[str]) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     columns = {"text": options.text_column, "prompt": options.prompt_column}
-    train = tokenize_texts(load_rows(options.dataset, options.split), tokenizer, options.max_length, **columns)
+    rows = load_rows(options.dataset, options.split)
+    train = tokenize_texts(rows, tokenizer, options.max_length, unit=privacy.privacy_unit, **columns)
     held_out = None
     if options.eval_dataset is not None:
         held_out = tokenize_texts(load_rows(options.eval_dataset, options.eval_split), tokenizer, options.max_length, **columns)

@@ -71,7 +71,12 @@ PLAN = ["plan", "--units", "1000", "--batch", "50"]
         ([*PLAN, "--steps", "10", "--epsilon", "8", "--noise-multiplier", "1"], "exactly two"),
         ([*PLAN, "--steps", "10", "--epsilon", "8", "--delta", "0.1"], "target_delta"),
         ([*PLAN, "--steps", "10", "--epsilon", "8", "--accountant", "exact"], "'exact'"),
-        ([*PLAN, "--steps", "1.5", "--epsilon", "8"], "whole numbers"),
+        ([*PLAN, "--steps", "1.5", "--epsilon", "8"], "whole number"),
+        ([*PLAN, "--steps", "inf", "--epsilon", "8"], "expected a finite number above 0, got 'inf'"),
+        ([*PLAN, "--steps", "ten", "--epsilon", "8"], "expected a finite number above 0, got 'ten'"),
+        ([*PLAN, "--epochs", "0", "--epsilon", "8"], "--epochs: expected a finite number above 0"),
+        (["plan", "--units", "0", "--batch", "1", "--steps", "1", "--epsilon", "8"], "--units: expected"),
+        (["plan", "--units", "9", "--batch", "1.5", "--steps", "1", "--epsilon", "8"], "--batch: expected a whole number"),
         ([*PLAN, "--noise-multiplier", "0.8", "--epsilon", "1e-4"], "does not afford one step"),
         (["plan", "--units", "10", "--batch", "50", "--steps", "10", "--epsilon", "8"], "expected_batch_size"),
         (["doctor", "--model", "gone"], "gone"),
@@ -112,7 +117,7 @@ def test_plan_has_a_row_for_every_combination(capsys: pytest.CaptureFixture[str]
     for row, (noise, steps) in zip(rows, [(1.0, 20), (1.0, 40), (2.0, 20), (2.0, 40)], strict=True):
         config = PrivacyConfig(noise_multiplier=noise, target_delta=1e-4)
         plan = PrivacyPlan.from_config(config, n_units=1000, expected_batch_size=50, steps=steps)
-        assert row == [f"{plan.epsilon():.3f}", f"{noise:.4f}", str(steps), f"{steps / 20:.2f}"]
+        assert row == [f"{plan.epsilon():.4g}", f"{noise:.4f}", str(steps), f"{steps / 20:.2f}"]
 
 
 def test_plan_calibrates_noise(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,14 +125,14 @@ def test_plan_calibrates_noise(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = _rows(capsys.readouterr().out)
     config = PrivacyConfig(target_epsilon=8.0, target_delta=1e-4)
     plan = PrivacyPlan.from_config(config, n_units=1000, expected_batch_size=50, steps=20)
-    assert row[:2] == [f"{plan.epsilon():.3f}", f"{plan.noise_multiplier:.4f}"]
+    assert row[:2] == [f"{plan.epsilon():.4g}", f"{plan.noise_multiplier:.4f}"]
 
 
 def test_plan_counts_epochs_as_steps(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["plan", "--units", "1010", "--batch", "50", "--noise-multiplier", "1", "--epochs", "2"])
     printed = capsys.readouterr().out
     (row,) = _rows(printed)
-    assert row[2] == "41"  # 40.4 rounded up: never less noise accounted than is spent
+    assert row[2] == "40"  # an epoch is 20 draws, as for the Trainer
     assert f"delta {1010**-1.1:.3g}" in printed
 
 

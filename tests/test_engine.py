@@ -614,6 +614,47 @@ def test_hooks_that_take_gradients_before_they_are_clipped() -> None:
         engine.backward(toy_loss(model), toy_batch())
 
 
+def test_hooks_on_parameters_would_not_run() -> None:
+    model = Toy()
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+    handle = next(iter(engine.parameters)).register_hook(torch.zeros_like)
+    with pytest.raises(UnsupportedError, match="register_hook on"):
+        engine.backward(toy_loss(model), toy_batch())
+    handle.remove()
+    engine.backward(toy_loss(model), toy_batch())
+
+
+class LabelledOnly(nn.Module):
+    """A head for labelled positions only, as ModernBERT's for sparse prediction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 4), nn.Linear(4, 11)
+        self.double()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.table(input_ids))[labels != -100])
+        return F.cross_entropy(logits, labels[labels != -100], reduction="sum")
+
+
+def test_a_head_for_labelled_positions_is_not_cut_evenly() -> None:
+    """Learnt where every row has two labels, and used where rows have three and one: the average says nothing."""
+    model = LabelledOnly()
+    engine = ClippingEngine(model, max_grad_norm=0.7)
+    ids = torch.arange(20).reshape(4, 5) % 11
+    even, uneven = torch.full((2, 4, 5), -100)
+    even[:, :2], uneven[:, :1], uneven[::2, 1:3] = ids[:, :2], ids[:, :1], ids[::2, 1:3]
+    with pytest.warns(UserWarning, match=r"head\.weight"):
+        engine.backward(lambda batch: model(**batch), {"input_ids": ids, "labels": even})
+    model.zero_grad()
+    batch = {"input_ids": ids, "labels": uneven}
+    engine.backward(lambda batch: model(**batch), batch)
+    got = grads(model)
+    engine.detach()
+    wanted, _ = clipped_sum(unit_gradients(model, lambda batch: model(**batch), each_row(batch)), 0.7)
+    assert distance(got, wanted) <= 1e-12
+
+
 class Pictures(nn.Module):
     """Two pictures for every row, all of them in one tensor."""
 

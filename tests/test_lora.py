@@ -152,3 +152,32 @@ def test_labels_are_counted_as_without_an_adapter(tmp_path: Path) -> None:
         trainer.train()
         assert dp._unit_loss is not None
         assert (dp._unit_loss.divides, dp._unit_loss.counted) == ("sum", "shifted labels")
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])
+def test_virtual_tokens_are_trained_unit_by_unit(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked up once for all rows and then repeated: no rule can tell the rows apart, and none has to."""
+    configs = {
+        "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+        "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    }
+    seen = watch(monkeypatch)
+    draws(monkeypatch, DRAWN)
+    data = texts()
+    model = peft.get_peft_model(without_dropout(tiny("llama")), configs[kind]).double()
+    trainer = trainer_for(model, tmp_path, data, max_steps=1)
+    dp = attached(trainer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Every unit is now computed by itself")
+        trainer.train()
+
+    def mean(batch: dict[str, Tensor]) -> Tensor:
+        predicted = batch["labels"][:, 1:] if kind == "prefix" else batch["labels"]  # a prompt predicts the first token too
+        loss: Tensor = model(**batch, num_items_in_batch=1).loss / (predicted != -100).sum()
+        return loss
+
+    singles = unit_gradients(model.eval(), mean, [Pad()([data[row]]) for row in DRAWN])
+    assert dp.engine is not None
+    wanted, _ = clipped_sum(singles, 1.0)
+    assert distance(seen.sums[0], wanted) <= ROUNDING

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor
 
@@ -162,7 +163,7 @@ def test_answers_that_are_left_out_of_the_mean_are_refused() -> None:
     batch = {k: v for k, v in batch_of("bert").items() if k != "labels"}
     inside, outside = torch.tensor([1, 2, 1, 0, 2]), torch.tensor([1, 99, 1, 0, 2])
     assert learnt(model, {**batch, "start_positions": inside, "end_positions": inside}).divides == "mean"
-    with pytest.raises(UnsupportedError, match="share a denominator"):
+    with pytest.raises(UnsupportedError, match="start_positions outside its text"):
         learnt(model, {**batch, "start_positions": outside, "end_positions": outside})
 
 
@@ -186,3 +187,39 @@ def test_a_batch_without_labels_has_loss_zero() -> None:
     nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     assert loss(nothing).item() == 0.0  # and not 0 / 0
     loss(nothing).backward()
+
+
+@pytest.mark.parametrize("where", ["start_positions", "end_positions"])
+@pytest.mark.parametrize("answer", [-1, 4, 6])
+def test_answers_outside_their_text_are_refused_in_any_batch(where: str, answer: int) -> None:
+    """Of a text of 4 tokens padded to 6: the model would leave out position 6, and position 4 in a batch of shorter texts."""
+    loss = UnitLoss(lambda batch, divisor: torch.zeros(()), "mean", "labels")
+    batch = {
+        "input_ids": torch.zeros(2, 6, dtype=torch.long),
+        "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2]),
+        "start_positions": torch.tensor([5, 3]),
+        "end_positions": torch.tensor([5, 3]),
+    }
+    loss(batch)
+    batch[where] = torch.tensor([5, answer])
+    with pytest.raises(UnsupportedError, match=f"{where} outside its text"):
+        loss(batch)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [2, 2, 2], [0, 1, 2]])
+def test_class_weights_are_refused_whatever_the_classes_of_the_first_rows(labels: list[int]) -> None:
+    """A weighted mean divides by the weights of the classes in the batch; of rows of one class it looks like a plain mean."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4)
+
+    def weighted(weights: list[float]) -> UnitLoss:
+        def model_loss(batch: dict[str, Any], divisor: Tensor | None) -> Tensor:
+            return F.cross_entropy(logits[batch["row"]], batch["labels"], weight=torch.tensor(weights))
+
+        batch = {"row": torch.arange(3), "labels": torch.tensor(labels)}
+        units = Units.rows(3)
+        return learn_loss(model_loss, batch, units, lambda whole, unit: select_unit(whole, units, unit), n_classes=4)
+
+    assert weighted([1.0, 1.0, 1.0, 1.0]).divides == "mean"
+    with pytest.raises(UnsupportedError, match="share a denominator"):
+        weighted([1.0, 1.0, 1.0, 1.5])

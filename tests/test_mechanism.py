@@ -196,3 +196,32 @@ def test_incomplete_state_is_refused(missing: str) -> None:
     del state[missing]
     with pytest.raises(PrivacyError, match=rf"lacks \['{missing}'\].*start afresh"):
         dpsgd().load_state_dict(state)
+
+
+@pytest.mark.parametrize("spoil", ["backward", "exchange", "fill"])
+def test_gradients_changed_after_release_are_refused(spoil: str) -> None:
+    model = Toy()
+    mechanism, engine, optimizer = started(model)
+    before = copy.deepcopy(model.state_dict())
+    engine.backward(toy_loss(model), toy_batch())
+    mechanism.release()
+    parameter = next(iter(engine.parameters))
+    assert parameter.grad is not None
+    if spoil == "backward":
+        toy_loss(model)(toy_batch()).backward()
+    elif spoil == "exchange":
+        parameter.grad = parameter.grad.clone()
+    else:
+        parameter.grad.zero_()
+    with pytest.raises(PrivacyError, match="changed between release"):
+        optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 2.0}, {"max_grad_norm": 1.0, "clipping": "per_layer"}])
+def test_an_engine_that_clips_otherwise_than_the_report_says_is_refused(options: dict[str, Any]) -> None:
+    model, mechanism = Toy(), dpsgd()
+    engine = ClippingEngine(model, **options)
+    name = "clipping" if "clipping" in options else "max_grad_norm"
+    with pytest.raises(PrivacyError, match=f"make the engine with config.{name}"):
+        mechanism.start(engine, torch.optim.SGD(model.parameters(), lr=1.0))

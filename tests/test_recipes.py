@@ -165,6 +165,15 @@ def test_prompts_are_read_but_not_learnt() -> None:
     assert plain["labels"] == plain["input_ids"]
 
 
+def test_the_column_that_names_the_unit_stays() -> None:
+    rows = Dataset.from_dict({"user": ["a", "b"], "text": ["c", "d"]})
+    kept = common.tokenize_texts(rows, ByT5Tokenizer(extra_ids=0), 12, text="text", prompt=None, unit="user")
+    assert kept["user"] == ["a", "b"]
+    assert "text" not in kept.column_names
+    with pytest.raises(ValueError, match="users"):
+        common.tokenize_texts(rows, ByT5Tokenizer(extra_ids=0), 12, text="text", prompt=None, unit="users")
+
+
 def test_a_refused_setup_leaves_no_folder_but_keeps_what_was_there(tmp_path: Path) -> None:
     def refused(folder: Path) -> None:
         with common.leaving_nothing_behind(str(folder)):
@@ -286,6 +295,22 @@ def test_a_budget_that_cannot_be_met_leaves_nothing(
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("dp-flash: ")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("recipe", ["classification", "full_finetune"])
+def test_all_rows_of_a_user_are_one_unit(recipe: str, rows: Path, classifier: str, decoder: str, tmp_path: Path) -> None:
+    table = Dataset.from_csv(str(rows))
+    data = tmp_path / "users.csv"
+    table.add_column("user", [f"user {row // 2}" for row in range(len(table))]).to_csv(data)
+    unit = ["privacy_unit=user", "max_examples_per_unit=2", "max_steps=2"]
+    if recipe == "classification":
+        _classify(data, classifier, tmp_path / "run", *unit)
+    else:
+        sizes = ["max_length=8", "per_device_train_batch_size=16", "gradient_accumulation_steps=2", "warmup_steps=0"]
+        command = ["train", recipe, f"model={decoder}", f"dataset={data}", f"output_dir={tmp_path / 'run'}"]
+        cli.main([*command, *sizes, *SMALL, *unit])
+    report = _report(tmp_path / "run")
+    assert (report.n_units, report.steps) == (64, 2)
 
 
 @pytest.mark.parametrize("name", ["full_finetune", "lora_finetune"])

@@ -24,6 +24,7 @@ from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.losses import UnitLoss
 from dp_flash_hf.mechanism import DPSGD
+from dp_flash_hf.preflight import choose_units
 from dp_flash_hf.sampling import PoissonSampler
 from tests.models import batch_of, loss_of, tiny
 from tests.oracle import clipped_sum, distance, total_norm, unit_gradients
@@ -170,7 +171,8 @@ def test_6_3_would_fail_with_the_models_own_mean_and_preflight_sees_it(
     with pytest.raises(PrivacyError, match="couples units"):
         coupling(name, tmp_path, monkeypatch)
     monkeypatch.setattr(ClippingEngine, "check", lambda *args, **kwargs: None)
-    monkeypatch.setattr(callback_module, "check_training_mode", lambda *args, **kwargs: None)
+    for check in ("check_training_mode", "check_padding"):
+        monkeypatch.setattr(callback_module, check, lambda *args, **kwargs: None)
     assert coupling(name, tmp_path, monkeypatch) > 0.1
 
 
@@ -251,7 +253,8 @@ def test_6_3_would_train_such_layers_without_preflight(
     module: MeanOfRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ClippingEngine, "check", lambda *args, **kwargs: None)
-    monkeypatch.setattr(callback_module, "check_training_mode", lambda *args, **kwargs: None)
+    for check in ("check_training_mode", "check_padding"):
+        monkeypatch.setattr(callback_module, check, lambda *args, **kwargs: None)
     trainer = trainer_for(built_in(module), tmp_path)
     dp = attached(trainer)
     trainer.train()
@@ -287,9 +290,46 @@ def test_6_3_preflight_refuses_a_collator_that_mixes_examples(tmp_path: Path, mo
     dp = attached(trainer)
     with pytest.raises(PrivacyError, match="collator mixes"):
         trainer.train()
-    monkeypatch.setattr(callback_module, "check_collator", lambda *args: None)
+    for check in ("check_collator", "check_padding"):
+        monkeypatch.setattr(callback_module, check, lambda *args, **kwargs: None)
     trainer.train()
     assert dp.mechanism.steps == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_6_3_preflight_refuses_padding_that_units_feel(
+    name: str, side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2 counts positions from the padding, so on the left a unit's gradient follows the longest text of its batch."""
+
+    def padded(examples: Any) -> Any:
+        batch = Pad()(examples)
+        if side == "right":
+            return batch
+        batch["labels"][:, 0] = -100  # else padding would predict it, where there is any
+        shifts = (batch["attention_mask"] == 0).sum(1)
+        return {key: torch.stack([row.roll(int(n)) for row, n in zip(x, shifts, strict=True)]) for key, x in batch.items()}
+
+    coupled = side == "left" and name == "gpt2"
+    trainer = trainer_for(name, tmp_path, collator=padded)
+    dp = attached(trainer)
+    if coupled:
+        with pytest.raises(PrivacyError, match="depends on the others' lengths"):
+            trainer.train()
+        assert dp.mechanism.steps == 0
+        monkeypatch.setattr(callback_module, "check_padding", lambda *args, **kwargs: None)
+    trainer.train()
+    assert dp.mechanism.steps == 2
+
+
+def test_6_3_preflight_looks_at_data_from_beginning_to_end() -> None:
+    chosen = choose_units(1000, lambda unit: {"input_ids": [0] * 9})
+    assert len(set(chosen)) == 4
+    assert max(chosen) - min(chosen) > 500
+    assert choose_units(2, lambda unit: {}) == [0, 1]
+    longest, shortest, *_ = choose_units(1000, lambda unit: {"input_ids": [0] * unit})
+    assert (longest, shortest) == (984, 0)
 
 
 def test_6_3_random_masking_is_no_mixing(tmp_path: Path) -> None:
@@ -382,7 +422,8 @@ def test_6_4_physical_batches_hold_each_drawn_unit_once(
     for row, example in enumerate(data):
         example["input_ids"] = [3 + row] * 3
     trainer = trainer_for("gpt2", tmp_path, data, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    monkeypatch.setattr(callback_module, "check_training_mode", lambda *args, **kwargs: None)
+    for check in ("check_training_mode", "check_padding"):
+        monkeypatch.setattr(callback_module, check, lambda *args, **kwargs: None)
     dp = attached(trainer)
     monkeypatch.setattr(ClippingEngine, "backward", recorded)
     trainer.train()

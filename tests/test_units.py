@@ -163,3 +163,10 @@ def test_a_subset_is_renumbered() -> None:
     units = Units.of(ids(4, 1, 4, 0), (4,))
     part = subset(units, ids(2, 1))
     assert (part.of_item.tolist(), part.n) == ([1, 0], 2)
+
+
+def test_boundaries_are_of_one_row() -> None:
+    """int32 ids of several rows would be read as boundaries."""
+    for rows in ((4,), (4, 3)):
+        with pytest.raises(ValueError, match="one packed row"):
+            Units.of(torch.tensor([0, 0, 1, 2], dtype=torch.int32), rows)
