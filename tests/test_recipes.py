@@ -307,7 +307,7 @@ def test_all_rows_of_a_user_are_one_unit(recipe: str, rows: Path, classifier: st
         _classify(data, classifier, tmp_path / "run", *unit)
     else:
         sizes = ["max_length=8", "per_device_train_batch_size=16", "gradient_accumulation_steps=2", "warmup_steps=0"]
-        columns = ["prompt_column=category", "text_column=text"]
+        columns = ["prompt_column=category", "text_column=text", f"eval_dataset={data}"]
         command = ["train", recipe, f"model={decoder}", f"dataset={data}", *columns, f"output_dir={tmp_path / 'run'}"]
         cli.main([*command, *sizes, *SMALL, *unit])
     report = _report(tmp_path / "run")
