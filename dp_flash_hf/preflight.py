@@ -100,7 +100,7 @@ def check_padding(
         length = part.shape[1]
         if length >= whole.shape[1]:
             return whole
-        return whole[:, -length:] if on_the_left else whole[:, :length]
+        return (whole[:, -length:] if on_the_left else whole[:, :length]).contiguous()
 
     with training_mode(engine.model, False):
         engine.backward(loss, batch, units, scale)
