@@ -31,8 +31,9 @@ def choose_units(n_units: int, example_of: Callable[[int], Any]) -> list[int]:
         return len(example["input_ids"]) if isinstance(example, Mapping) and "input_ids" in example else 0
 
     spread = sorted({unit * n_units // _LOOKED_AT for unit in range(_LOOKED_AT)})
-    by_length = sorted(spread, key=length)
-    extremes = [by_length[-1], by_length[0]] if length(by_length[-1]) > length(by_length[0]) else []
+    lengths = {unit: length(unit) for unit in spread}
+    longest, shortest = max(spread, key=lengths.__getitem__), min(spread, key=lengths.__getitem__)
+    extremes = [longest, shortest] if lengths[longest] > lengths[shortest] else []
     evenly = spread[:: max(1, len(spread) // _COMPUTED)]
     return list(dict.fromkeys([*extremes, *evenly]))[:_COMPUTED]
 

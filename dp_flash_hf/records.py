@@ -93,7 +93,7 @@ class EmbeddingUse:
             out.index_add_(0, ids_u, g_u)
 
     def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
-        """out (V, d) += the same."""
+        """out (V, d) += sum over units of factors (units,) times the unit's gradient."""
         add_embedding_(out, self.ids, self.g, factors, self.sizes)
 
 

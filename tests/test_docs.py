@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 import transformers as hf
 from accelerate.accelerator import Accelerator
+
+from dp_flash_hf import cli
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY, PADDING = 31, 0
@@ -99,3 +102,9 @@ def test_every_link_within_the_project_leads_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_planning_command_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = (line for text in blocks("README.md", "bash") for line in text.splitlines() if line.startswith("dp-flash plan"))
+    cli.main(shlex.split(line)[1:])
+    assert "10000 units, 512 expected per step" in capsys.readouterr().out
