@@ -14,11 +14,15 @@ _PLACEHOLDERS = tuple(f"{kind}_token_{what}" for kind in ("image", "video", "aud
 
 
 def refuse_model(model: nn.Module) -> None:
-    """Raise UnsupportedError for layers that mix all rows of a batch."""
+    """Raise UnsupportedError for layers that mix all rows of a batch, or change their parameters in a forward pass."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "track_running_stats", False):
             raise UnsupportedError(
                 f"{name}: batch normalisation and running statistics mix all units; replace it by GroupNorm or LayerNorm"
+            )
+        if isinstance(module, nn.Embedding) and module.max_norm is not None and module.weight.requires_grad:
+            raise UnsupportedError(
+                f"{name}: an embedding with max_norm rewrites its rows without noise in every forward; set max_norm=None"
             )
 
 

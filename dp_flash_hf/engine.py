@@ -16,6 +16,7 @@ from dp_flash_hf.clipping import clip_factors
 from dp_flash_hf.config import Clipping
 from dp_flash_hf.coupling import BatchGuard, refuse_model
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
+from dp_flash_hf.layers.tracking import Tracked
 from dp_flash_hf.records import Recorder, full_precision
 from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_items, select_unit
 
@@ -303,11 +304,10 @@ class ClippingEngine:
                 if layers.is_attached(module):
                     raise UnsupportedError("the model already has a ClippingEngine; call its detach() first")
             for module in list(self.model.modules()):
-                if any(p.requires_grad for p in module.parameters()):
-                    rule = layers.rule_for(module)
-                    if rule is not None:
-                        layers.attach(module, rule, self._recorder)
-                        self._attached.append(module)
+                owns = any(p.requires_grad for p in module.parameters(recurse=False))
+                if owns or (layers.rule_for(module) is not None and any(p.requires_grad for p in module.parameters())):
+                    layers.attach(module, self._recorder)
+                    self._attached.append(module)
         except BaseException:
             self.detach()
             raise
@@ -316,14 +316,10 @@ class ClippingEngine:
         """Run the whole batch and every unit alone, without dropout, so that it is known where each layer keeps which unit."""
         if units.is_single:
             return
-        try:
-            self._observe(forward, batch, select, units)
-        except RuntimeError:
-            if not self._recorder.layouts.leave_shared():
-                raise
-            self._observe(forward, batch, select, units)
+        while self._observe(forward, batch, select, units):  # what is the same for all units leads to more operations
+            pass
 
-    def _observe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
+    def _observe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> bool:
         devices = {p.device for p in self.parameters if p.device.type != "cpu"}
         hooks: list[torch.utils.hooks.RemovableHandle] = []
         try:
@@ -342,7 +338,7 @@ class ClippingEngine:
                     hooks = [module.register_forward_hook(disturb) for module in self._attached]
                     forward(_disturbed_inputs(noise, batch))
                     _remove(hooks)
-                layouts.settle()
+                return layouts.settle()
         finally:
             _remove(hooks)
             self._recorder.stop()
@@ -571,7 +567,9 @@ def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
 
 
 def _disturbed(noise: tuple[float, float], module: nn.Module, args: Any, output: Any) -> Any:
-    return _with_noise(noise, output) if isinstance(output, Tensor) and output.is_floating_point() else output
+    if not isinstance(output, Tensor) or isinstance(output, Tracked) or not output.is_floating_point():
+        return output
+    return _with_noise(noise, output)
 
 
 def _disturbed_inputs(noise: tuple[float, float], batch: Batch) -> dict[str, Any]:

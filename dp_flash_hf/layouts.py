@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from dp_flash_hf.kernels.ghost_norm import upcast
 from dp_flash_hf.units import Units
+
+Site = tuple[Hashable, int]  # where inputs come by, and how many leading dimensions they have
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +28,19 @@ class Layout:
     units: Units
     lead: tuple[int, ...]
     dims: tuple[int, ...]
+
+    @staticmethod
+    def of_one_unit(lead: tuple[int, ...]) -> Layout:
+        """Everything belongs to one unit."""
+        return Layout(Units.rows(1), lead, ())
+
+    @property
+    def unit_of_row(self) -> Tensor:
+        """The unit of each row (prod(lead),), -1 for nobody's, where items come first."""
+        rows = math.prod(self.lead)
+        if self.whole:
+            return torch.full((rows,), self.units.last)
+        return self.units.of_item.repeat_interleave(rows // self.units.n_items)
 
     @property
     def whole(self) -> bool:
@@ -47,81 +63,153 @@ class Layout:
             x = x.movedim(self.dims, tuple(range(len(self.dims))))
         return self.units.arrange(x.reshape(self.units.n_items, -1, x.shape[-1]))
 
-    def parameter_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape to which a parameter that is broadcast against (*lead, ...) is expanded so that every item has its own."""
-        return (*(size if dim in self.dims else 1 for dim, size in enumerate(self.lead)), *shape)
+    def take(self, x: Tensor, unit: int) -> Tensor:
+        """The part of x (*lead, ...) that belongs to one unit: x itself, but for the dimension that runs over items."""
+        if self.whole:
+            return x
+        (dim,) = self.dims
+        return x.index_select(dim, self._rows_of(unit).to(x.device))
 
-    def reduce(self, g: Tensor, shape: Sequence[int]) -> Tensor:
-        """Gradient of an expanded parameter (`parameter_shape(shape)`) -> per-unit gradients (units, *shape), upcast."""
+    def put_(self, out: Tensor, part: Tensor, unit: int) -> None:
+        """Add to the part of out (*lead, ...) that belongs to one unit."""
+        if self.whole:
+            out.add_(part)
+        else:
+            (dim,) = self.dims
+            out.index_add_(dim, self._rows_of(unit).to(out.device), part.to(out.dtype))
+
+    def sums(self, g: Tensor) -> Tensor:
+        """(*lead, ...) -> (units, ...): the sum over each unit's items, upcast; dimensions that ran over items are left out."""
         g = upcast(g)
         if self.whole:
-            out = torch.zeros(self.units.n, *shape, dtype=g.dtype, device=g.device)
-            out[self.units.last] = g.reshape(shape)
+            out = torch.zeros(self.units.n, *g.shape, dtype=g.dtype, device=g.device)
+            out[self.units.last] = g
             return out
-        per_item = g.reshape(self.units.n_items, -1, *shape).sum(1)
+        rest = [size for dim, size in enumerate(g.shape) if dim not in self.dims]
+        per_item = g.movedim(self.dims, tuple(range(len(self.dims)))).reshape(self.units.n_items, -1, *rest).sum(1)
         if self.units.identity:
             return per_item
         owned = self.units.of_item >= 0
-        out = torch.zeros(self.units.n, *shape, dtype=g.dtype, device=g.device)
+        out = torch.zeros(self.units.n, *rest, dtype=g.dtype, device=g.device)
         return out.index_add_(0, self.units.of_item[owned].to(g.device), per_item[owned.to(g.device)])
+
+    def parts(self, g: Tensor) -> Tensor:
+        """(*lead, ...) -> (units, *lead, ...): for each unit what is its own, and zeros, upcast."""
+        g = upcast(g)
+        out = torch.zeros(self.units.n, *g.shape, dtype=g.dtype, device=g.device)
+        if self.whole:
+            out[self.units.last] = g
+            return out
+        (dim,) = self.dims
+        for unit in range(self.units.n):
+            rows = self._rows_of(unit).to(g.device)
+            out[unit].index_copy_(dim, rows, g.index_select(dim, rows))
+        return out
+
+    def _rows_of(self, unit: int) -> Tensor:
+        rows = self.lead[self.dims[0]] // self.units.n_items
+        return (self.units.items(unit).unsqueeze(1) * rows + torch.arange(rows)).flatten()
 
 
 @dataclass
 class Place:
-    """Where a layer's input keeps items, as proven on a batch: in `dims` of its leading ones, with so many rows for each."""
+    """Where the items of a batch stand in a layer's input, as proven on batches: in `dims` of its leading ones, () if the input
+    is the same for all items.
+
+    proofs: (length of the batch, sizes): the rows that each item had or, where nothing is any item's, the shape.
+    """
 
     dims: tuple[int, ...]
-    rows_per_item: set[int]
+    proofs: set[tuple[int, tuple[int, ...]]]
+
+    @property
+    def scales(self) -> bool:
+        """Whether batches of two lengths or more have shown that the rows of an item follow the length."""
+        ratios = {Fraction(rows, length) for length, (rows,) in self.proofs if length}
+        return len({length for length, _ in self.proofs}) > 1 and len(ratios) == 1
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether batches of lengths not met before may be laid out in a way that is not proven."""
+        return bool(self.dims) and not self.scales and any(sizes != (1,) for _, sizes in self.proofs)
+
+    def allows(self, rows: int, length: int) -> bool:
+        """Whether an item may have so many rows in a batch of this length."""
+        if any((rows,) == proven for _, proven in self.proofs):
+            return True
+        first_length, (first_rows,) = next(iter(self.proofs), (0, (0,)))
+        return self.scales and rows * first_length == first_rows * length
+
+    def allows_shape(self, shape: tuple[int, ...], length: int) -> bool:
+        """Whether an input that is the same for all items may have this shape: one met before, sizes that are lengths apart."""
+        return any(
+            all(size == met or (size == length and met == met_length) for size, met in zip(shape, met_shape, strict=True))
+            for met_length, met_shape in self.proofs
+        )
 
 
 class Layouts:
-    """The layouts of one model's layers.
+    """The layouts of one model's layers and of the operations in which its parameters meet data: its *sites*.
 
-    Nothing says which dimension of a layer's input runs over units, so it is *learnt*, from forward passes: the whole
-    batch (`observe`), every unit alone (`compare`), and the whole batch with its activations disturbed (`disturb`). A layer's
+    Nothing says which dimension of an input runs over units, so it is *learnt*, from forward passes: the whole
+    batch (`observe`), every unit alone (`compare`), and the whole batch with its activations disturbed (`disturb`). A site's
     place is known when every unit's part of the whole is what that unit's own pass held there, and no other reading of the
-    shape says the same. Where any of it fails the layer stays without a place, its gradient is left to autograd, and the
+    shape says the same. Where any of it fails the site stays without a place, its gradient is left to autograd, and the
     engine finds it there.
     """
 
     def __init__(self) -> None:
-        self.unsettled = False  # whether a layer's input came in a shape that its place was not proven for
-        self.calls: dict[nn.Parameter, int] = {}  # how often a forward pass uses each parameter through its layer
-        self._places: dict[tuple[nn.Module, int], Place | None] = {}
+        self.unsettled = False  # whether an input came in a shape that its place was not proven for
+        self.calls: dict[nn.Parameter, int] = {}  # how often a forward pass uses each parameter
+        self._places: dict[Site, Place | None] = {}
+        self._unknown: set[Site] = set()  # come by since the layouts were learnt, but not then
         self._kind: str | None = None
         self._known = False
-        self._shares = True  # whether lookups for all rows are given to every row
         self._lengths: set[tuple[int, ...]] = set()
-        # While learning: the batch, the items of the present pass, what each call saw of the whole batch, and calls met so far.
         self._length: tuple[int, ...] = ()
+        # While learning: the batch, the items of the present pass, what each call saw of the whole batch, and calls met so far.
         self._pass: Literal["observe", "compare", "disturb"] = "observe"
         self._whole = Units.rows(0)
         self._items = torch.zeros(0, dtype=torch.long)
-        self._seen: dict[nn.Module, list[Tensor]] = {}
-        self._found: dict[tuple[nn.Module, int], Place | None] = {}
-        self._shared: dict[nn.Module, list[bool]] = {}
-        self._met: dict[nn.Module, int] = {}
-        self._met_lookups: dict[nn.Module, int] = {}
+        self._seen: dict[Hashable, list[Tensor]] = {}
+        self._found: dict[Site, Place | None] = {}
+        self._met: dict[Hashable, int] = {}
 
     def knows(self, units: Units, length: tuple[int, ...]) -> bool:
-        """Whether the layouts of this kind of batch are known, or need not be. length: sizes of its inputs beside the rows."""
+        """Whether the layouts of such a batch are known, or need not be; it is the batch that `dims` speaks of from now on.
+
+        length: sizes of its inputs beside the rows.
+        """
+        self._length = length
         if units.is_single:
             return True
-        flattened = any(place is not None and place.rows_per_item != {1} for place in self._places.values())
-        return self._known and self._kind == units.kind and (not flattened or length in self._lengths)
+        if not self._known or self._kind != units.kind:
+            return False
+        return length in self._lengths or all(place is None or not place.depends_on_length for place in self._places.values())
 
-    def find(self, module: nn.Module, lead: tuple[int, ...], units: Units) -> Layout | None:
-        """The layout of a layer's input with these leading sizes; None if it is not certain."""
-        if units.is_single:
-            return Layout(units, lead, ())
-        place = self._places.get((module, len(lead)))
+    def dims(self, site: Hashable, lead: tuple[int, ...], units: Units) -> tuple[int, ...] | None:
+        """Dimensions of an input with these leading sizes that run over items, () for none; None if it is not certain."""
+        key = (site, len(lead))
+        if key not in self._places:
+            self._unknown.add(key)
+            self.unsettled = True
+        place = self._places.get(key)
         if place is None:
             return None
+        length = self._length[0] if self._length else 0
+        if not place.dims:
+            self.unsettled |= not place.allows_shape(lead, length)
+            return () if place.allows_shape(lead, length) else None
         rows, rest = divmod(math.prod(lead[dim] for dim in place.dims), units.n_items)
-        if rest or rows not in place.rows_per_item or (len(place.dims) > 1 and lead[:2] != units.shape):
+        if rest or not place.allows(rows, length) or (len(place.dims) > 1 and lead[:2] != units.shape):
             self.unsettled = True
             return None
-        return Layout(units, lead, place.dims)
+        return place.dims
+
+    def is_shared(self, site: Hashable, lead: tuple[int, ...]) -> bool:
+        """Whether an input with these leading sizes has been proven to be the same for all items."""
+        place = self._places.get((site, len(lead)))
+        return place is not None and not place.dims and place.allows_shape(lead, self._length[0] if self._length else 0)
 
     def forget(self) -> None:
         """Learn anew from the next batch; what was proven stays."""
@@ -136,7 +224,7 @@ class Layouts:
         self._length = length
         self._kind, self._known, self.unsettled = units.kind, False, False
         self._whole = units
-        self._seen, self._found, self._shared, self.calls = {}, {}, {}, {}
+        self._seen, self._found, self.calls = {}, {}, {}
         self._start("observe", torch.arange(units.n_items))
 
     def compare(self, unit: int) -> None:
@@ -149,96 +237,78 @@ class Layouts:
         self._end_pass()
         self._start("disturb", torch.arange(self._whole.n_items))
 
-    def settle(self) -> None:
-        """... and keep what all of them agreed on."""
+    def settle(self) -> bool:
+        """... and keep what all of them agreed on. True if an output was found to be shared by all items, and not before."""
         self._end_pass()
-        for key, place in self._found.items():
-            old = self._places.get(key, place)
+        more = False
+        for site, place in self._found.items():
+            old = self._places.get(site, place)
+            more |= site not in self._places and place is not None and not place.dims and _is_output(site)
             if place is not None and old is not None and place.dims == old.dims:
-                place.rows_per_item |= old.rows_per_item
+                place.proofs |= old.proofs
             elif old != place:
                 place = None
-            self._places[key] = place
-        self._known = True
+            self._places[site] = place
+        self._places |= dict.fromkeys(self._unknown - self._places.keys())  # no pass comes by there
+        self._known, self._unknown = True, set()
         self._lengths.add(self._length)
         self._seen = {}
+        return more
 
-    def meet(self, module: nn.Module, x: Tensor, lead: int) -> None:
-        """A layer was called, in one of the passes, with x of `lead` leading dimensions."""
+    def count(self, parameter: nn.Parameter) -> None:
+        """A parameter was used once more, in one of the passes."""
+        if self._pass == "observe":
+            self.calls[parameter] = self.calls.get(parameter, 0) + 1
+
+    def meet(self, site: Hashable, x: Tensor, lead: int) -> None:
+        """A site was reached, in one of the passes, with x of `lead` leading dimensions."""
         x = _one_number_per_row(x.detach(), lead)
         if self._pass == "observe":
-            self._seen.setdefault(module, []).append(x)
-            for parameter in module.parameters(recurse=False):
-                self.calls[parameter] = self.calls.get(parameter, 0) + 1
+            self._seen.setdefault(site, []).append(x)
             return
-        number = self._met.get(module, 0)
-        self._met[module] = number + 1
-        seen = self._seen.get(module, [])
+        number = self._met.get(site, 0)
+        self._met[site] = number + 1
+        seen = self._seen.get(site, [])
         if number >= len(seen) or seen[number].dim() != x.dim():
-            self._refuse(module)
-            self._found[(module, x.dim())] = None
+            self._refuse(site)
+            self._found[(site, x.dim())] = None
         elif self._pass == "disturb":
             if seen[number].shape != x.shape:
-                self._refuse(module)
+                self._refuse(site)
         else:
-            key, place = (module, x.dim()), self._place(x, seen[number])
+            key, place = (site, x.dim()), self._place(x, seen[number])
             old = self._found.setdefault(key, place)
             if place is None or old is None or place.dims != old.dims:
                 self._found[key] = None
             else:
-                old.rows_per_item |= place.rows_per_item
-
-    def leave_shared(self) -> bool:
-        """From now on leave lookups for all rows as they are; False if there were none.
-
-        For models that repeat for every row what they looked up once, as prompt tuning does.
-        """
-        had = self._shares and any(any(shared) for shared in self._shared.values())
-        self._shares = self._shares and not had
-        return had
-
-    def is_shared(self, ids: Tensor, units: Units) -> bool:
-        """Whether a lookup (1, ...) stands for all rows of the batch."""
-        return self._shares and units.kind == "rows" and ids.dim() >= 2 and ids.shape[0] == 1 and units.n_items > 1
-
-    def lookup(self, module: nn.Module, ids: Tensor, table_rows: int) -> Tensor:
-        """What `per_item_rows` gives while learning: every item looks up other rows of the table.
-
-        A model which mixes the items' lookups, or uses the first of them for all, is then seen to do so.
-        """
-        if self._pass == "observe":
-            shared = self.is_shared(ids, self._whole)
-            self._shared.setdefault(module, []).append(shared)
-        else:  # a row alone looks as if it were shared: what counts is what the same lookup was in the whole batch
-            number = self._met_lookups.get(module, 0)
-            self._met_lookups[module] = number + 1
-            shared = number < len(self._shared.get(module, [])) and self._shared[module][number]
-        if not shared:
-            return ids
-        shift = self._items.to(ids.device).reshape(-1, *[1] * (ids.dim() - 1))
-        return (ids + shift) % table_rows
+                old.proofs |= place.proofs
 
     def _start(self, kind: Literal["observe", "compare", "disturb"], items: Tensor) -> None:
         self._pass, self._items = kind, items
-        self._met, self._met_lookups = {}, {}
+        self._met = {}
 
     def _end_pass(self) -> None:
         if self._pass != "observe":
-            for module, seen in self._seen.items():
-                if self._met.get(module, 0) != len(seen):
-                    self._refuse(module)
+            for site, seen in self._seen.items():
+                met = self._met.get(site, 0)
+                # A unit alone may not come by at all, as a text without padding needs no mask; others then have to.
+                if met != len(seen) and (met or self._pass == "disturb"):
+                    self._refuse(site)
 
-    def _refuse(self, module: nn.Module) -> None:
-        for seen in self._seen.get(module, []):
-            self._found[(module, seen.dim())] = None
+    def _refuse(self, site: Hashable) -> None:
+        for seen in self._seen.get(site, []):
+            self._found[(site, seen.dim())] = None
 
     def _place(self, alone: Tensor, whole: Tensor) -> Place | None:
         """Where the compared unit's items stand in `whole`, given what its own pass held, both (*lead,); None if unproven."""
         units, items = self._whole, self._items.to(whole.device)
+        length = self._length[0] if self._length else 0
+        if alone.shape == whole.shape:
+            return Place((), {(length, tuple(whole.shape))}) if _same(alone, whole) else None
         if units.kind == "tokens" and units.shape[0] > 1 and whole.dim() > 1:  # rows of tokens; a unit alone is one row
             if tuple(whole.shape[:2]) != units.shape or tuple(alone.shape[:2]) != (1, len(items)):
                 return None
-            return Place((0, 1), {1}) if _same(alone[0], whole.flatten(0, 1)[items]) else None
+            return Place((0, 1), {(length, (1,))}) if _same(alone[0], whole.flatten(0, 1)[items]) else None
         changed = [dim for dim, (one, all_) in enumerate(zip(alone.shape, whole.shape, strict=True)) if one != all_]
         if len(changed) != 1 or whole.shape[changed[0]] * len(items) != alone.shape[changed[0]] * units.n_items:
             return None
@@ -251,7 +321,11 @@ class Layouts:
             return None
         other = whole.unflatten(0, (rows, units.n_items)).transpose(0, 1)[items]
         constant = rows > 1 and _same(alone, other)  # nothing tells the items' rows from each other
-        return Place((dim,), set() if constant else {rows})
+        return Place((dim,), set() if constant else {(length, (rows,))})
+
+
+def _is_output(site: Site) -> bool:
+    return isinstance(site[0], tuple) and site[0][-1] == "out"
 
 
 def _one_number_per_row(x: Tensor, lead: int) -> Tensor:

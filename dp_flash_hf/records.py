@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -58,16 +59,24 @@ class LinearUse:
     """Inputs a (rows, d) and output gradients g (rows, p) of one call, in unit order; the gradient is sum_t g_t a_t^T (p, d).
 
     The parameter may have that many numbers in another shape (p, ...), as convolutions do.
+    part: which rows along the parameter's first dimension hold these numbers, as one expert of many; None for all.
     """
 
     a: Tensor
     g: Tensor
     sizes: tuple[int, ...]
+    part: tuple[int, int] | None = None
+
+    def _own(self, x: Tensor, dim: int) -> Tensor:
+        """The view of x that has this use's part of the parameter along `dim`, as (..., p, d)."""
+        if self.part is not None:
+            x = x.narrow(dim, self.part[0], self.part[1] - self.part[0])
+        return x.view(*x.shape[:dim], self.g.shape[1], self.a.shape[1])
 
     def add_to_units_(self, gradients: Tensor) -> None:
-        """gradients (units, p, d) += this use's per-unit gradients."""
+        """gradients (units, *shape) += this use's per-unit gradients."""
         a, g = upcast(self.a), upcast(self.g)
-        gradients = gradients.view(len(self.sizes), g.shape[1], a.shape[1])
+        gradients = self._own(gradients, 1)
         if is_uniform(self.sizes):
             gradients.baddbmm_(g.unflatten(0, (len(self.sizes), -1)).mT, a.unflatten(0, (len(self.sizes), -1)))
             return
@@ -75,8 +84,8 @@ class LinearUse:
             out.addmm_(g_u.mT, a_u)
 
     def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
-        """out (p, d) += sum over units of factors (units,) times the unit's gradient."""
-        add_linear_(out.view(self.g.shape[1], self.a.shape[1]), self.a, self.g, factors, self.sizes)
+        """out (*shape) += sum over units of factors (units,) times the unit's gradient."""
+        add_linear_(self._own(out, 0), self.a, self.g, factors, self.sizes)
 
 
 @dataclass
@@ -97,6 +106,14 @@ class EmbeddingUse:
         add_embedding_(out, self.ids, self.g, factors, self.sizes)
 
 
+def row_sums(g: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Rows g (rows, p), in unit order, summed over each unit: (units, p)."""
+    if is_uniform(sizes):
+        sums: Tensor = g.unflatten(0, (len(sizes), -1)).sum(1)
+        return sums
+    return torch.stack([own.sum(0) for own in g.split(sizes)])
+
+
 class GradientRecord:
     """All uses of one parameter in one backward pass: one gradient, so cross terms between its uses count."""
 
@@ -110,7 +127,11 @@ class GradientRecord:
         """Keep one more use, as it is or as per-unit gradients, whichever is smaller."""
         if self.per_unit is None and not self.linear and not self.embedding and isinstance(use, LinearUse):
             rows, size = len(use.a), self.shape.numel()
-            if is_uniform(use.sizes) and self.n_units * size <= DENSE_LIMIT * rows * (use.a.shape[1] + use.g.shape[1]):
+            if (
+                use.part is None
+                and is_uniform(use.sizes)
+                and self.n_units * size <= DENSE_LIMIT * rows * (use.a.shape[1] + use.g.shape[1])
+            ):
                 a, g = upcast(use.a), upcast(use.g)
                 formed = torch.bmm(g.unflatten(0, (self.n_units, -1)).mT, a.unflatten(0, (self.n_units, -1)))
                 self.per_unit = formed.view(self.n_units, *self.shape)
@@ -143,8 +164,10 @@ class GradientRecord:
     def squared_norms(self, gram: InputGram | None = None) -> Tensor:
         """(units,) squared L2 norms."""
         if self.per_unit is not None:
-            lengths: Tensor = torch.linalg.vector_norm(self.per_unit.flatten(1), dim=1)
+            lengths: Tensor = torch.linalg.vector_norm(self.per_unit.reshape(self.n_units, -1), dim=1)
             return lengths.square()
+        if any(use.part is not None for use in self.linear):
+            return self._squared_norms_of_parts(gram)
         linear, embedding = _merge_linear(self.linear), _merge_embedding(self.embedding)
         if linear is None or embedding is None:
             if linear is not None:
@@ -159,6 +182,23 @@ class GradientRecord:
         for unit in (norms < 2.0**-10 * (head + table)).nonzero().flatten().tolist():
             norms[unit] = self._one_unit(unit).square().sum() + self._hidden(linear, embedding, unit)
         return norms
+
+    def _squared_norms_of_parts(self, gram: InputGram | None) -> Tensor:
+        uses: dict[tuple[int, int], list[LinearUse]] = {}
+        for use in self.linear:
+            uses.setdefault(use.part or (0, self.shape[0]), []).append(use)
+        ends = sorted(uses)
+        if self.embedding or any(stop > start for (_, stop), (start, _) in pairwise(ends)):  # they share numbers
+            like = upcast(self.linear[0].g)
+            self.add_per_unit(torch.zeros(self.n_units, *self.shape, dtype=like.dtype, device=like.device))
+            return self.squared_norms(gram)
+        total: Tensor | int = 0
+        for own in uses.values():
+            merged = _merge_linear(own)
+            assert merged is not None
+            total = total + linear_squared_norms(merged.a, merged.g, merged.sizes, gram)
+        assert isinstance(total, Tensor)
+        return total
 
     @staticmethod
     def _hidden(linear: LinearUse, embedding: EmbeddingUse, unit: int) -> Tensor:
@@ -180,7 +220,7 @@ class GradientRecord:
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
         """(*shape): sum over units of factors (units,) times the unit's gradient."""
-        if self.per_unit is None and not self.embedding and len(self.linear) == 1:
+        if self.per_unit is None and not self.embedding and len(self.linear) == 1 and self.linear[0].part is None:
             (use,) = self.linear  # a product of its own is one pass over memory less than zeros and a sum
             return linear_clipped_sum(use.a, use.g, factors, use.sizes).view(self.shape)
         out = torch.zeros(self.shape, dtype=factors.dtype, device=factors.device)
@@ -204,7 +244,7 @@ def _merge_linear(uses: list[LinearUse]) -> LinearUse | None:
     if len(uses) < 2:
         return uses[0] if uses else None
     a, g = _interleave([u.a.split(u.sizes) for u in uses]), _interleave([u.g.split(u.sizes) for u in uses])
-    return LinearUse(a, g, tuple(map(sum, zip(*(u.sizes for u in uses), strict=True))))
+    return LinearUse(a, g, tuple(map(sum, zip(*(u.sizes for u in uses), strict=True))), uses[0].part)
 
 
 def _merge_embedding(uses: list[EmbeddingUse]) -> EmbeddingUse | None:
@@ -215,7 +255,7 @@ def _merge_embedding(uses: list[EmbeddingUse]) -> EmbeddingUse | None:
 
 
 class Recorder:
-    """Shared by an engine and its layers. Layers use `tracks`, `layout`, `per_item_rows` and the four that record."""
+    """Shared by an engine and its layers. Layers use `tracks`, `layout` and the four that record."""
 
     def __init__(self, groups: dict[nn.Parameter, int]) -> None:
         self.phase: Phase = "idle"
@@ -252,20 +292,36 @@ class Recorder:
         None makes the layer compute as without the library; the gradient that autograd then leaves tells the engine.
         """
         lead = tuple(x.shape[: x.dim() - feature_dims])
+        if self.phase == "idle":
+            return None
         if self.phase == "learn":
             self.layouts.meet(module, x, len(lead))
+            for parameter in module.parameters(recurse=False):
+                self.layouts.count(parameter)
             return None
-        return self.layouts.find(module, lead, self.units) if torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled():
+            return None
+        if self.units.is_single:
+            return Layout(self.units, lead, ())
+        dims = self.layouts.dims(module, lead, self.units)
+        return Layout(self.units, lead, dims) if dims else None
 
-    def per_item_rows(self, module: nn.Module, ids: Tensor, table_rows: int) -> Tensor:
-        """(1, ...) -> (rows, ...), for tables that models look up once for all rows; anything else comes back as it is."""
-        if self.phase == "learn":
-            return self.layouts.lookup(module, ids, table_rows)
-        return ids.expand(self.units.n_items, *ids.shape[1:]) if self.layouts.is_shared(ids, self.units) else ids
+    def linear(
+        self, parameter: nn.Parameter, a: Tensor, g: Tensor, layout: Layout, part: tuple[int, int] | None = None
+    ) -> None:
+        """Record y = x W^T with gradient sum g_t a_t^T. a: (*lead, d), g: (*lead, p).
 
-    def linear(self, parameter: nn.Parameter, a: Tensor, g: Tensor, layout: Layout) -> None:
-        """Record y = x W^T with gradient sum g_t a_t^T. a: (*lead, d), g: (*lead, p)."""
-        self._add(parameter, LinearUse(layout.arrange(a), layout.arrange(g), layout.sizes))
+        part: W is these rows, start and stop, of the parameter's first dimension; None: all of it.
+        """
+        if part == (0, len(parameter)):
+            part = None
+        self.linear_rows(parameter, layout.arrange(a), layout.arrange(g), layout.sizes, part)
+
+    def linear_rows(
+        self, parameter: nn.Parameter, a: Tensor, g: Tensor, sizes: tuple[int, ...], part: tuple[int, int] | None
+    ) -> None:
+        """As `linear`, with a (rows, d) and g (rows, p) in unit order already, `sizes` rows for each unit."""
+        self._add(parameter, LinearUse(a, g, sizes, part))
 
     def embedding(
         self, parameter: nn.Parameter, ids: Tensor, g: Tensor, layout: Layout, padding_idx: int | None = None
@@ -278,11 +334,7 @@ class Recorder:
 
     def bias(self, parameter: nn.Parameter, g: Tensor, layout: Layout) -> None:
         """Record y = x + b. g: (*lead, p)."""
-        g, sizes = upcast(layout.arrange(g)), layout.sizes
-        uniform = is_uniform(sizes)
-        self._add(
-            parameter, g.unflatten(0, (len(sizes), -1)).sum(1) if uniform else torch.stack([u.sum(0) for u in g.split(sizes)])
-        )
+        self._add(parameter, row_sums(upcast(layout.arrange(g)), layout.sizes))
 
     def per_unit(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         """Record per-unit gradients (units, *parameter.shape), float32 or float64, formed by the layer itself."""
@@ -349,6 +401,7 @@ class Recorder:
             record.add_per_unit(use)
         else:
             record.add(use)
-        if self.phase == "norms" and self.layouts.calls.get(parameter) == 1:  # no cross terms to come: the records may go
+        whole = not isinstance(use, LinearUse) or use.part is None
+        if self.phase == "norms" and whole and self.layouts.calls.get(parameter) == 1:  # nothing to come: the records may go
             self._add_norms(parameter, self.records.pop(parameter))
             self._spent.add(parameter)

@@ -84,7 +84,7 @@ class Units:
     @cached_property
     def is_single(self) -> bool:
         """Whether everything belongs to one unit, so that it does not matter where what stands."""
-        return self.n > 0 and bool((self.of_item == self.n - 1).all())
+        return self.n_items > 0 and int(self.of_item[0]) >= 0 and bool((self.of_item == self.of_item[0]).all())
 
     @property
     def last(self) -> int:

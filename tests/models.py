@@ -101,8 +101,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
         hf.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=4)
     ),
 }
-COVERED = tuple(name for name in BUILDERS if name not in ("mixtral", "mamba"))
-FALLBACK = ("mixtral", "mamba")
 CLASSIFIERS = ("vit", "bert_classifier")
 UNSHIFTED = ("bert", "roberta", "distilbert", "albert", "t5")
 

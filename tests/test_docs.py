@@ -13,6 +13,7 @@ import transformers as hf
 from accelerate.accelerator import Accelerator
 
 from dp_flash_hf import cli
+from dp_flash_hf.errors import PrivacyError
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY, PADDING = 31, 0
@@ -95,7 +96,23 @@ def test_the_settings(names: dict[str, Any]) -> None:
 
 
 def test_the_worked_rule() -> None:
-    exec(block("docs/extending.md", "register_rule"), {"__name__": "example"})
+    """All its blocks, one after the other, as printed."""
+    exec("".join(blocks("docs/extending.md")), {"__name__": "example"})
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("record_product(ctx.weight, x, z, ctx.layout)", "record_product(ctx.weight, x, g, ctx.layout)"),
+        ("record_product(ctx.weight, x, z, ctx.layout)", "record_product(ctx.weight, x, z * 1.001, ctx.layout)"),
+        ("record_product(ctx.weight, x, z, ctx.layout)", "pass"),
+    ],
+)
+def test_the_checker_refutes_a_wrong_rule(right: str, wrong: str) -> None:
+    code = "".join(blocks("docs/extending.md"))
+    assert code.count(right) == 1
+    with pytest.raises(PrivacyError, match=r"inner\.weight"):
+        exec(code.replace(right, wrong), {"__name__": "example"})
 
 
 def test_every_link_within_the_project_leads_somewhere() -> None:

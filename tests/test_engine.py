@@ -576,9 +576,10 @@ def test_models_that_cannot_be_trained_privately() -> None:
         ClippingEngine(Toy().requires_grad_(False), max_grad_norm=1.0)
     model = Toy()
     model.table.max_norm = 1.0
-    engine = ClippingEngine(model, max_grad_norm=1.0)
     with pytest.raises(UnsupportedError, match="max_norm"):
-        engine.backward(toy_loss(model), toy_batch())
+        ClippingEngine(model, max_grad_norm=1.0)
+    model.table.max_norm = None
+    engine = ClippingEngine(model, max_grad_norm=1.0)
     with pytest.raises(ValueError, match="batch: expected a mapping"):
         engine.backward(toy_loss(model), [toy_batch()])  # type: ignore[arg-type]
 
@@ -604,7 +605,7 @@ def test_parameters_unfrozen_or_replaced_behind_the_engines_back() -> None:
 
 
 def test_hooks_that_take_gradients_before_they_are_clipped() -> None:
-    model = Functional(False)
+    model = Hidden(False)
     handle = model.first.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     engine = ClippingEngine(model, max_grad_norm=1.0)
     with pytest.raises(UnsupportedError, match=r"first\.weight"):
@@ -701,11 +702,51 @@ class Functional(nn.Module):
         self.also_called = also_called
         self.double()
 
+    def parameters_used(self) -> tuple[Tensor, Tensor]:
+        return self.first.weight, self.first.bias
+
     def forward(self, input_ids: Tensor) -> Tensor:
         x = torch.tanh(self.second(self.table(input_ids)))
         if self.also_called:
             x = torch.tanh(self.first(x))
-        return F.linear(F.linear(x, self.first.weight, self.first.bias), self.table.weight)
+        return F.linear(F.linear(x, *self.parameters_used()), self.table.weight)
+
+
+class Hidden(Functional):
+    """The same, through references the modules know nothing of: nobody sees the parameters go by."""
+
+    def __init__(self, also_called: bool) -> None:
+        super().__init__(also_called)
+        self.kept = (self.first.weight, self.first.bias)
+
+    def parameters_used(self) -> tuple[Tensor, Tensor]:
+        return self.kept
+
+
+class InPlace(nn.Module):
+    """Writes what it computed from a parameter into the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.shift = Toy(), nn.Parameter(torch.randn(11, dtype=torch.float64))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.body(input_ids) * 1.0
+        out[:, 0] = self.shift.exp()
+        return out
+
+
+class Recurrent(nn.Module):
+    """A layer that keeps its weights in a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cell = nn.Embedding(11, 6), nn.LSTM(6, 11, batch_first=True)
+        self.double()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.cell(self.table(input_ids))[0]
+        return out
 
 
 def _weight_norm() -> nn.Module:
@@ -727,12 +768,34 @@ def _bare_parameter() -> nn.Module:
     return Scale()
 
 
-LEFTOVERS: dict[str, Callable[[], nn.Module]] = {
+FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "functional": lambda: Functional(False),
     "functional_and_called": lambda: Functional(True),
     "weight_norm": _weight_norm,
     "bare_parameter": _bare_parameter,
 }
+LEFTOVERS: dict[str, Callable[[], nn.Module]] = {
+    "hidden": lambda: Hidden(False),
+    "hidden_and_called": lambda: Hidden(True),
+    "in_place": InPlace,
+    "recurrent": Recurrent,
+}
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])
+@pytest.mark.parametrize("kind", FOLLOWED)
+def test_parameters_used_without_calling_their_layer(kind: str, clipping: Any) -> None:
+    """They are followed to the operation that meets the data: exact in one backward pass."""
+    model, batch = FOLLOWED[kind](), toy_batch()
+    loss = toy_loss(model)
+    wanted, norms = clipped_sum(unit_gradients(model, loss, each_row(batch)), 0.7, clipping)
+    for strategy in FAST:
+        engine = ClippingEngine(model, max_grad_norm=0.7, clipping=clipping, strategy=strategy)
+        engine.backward(loss, batch)
+        assert distance(grads(model), wanted) < 1e-12
+        torch.testing.assert_close(engine.norms, norms)
+        engine.detach()
+        model.zero_grad()
 
 
 @pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])
@@ -824,7 +887,7 @@ def test_norms_do_not_take_the_users_shortcuts_in_matrix_products() -> None:
 @pytest.mark.parametrize("also_called", [True, False])
 def test_leftovers_under_autocast(also_called: bool) -> None:
     """Autocast keeps a cast copy of each weight: one made where there are no gradients must not hide a leftover."""
-    model, batch = Functional(also_called).float(), toy_batch()
+    model, batch = Hidden(also_called).float(), toy_batch()
     loss = toy_loss(model)
     with torch.autocast("cpu", torch.bfloat16):
         parts = [unit_gradients(model, loss, [part])[0] for part in each_row(batch)]
@@ -881,9 +944,10 @@ def test_a_model_with_no_layer_any_rule_knows(strategy: Strategy) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.matrix = nn.Parameter(torch.randn(11, 11, dtype=torch.float64))
+            self.hidden = [self.matrix]
 
         def forward(self, input_ids: Tensor) -> Tensor:
-            return self.matrix[input_ids]
+            return self.hidden[0][input_ids]
 
     model, batch = Bare(), toy_batch()
     wanted, _ = clipped_sum(unit_gradients(model, toy_loss(model), each_row(batch)), 0.7)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError
-from tests.models import COVERED, FALLBACK, Batch, Loss, batch_of, loss_of, packed_batch, tiny
+from tests.models import BUILDERS, Batch, Loss, batch_of, loss_of, packed_batch, tiny
 from tests.oracle import clipped_sum, distance, each_row, grads, rows_of, unit_gradients
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -51,7 +51,7 @@ def assert_exact(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", COVERED)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_padded_rows(name: str, dtype: torch.dtype) -> None:
     model, batch = tiny(name, dtype), batch_of(name, dtype=dtype)
     assert_exact(model, loss_of(name, model), batch, each_row(batch), TOLERANCE[dtype])
@@ -80,6 +80,8 @@ def test_units_of_several_rows(name: str) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "llama_tied", "bert", "t5", "vit"])
 def test_activation_checkpointing(name: str, reentrant: bool) -> None:
+    if name == "t5" and reentrant:
+        pytest.skip("the bias table goes through the old checkpoint's own autograd function, and so unit by unit")
     model, batch = tiny(name), batch_of(name)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -135,13 +137,14 @@ def test_dora_is_exact_one_way_or_the_other() -> None:
     torch.testing.assert_close(engine.norms, norms, rtol=1e-12, atol=0.0)
 
 
-@pytest.mark.parametrize("name", FALLBACK)
-def test_parameters_without_a_rule_go_unit_by_unit_and_are_named(name: str) -> None:
-    model, batch = tiny(name), batch_of(name)
-    loss = loss_of(name, model)
+def test_parameters_that_cannot_be_followed_go_unit_by_unit_and_are_named() -> None:
+    model, batch = tiny("llama"), batch_of("llama")
+    head = model.lm_head.weight
+    model.lm_head.forward = lambda x: torch.nn.functional.linear(x, head)
+    loss = loss_of("llama", model)
     wanted, norms = clipped_sum(unit_gradients(model, loss, each_row(batch)), 0.5)
     engine = ClippingEngine(model, max_grad_norm=0.5)
-    with pytest.warns(UserWarning, match=r"no rule covers how .*(experts|mixer).*exact, but slower") as caught:  # noqa: PT031
+    with pytest.warns(UserWarning, match=r"no rule covers how .*lm_head.weight.*exact, but slower") as caught:  # noqa: PT031
         engine.backward(loss, batch)
         engine.backward(loss, batch)
     assert len([w for w in caught if "no rule" in str(w.message)]) == 1

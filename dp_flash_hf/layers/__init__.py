@@ -1,8 +1,9 @@
-"""How each kind of layer takes part in private training.
+"""How layers take part in private training.
 
-A rule is a subclass of (or a mixin for) a layer class whose `forward` computes the same values and whose backward hands the
-engine's recorder what it saw, returning no gradient for the parameters it recorded. Attaching swaps a module's class for one
-that has the rule in its ancestry, so that subclasses which call `super().forward` are served too; detaching swaps it back.
+While an engine records, every module with trained parameters hands them out as tensors that know where they go
+(`tracking.Tracked`), and the rules in `operations` record per-unit gradients where one of them meets the data. A layer whose
+computation torch functions do not show (kernels of its own, routing by the data) has a rule for the whole layer: a subclass of,
+or a mixin for, its class. Attaching swaps a module's class; detaching swaps it back.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from dp_flash_hf.layers import experts
+from dp_flash_hf.layers.operations import record_bias, record_product
+from dp_flash_hf.layers.tracking import Tracked, record
+from dp_flash_hf.layouts import Layout
 from dp_flash_hf.records import Recorder
 
 _ATTRIBUTE = "_dp_recorder"
 _RULES: dict[type | str, type] = {}
-_CLASSES: dict[tuple[type, type], type] = {}
+_CLASSES: dict[tuple[type, type | None], type] = {}
 _R = TypeVar("_R", bound=type)
 
 
@@ -35,22 +41,36 @@ def register_rule(layer: type[nn.Module] | str) -> Callable[[_R], _R]:
 
 
 def rule_for(module: nn.Module) -> type | None:
-    """The rule of a module: of its class, or of the nearest base that has one; else `Elementwise` if that fits exactly."""
+    """The rule of a module: of its class, or of the nearest base that has one."""
     for base in type(module).__mro__:
         rule = _RULES.get(base) or _RULES.get(f"{base.__module__}.{base.__qualname__}")
         if rule is not None:
             return rule
-    return Elementwise if fits_elementwise(module) else None
+    return experts.Experts if experts.is_experts(module) else None
 
 
-def attach(module: nn.Module, rule: type, recorder: Recorder) -> None:
-    """Make a module follow a rule, reporting to this recorder."""
-    original = type(module)
+class _Tracking:
+    """Hands out trained parameters as tracked tensors."""
+
+    def __getattr__(self: Any, name: str) -> Any:
+        value = super().__getattr__(name)  # type: ignore[misc]
+        if isinstance(value, nn.Parameter) and torch.is_grad_enabled():
+            recorder = _recorder_of(self)
+            if recorder.tracks(value):
+                return Tracked.of(value, recorder)
+        return value
+
+
+def attach(module: nn.Module, recorder: Recorder) -> None:
+    """Make a module report to this recorder, by its rule if it has one."""
+    original, rule = type(module), rule_for(module)
     key = (original, rule)
     if key not in _CLASSES:
-        bases: tuple[type, ...] = (rule, original)
-        if issubclass(rule, nn.Module):
-            bases = (rule,) if original in rule.__mro__ else (original, rule)
+        bases: tuple[type, ...] = (_Tracking, original)
+        if rule is not None:
+            bases = (_Tracking, *((rule,) if original in rule.__mro__ else (rule, original)))
+            if issubclass(rule, nn.Module) and original not in rule.__mro__:
+                bases = (_Tracking, original, rule)
         _CLASSES[key] = type(original.__name__, bases, {"__module__": original.__module__, "_dp_original": original})
     setattr(module, _ATTRIBUTE, recorder)
     module.__class__ = _CLASSES[key]
@@ -67,35 +87,28 @@ def is_attached(module: nn.Module) -> bool:
     return _ATTRIBUTE in vars(module)
 
 
-def recorder_of(module: Any) -> Recorder:
-    """The recorder an attached module reports to."""
+def layout_of(module: Any, x: Tensor, feature_dims: int = 1) -> Layout | None:
+    """For rules: how the input x (*lead, *features) of an attached module is laid out.
+
+    None where nothing is being recorded, or where the units stand is not certain: the layer must then compute as without the
+    library.
+    """
+    return _recorder_of(module).layout(module, x, feature_dims)
+
+
+def _recorder_of(module: Any) -> Recorder:
     recorder: Recorder = vars(module)[_ATTRIBUTE]
     return recorder
 
 
-def tracked(recorder: Recorder, *parameters: Any) -> tuple[Any, ...]:
-    """Each parameter if its gradient is to be recorded, else None: for backward, which cannot ask.
-
-    What backward gets from `ctx.saved_tensors` is equal to the parameter and need not be it: checkpointing and offloading put
-    another tensor in its place.
-    """
-    return tuple(p if recorder.tracks(p) else None for p in parameters)
-
-
-from dp_flash_hf.layers import conv, embedding, linear, lora, norm  # noqa: E402  # registers the rules
-from dp_flash_hf.layers.norm import Elementwise, fits_elementwise  # noqa: E402
-
 __all__ = [
     "attach",
-    "conv",
     "detach",
-    "embedding",
     "is_attached",
-    "linear",
-    "lora",
-    "norm",
-    "recorder_of",
+    "layout_of",
+    "record",
+    "record_bias",
+    "record_product",
     "register_rule",
     "rule_for",
-    "tracked",
 ]

@@ -1,4 +1,4 @@
-"""Convolutions over patches, and the kinds that are left to autograd."""
+"""Convolutions over patches, depthwise ones, and all the rest."""
 
 from __future__ import annotations
 
@@ -29,19 +29,28 @@ def test_covered(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"groups": 3}, {"padding_mode": "circular", "padding": 1}, {"padding": "same"}],
-    ids=lambda o: str(next(iter(o))),
+    [{"groups": 3}, {"groups": 3, "bias": False, "stride": 2}, {"padding_mode": "circular", "padding": 1}, {"padding": "same"}],
+    ids=str,
 )
-def test_left_to_autograd(options: dict[str, Any]) -> None:
+def test_of_any_kind(options: dict[str, Any]) -> None:
     model = nn.Conv2d(3, 6, 3, **options).double()
     for rows in (1, 3):
-        assert how(model, torch.randn(rows, 3, 8, 8, dtype=torch.float64)) == "unit by unit"
+        assert how(model, torch.randn(rows, 3, 8, 8, dtype=torch.float64)) == "fast"
 
 
-def test_other_dimensions_and_missing_rows() -> None:
-    assert how(nn.Conv1d(3, 4, 2).double(), torch.randn(3, 3, 8, dtype=torch.float64)) == "unit by unit"
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel_size": 2}, {"kernel_size": 4, "groups": 4, "padding": 3}, {"kernel_size": 3, "groups": 2, "stride": 2}],
+    ids=str,
+)
+def test_along_a_sequence(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Conv1d(4, 8, **options), nn.Tanh()).double()
+    for rows in (1, 3):
+        assert how(model, torch.randn(rows, 4, 9, dtype=torch.float64)) == "fast"
+
+
+def test_a_frozen_weight_under_a_trained_bias() -> None:
     model = nn.Conv2d(3, 4, 2).double()
-    weight = model.weight
     assert how(model, torch.randn(3, 3, 8, 8, dtype=torch.float64), strategy="bookkeeping") == "fast"
-    weight.requires_grad_(False)
+    model.weight.requires_grad_(False)
     assert how(model, torch.randn(3, 3, 8, 8, dtype=torch.float64)) == "fast"

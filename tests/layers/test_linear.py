@@ -73,7 +73,7 @@ class Tampered(nn.Linear):
 def test_subclasses() -> None:
     x = torch.randn(3, 5, 4, dtype=torch.float64)
     assert how(Rescaled(4, 6).double(), x) == "fast"
-    assert how(Tampered(4, 6).double(), x) == "unit by unit"
+    assert how(Tampered(4, 6).double(), x) == "fast"
 
 
 def test_a_weight_frozen_under_a_trained_bias_and_the_other_way_round() -> None:

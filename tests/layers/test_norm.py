@@ -1,8 +1,10 @@
-"""Norms, and layers recognised as elementwise: what fits is exact, what only looks so is not taken for it."""
+"""Norms, and layers with a vector used in every way: all exact, and fast unless units see each other."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from dp_flash_hf.layers import rule_for
-from dp_flash_hf.layers.norm import Elementwise, fits_elementwise
+from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.errors import PrivacyError
 from tests.layers.checks import how
 
 D = 5
@@ -107,20 +109,13 @@ class AlongTheRows(Vector):
         return x * self.weight[:, None]
 
 
-class ConstantWeight(Vector):
-    """Uses another number than its parameter: no gradient at all."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight.detach()
-
-
 class Noisy(Vector):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight * torch.rand(())
 
 
 class Gated(Vector):
-    """Recognised without its gate, and called with one."""
+    """Called with a gate and without."""
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return x * self.weight if gate is None else x * self.weight * torch.sigmoid(gate * self.weight.mean())
@@ -135,12 +130,13 @@ FITS: dict[str, Callable[[], nn.Module]] = {
     "softmax_over_the_features": SoftmaxOverTheFeatures,
     "scale_and_shift": ScaleAndShift,
 }
-ONLY_LOOKS_SO: dict[str, Callable[[], nn.Module]] = {
+VECTORS: dict[str, Callable[[], nn.Module]] = {
     "softmax_over_the_first": SoftmaxOverTheFirst,
     "first_only": FirstOnly,
     "mean": Mean,
     "total": Total,
     "matrix": Matrix,
+    "dot": Dot,
     "along_the_rows": AlongTheRows,
 }
 TORCH: dict[str, Callable[[], nn.Module]] = {
@@ -167,34 +163,42 @@ def test_layer_norm_partly_frozen() -> None:
         assert how(module, torch.randn(3, 4, D, dtype=torch.float64)) == "fast"
 
 
-@pytest.mark.parametrize("name", FITS)
-def test_recognised(name: str) -> None:
-    module = FITS[name]()
-    state = {key: value.clone() for key, value in module.state_dict().items()}
-    assert rule_for(module) is Elementwise
-    assert type(module) is type(FITS[name]())
-    assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
-    assert all(p.grad is None for p in module.parameters())
-
-
-@pytest.mark.parametrize("name", ONLY_LOOKS_SO)
-def test_what_only_looks_elementwise(name: str) -> None:
-    assert not fits_elementwise(ONLY_LOOKS_SO[name]())
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_vector_used_in_any_way(name: str) -> None:
     for shape in ((3, D, D), (1, D, D)):
-        assert how(randomised(ONLY_LOOKS_SO[name]()), torch.randn(shape, dtype=torch.float64)) == "unit by unit"
+        assert how(randomised(VECTORS[name]()), torch.randn(shape, dtype=torch.float64)) == "fast"
 
 
-@pytest.mark.parametrize("layer", [AcrossRows, AddsTheOtherRows, ConstantWeight, Noisy])
-def test_layers_no_rule_may_serve(layer: type[nn.Module]) -> None:
-    assert not fits_elementwise(layer())
+def test_units_that_see_each_other() -> None:
+    x = torch.randn(3, 4, D, dtype=torch.float64)
+    apart = ClippingEngine(randomised(AcrossRows()), max_grad_norm=1.0)
+    with pytest.warns(UserWarning, match="no rule covers"):
+        apart.backward(lambda batch: apart.model(batch["x"]).square().sum(), {"x": x})
+    assert not apart.norms.any()  # a row alone is its own mean
+    module = randomised(AddsTheOtherRows())
+    engine = ClippingEngine(module, max_grad_norm=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(PrivacyError):
+            engine.check(lambda batch: module(batch["x"]).square().sum(), {"x": x})
 
 
-def test_exact_even_where_the_vector_meets_every_feature() -> None:
-    for shape in ((3, 4, D), (1, 4, D)):
-        how(randomised(Dot()), torch.randn(shape, dtype=torch.float64))
+def test_random_numbers_beside_a_parameter() -> None:
+    """Each call draws its own: what the parameter is multiplied by comes from the forward pass, and not again."""
+    module: Any = randomised(Noisy())
+    x = torch.randn(3, 4, D, dtype=torch.float64)
+    engine = ClippingEngine(module, max_grad_norm=1e9)
+    torch.manual_seed(3)
+    engine.backward(lambda batch: module(batch["x"]).sum(), {"x": x})
+    drawn = []
+    torch.manual_seed(3)
+    for _ in range(20):
+        drawn.append(float(torch.rand(())))
+    got = module.weight.grad / x.sum((0, 1))
+    assert any(torch.allclose(got, torch.full_like(got, number)) for number in drawn)
 
 
-def test_a_second_argument_was_not_tried() -> None:
+def test_a_second_argument() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -204,10 +208,4 @@ def test_a_second_argument_was_not_tried() -> None:
             out: Tensor = self.gated(self.gated(x), gate=x) + self.gated(x, x)
             return out
 
-    assert fits_elementwise(Gated())
-    assert how(randomised(Model()), torch.randn(3, 4, D, dtype=torch.float64)) == "unit by unit"
-
-
-def test_modules_that_are_no_candidates() -> None:
-    for module in (nn.Linear(3, 3), nn.Tanh(), nn.Bilinear(2, 2, 2), nn.PReLU(3).to("meta"), nn.Sequential(LayerScale())):
-        assert not fits_elementwise(module)
+    assert how(randomised(Model()), torch.randn(3, 4, D, dtype=torch.float64)) == "fast"

@@ -1,0 +1,387 @@
+"""Rules for torch operations: how per-unit gradients arise where a parameter meets the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input
+
+from dp_flash_hf.kernels.ghost_norm import upcast
+from dp_flash_hf.layers.tracking import (
+    Call,
+    Tracked,
+    autocast_dtype,
+    changes_its_argument,
+    operation,
+    per_item,
+    record,
+    transposed,
+)
+from dp_flash_hf.layouts import Layout
+from dp_flash_hf.records import LinearUse, row_sums
+
+# --- products with a matrix -----------------------------------------------------------------------------------------------
+
+
+class RecordedLinear(torch.autograd.Function):
+    """y = x W^T + b, whose backward gives the gradient of x and records those of W (p, d) and b (p,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tracked: tuple[Tracked | None, Tracked | None], layout: Layout
+    ) -> Tensor:
+        """x: (*lead, d). weight and bias: plain numbers, of which `tracked` says where they come from."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # what autocast itself multiplies, and keeps for backward
+        ctx.save_for_backward(x, weight)
+        ctx.tracked, ctx.layout = tracked, layout
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """g: (*lead, p)."""
+        x, weight = ctx.saved_tensors
+        w, b = ctx.tracked
+        if w is not None:
+            record_product(w, x, g, ctx.layout)
+        if b is not None:
+            record_bias(b, g, ctx.layout)
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 5
+        return (g @ weight.to(g.dtype), *(None,) * 4)
+
+
+def record_product(weight: Tracked, a: Tensor, g: Tensor, layout: Layout) -> None:
+    """Record y = a W^T with W (p, d). a: (*lead, d), g: (*lead, p)."""
+    rows = weight.rows
+    if rows is None:
+        use = LinearUse(layout.arrange(a), layout.arrange(g), layout.sizes)
+        gradients = torch.zeros(layout.units.n, *weight.shape, dtype=upcast(g).dtype, device=g.device)
+        use.add_to_units_(gradients)
+        record(weight, gradients)
+        return
+    (parameter,) = weight.parameters
+    if not weight.plain.is_contiguous():  # stored the other way round
+        a, g = g, a
+    weight.recorder.linear(parameter, a, g, layout, rows)
+
+
+def record_bias(bias: Tracked, g: Tensor, layout: Layout) -> None:
+    """Record y = x + b with b (p,). g: (*lead, p)."""
+    record(bias, row_sums(upcast(layout.arrange(g)), layout.sizes))
+
+
+@operation(F.linear)
+def linear(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """x W^T + b. x: (*lead, d), weight: (p, d)."""
+    layout = None if isinstance(x, Tracked) or weight.dim() != 2 else call.layout(x)
+    return None if layout is None else _recorded(x, weight, bias, layout)
+
+
+@operation("matmul", "__matmul__", "mm")
+def matmul(call: Call, x: Tensor, weight: Tensor) -> Tensor | None:
+    """x W. x: (*lead, d), weight: (d, p)."""
+    if isinstance(x, Tracked) or weight.dim() != 2 or x.dim() < 2:
+        return None
+    layout = call.layout(x)
+    return None if layout is None else _recorded(x, transposed(weight), None, layout)
+
+
+@operation("addmm")
+def addmm(call: Call, bias: Tensor, x: Tensor, weight: Tensor, **scales: Any) -> Tensor | None:
+    """b + x W. x: (rows, d), weight: (d, p)."""
+    if scales or isinstance(x, Tracked) or bias.dim() != 1 or (not isinstance(bias, Tracked) and bias.requires_grad):
+        return None
+    layout = call.layout(x)
+    return None if layout is None else _recorded(x, transposed(weight), bias, layout)
+
+
+def _recorded(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor | None:
+    if any(t is not None and not isinstance(t, Tracked) and t.requires_grad for t in (weight, bias)):
+        return None
+    tracked = tuple(t if isinstance(t, Tracked) else None for t in (weight, bias))
+    plain = (_numbers(weight), None if bias is None else _numbers(bias))
+    return RecordedLinear.apply(x, *plain, tracked, layout)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _numbers(t: Tensor) -> Tensor:
+    return t.plain if isinstance(t, Tracked) else t
+
+
+# --- lookups --------------------------------------------------------------------------------------------------------------
+
+
+class RecordedEmbedding(torch.autograd.Function):
+    """y = E[ids], whose backward records the gradient of E (V, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor, padding_idx: int | None, tracked: Tracked, layout: Layout) -> Tensor:
+        """ids: LongTensor (*lead,)."""
+        ctx.save_for_backward(ids)
+        ctx.tracked, ctx.padding_idx, ctx.layout = tracked, padding_idx, layout
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
+        """g: (*lead, d)."""
+        (ids,) = ctx.saved_tensors
+        ctx.tracked.recorder.embedding(ctx.tracked.plain, ids, g, ctx.layout, ctx.padding_idx)
+        return (None,) * 5
+
+
+@operation(F.embedding)
+def embedding(
+    call: Call,
+    ids: Tensor,
+    table: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    """table[ids]. ids: (*lead,), table: (V, d)."""
+    if max_norm is not None or scale_grad_by_freq or not isinstance(table, Tracked) or table.how is not None:
+        return None  # scale_grad_by_freq counts ids over all units
+    layout = call.layout(ids, feature_dims=0)
+    if layout is None:
+        return None
+    return RecordedEmbedding.apply(table.plain, ids, padding_idx, table, layout)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@operation("__getitem__")
+def getitem(call: Call, table: Tensor, ids: Any) -> Tensor | None:
+    """table[ids] with whole numbers ids (*lead,), table: (V, d)."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or table.dim() != 2:
+        return None
+    return embedding(call, ids, table) if isinstance(table, Tracked) and table.how is None else None
+
+
+# --- normalisation --------------------------------------------------------------------------------------------------------
+
+
+class RecordedLayerNorm(torch.autograd.Function):
+    """`F.layer_norm`, whose backward records per-unit gradients of weight and bias (d,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        tracked: tuple[Tracked | None, Tracked | None],
+        layout: Layout,
+    ) -> Tensor:
+        """x: (*lead, d)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # autocast runs layer_norm in float32
+        out, mean, rstd = torch.ops.aten.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.bias, ctx.tracked, ctx.layout = bias, tracked, layout
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """g: (*lead, d)."""
+        x, mean, rstd, weight = ctx.saved_tensors
+        w, b = ctx.tracked
+        if w is not None:
+            record_bias(w, g * (x - mean) * rstd, ctx.layout)  # d/dw of w * x_hat + b sums as a bias does
+        if b is not None:
+            record_bias(b, g, ctx.layout)
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 6
+        backward = torch.ops.aten.native_layer_norm_backward
+        return (backward(g.contiguous(), x, weight.shape, mean, rstd, weight, ctx.bias, [True, False, False])[0], *(None,) * 5)
+
+
+@operation(F.layer_norm)
+def layer_norm(
+    call: Call,
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """Layer norm over the last dimension. x: (*lead, d)."""
+    if isinstance(x, Tracked) or len(normalized_shape) != 1 or weight is None:
+        return None
+    layout = call.layout(x)
+    if layout is None or any(t is not None and not isinstance(t, Tracked) and t.requires_grad for t in (weight, bias)):
+        return None
+    tracked = tuple(t if isinstance(t, Tracked) else None for t in (weight, bias))
+    plain = (_numbers(weight), None if bias is None else _numbers(bias))
+    return RecordedLayerNorm.apply(x, *plain, eps, tracked, layout)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@operation(F.rms_norm)
+def rms_norm(
+    call: Call, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor | None:
+    """RMS norm over the last dimension. x: (*lead, d)."""
+    if isinstance(x, Tracked) or len(normalized_shape) != 1 or not isinstance(weight, Tracked):
+        return None
+    layout = call.layout(x)
+    if layout is None:
+        return None
+    spread = Layout(layout.units, (*layout.lead, x.shape[-1]), layout.dims)
+    return F.rms_norm(x, normalized_shape, None, eps) * per_item(weight, spread)
+
+
+# --- convolutions ---------------------------------------------------------------------------------------------------------
+
+
+class RecordedConv(torch.autograd.Function):
+    """`F.conv2d`, whose backward records the gradients of weight (p, c / groups, h, w) and bias (p,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: dict[str, Any],
+        groups: int,
+        tracked: tuple[Tracked | None, Tracked | None],
+        layout: Layout,
+    ) -> Tensor:
+        """x: (rows, c, H, W)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.groups, ctx.tracked, ctx.layout = geometry, groups, tracked, layout
+        return F.conv2d(x, weight, bias, **geometry, groups=groups)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """g: (rows, p, H', W')."""
+        x, weight = ctx.saved_tensors
+        outputs = g.flatten(2).mT  # (rows, H' W', p)
+        layout = Layout(ctx.layout.units, tuple(outputs.shape[:2]), ctx.layout.dims)
+        w, b = ctx.tracked
+        if w is not None:
+            patches = F.unfold(x.to(g.dtype), weight.shape[2:], **ctx.geometry)  # (rows, c h w, H' W')
+            if ctx.groups == 1 and w.rows is not None:
+                w.recorder.linear(w.parameters[0], patches.mT, outputs, layout, w.rows)
+            else:
+                grouped = upcast(patches).unflatten(1, (ctx.groups, -1)), upcast(g.flatten(2)).unflatten(1, (ctx.groups, -1))
+                record(w, layout.sums(torch.einsum("ngdl,ngpl->ngpd", *grouped)).view(layout.units.n, *w.shape))
+        if b is not None:
+            record_bias(b, outputs, layout)
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 7
+        return (conv2d_input(x.shape, weight.to(g.dtype), g, **ctx.geometry, groups=ctx.groups), *(None,) * 6)
+
+
+@operation(F.conv2d)
+def conv2d(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """Convolution with zero padding given as numbers. x: (rows, c, H, W)."""
+    if isinstance(x, Tracked) or isinstance(padding, str) or x.dim() != 4:
+        return None
+    layout = call.layout(x, feature_dims=3)
+    if layout is None or any(t is not None and not isinstance(t, Tracked) and t.requires_grad for t in (weight, bias)):
+        return None
+    tracked = tuple(t if isinstance(t, Tracked) else None for t in (weight, bias))
+    plain = (_numbers(weight), None if bias is None else _numbers(bias))
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+    return RecordedConv.apply(x, *plain, geometry, groups, tracked, layout)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# --- everything else ------------------------------------------------------------------------------------------------------
+
+_PAIRS = ("add", "sub", "mul", "div", "true_divide", "pow", "maximum", "minimum", "where", "lerp", "addcmul")
+_DUNDERS = [f"__{side}{name}__" for name in ("add", "sub", "mul", "truediv", "pow") for side in ("", "r", "i")]
+
+
+@operation(*_PAIRS, *(f"{name}_" for name in _PAIRS), *_DUNDERS, "rsub")
+def broadcast(call: Call, *args: Any, **kwargs: Any) -> Any:
+    """Elementwise operations: each item gets a copy of the parameter of its own, and autograd does the rest."""
+    layout = call.broadcast_layout()
+    if layout is None:
+        return None
+    return call.run(*((t, per_item(t, layout)) for t in call.tracked))
+
+
+class RecordedOperation(torch.autograd.Function):
+    """Any function of data and parameters, whose backward repeats it, for all data and for every unit's part of them."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, layouts: list[Layout | None], plain: Tensor, *data: Tensor) -> Tensor:
+        """layouts: of call.tensors, and of the result. plain: numbers that require a gradient, so that backward is called."""
+        ctx.save_for_backward(*data)
+        ctx.call, ctx.layouts, ctx.autocast = call, layouts, autocast_dtype(plain.device)
+        out: Tensor = call.run(*zip(call.data, data, strict=True))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """g: as the result."""
+        call, units = ctx.call, ctx.call.recorder.units
+        *layouts, out_layout = ctx.layouts
+        out_whole = Layout(units, (), ())
+        numbers = {id(t): x.detach() for t, x in zip(call.data, ctx.saved_tensors, strict=True)}
+        numbers |= {id(t): _numbers(t).detach() for t in call.tensors if id(t) not in numbers}
+        gradients = [torch.zeros(units.n, *t.shape, dtype=upcast(g).dtype, device=g.device) for t in call.tracked]
+        with torch.enable_grad(), torch.autocast(g.device.type, ctx.autocast, enabled=ctx.autocast is not None):
+            needed = [t for t, need in zip(call.data, ctx.needs_input_grad[3:], strict=True) if need]
+            found = iter(_vjp(call, numbers, needed, g) if needed else ())
+            inputs = [next(found) if need else None for need in ctx.needs_input_grad[3:]]
+            for unit in (unit for unit in range(units.n) if units.sizes[unit]):
+                parts = {
+                    id(t): numbers[id(t)] if layout is None else layout.take(numbers[id(t)], unit)
+                    for t, layout in zip(call.tensors, layouts, strict=True)
+                }
+                own = _vjp(call, parts, call.tracked, out_layout.take(g, unit))
+                of_tracked = [layout for t, layout in zip(call.tensors, layouts, strict=True) if isinstance(t, Tracked)]
+                for out, layout, gradient in zip(gradients, of_tracked, own, strict=True):
+                    if gradient is not None:
+                        (layout or out_whole).put_(out[unit], gradient, unit)
+        for t, gradient in zip(call.tracked, gradients, strict=True):
+            record(t, gradient)
+        return (None, None, None, *inputs)
+
+
+def _vjp(call: Call, numbers: dict[int, Tensor], of: list[Tensor], g: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of some arguments of a call made with these numbers."""
+    leaves = {id(t): numbers[id(t)].detach().requires_grad_() for t in of}
+    out = call.run(*((t, leaves.get(id(t), numbers[id(t)])) for t in call.tensors))
+    return torch.autograd.grad(out, [leaves[id(t)] for t in of], g, allow_unused=True)
+
+
+@operation(default=True)
+def any_operation(call: Call, *args: Any, **kwargs: Any) -> Tensor | None:
+    """A function whose result for one unit's part of its arguments is that unit's part of its result."""
+    if changes_its_argument(call.func) or call.recorder.units.kind == "tokens":
+        return None
+    if any(isinstance(t, torch.nn.Parameter) for t in call.data):
+        return None
+    units = call.recorder.units
+    layouts: list[Layout | None] = []
+    for t in call.tensors:
+        dims = call.dims(t)
+        if dims is None or (len(dims) > 1):
+            return None
+        layouts.append(Layout(units, tuple(t.shape), dims) if dims else None)
+    with torch.no_grad():
+        out = call.run()
+    if not isinstance(out, Tensor):
+        return None
+    dims = call.output_dims(out)
+    if dims is None or (not dims and not units.is_single):
+        return None
+    layouts.append(Layout(units, tuple(out.shape), dims))
+    return RecordedOperation.apply(call, layouts, call.tracked[0].plain, *call.data)  # type: ignore[no-any-return, no-untyped-call]

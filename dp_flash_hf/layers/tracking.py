@@ -1,0 +1,385 @@
+"""Parameters on their way to the operation that meets the data.
+
+While an engine records, a module hands out its trained parameters as `Tracked` tensors. Whatever a model computes from
+parameters alone (slices, casts, exponentials, lookups that are the same for every row) stays tracked, together with how it was
+computed. The operation in which one of them meets the data is where per-unit gradients arise: a rule for that operation
+(`layers.operations`) records them, and `chain` takes them back to the parameters.
+
+An operation that nothing is known about is computed as without the library. Autograd then leaves a gradient behind, and the
+engine finds it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.layouts import Layout
+from dp_flash_hf.records import Recorder
+from dp_flash_hf.units import Units
+
+# Computed from parameters alone they would still differ from call to call.
+_RANDOM = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
+
+
+class _How(NamedTuple):
+    """The call that made a tracked tensor of others; `part` of its result where that is a sequence."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    part: int | None
+    autocast: torch.dtype | None
+
+
+class Tracked(Tensor):
+    """A parameter that is being trained (`how` is None), or what was computed of such parameters alone.
+
+    plain: the same numbers as autograd knows them.
+    """
+
+    recorder: Recorder
+    plain: Tensor
+    how: _How | None
+    spoiled: bool  # changed in place: no longer what `how` says
+
+    @staticmethod
+    def of(plain: Tensor, recorder: Recorder, how: _How | None = None) -> Tracked:
+        """Track these numbers. A use that goes unnoticed still leaves autograd's gradient on the parameter."""
+        tracked: Tracked = plain.as_subclass(Tracked)
+        tracked.recorder, tracked.plain, tracked.how, tracked.spoiled = recorder, plain, how, False
+        return tracked
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return _dispatch(Call(func, args, kwargs or {}))
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters this was computed from."""
+        if self.how is None:
+            return (self.plain,)  # type: ignore[return-value]
+        found = (p for t in _tensors(self.how.args, self.how.kwargs) if isinstance(t, Tracked) for p in t.parameters)
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """Which rows (along its first dimension) of one parameter this is, as that parameter stores them; None if it is not."""
+        if len(self.parameters) != 1:
+            return None
+        (whole,), plain = self.parameters, self.plain
+        if whole.dim() < 2 or not whole.is_contiguous() or not (plain.is_contiguous() or plain.mT.is_contiguous()):
+            return None
+        if plain.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or plain.dtype != whole.dtype:
+            return None
+        size = int(whole.stride(0))
+        start, rest = divmod(int(plain.storage_offset()) - int(whole.storage_offset()), size)
+        rows, left = divmod(plain.numel(), size)
+        return None if rest or left or rows == 0 else (start, start + rows)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The transpose of a matrix, tracked if that is."""
+    if not isinstance(x, Tracked):
+        return x.mT
+    return Tracked.of(x.plain.mT, x.recorder, _How(torch.transpose, (x, -1, -2), {}, None, None))
+
+
+class Call:
+    """One call of a torch function with at least one tracked tensor among its arguments."""
+
+    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.tensors = list(_tensors(args, kwargs))
+        self.tracked = [t for t in self.tensors if isinstance(t, Tracked)]
+        self.data = [t for t in self.tensors if not isinstance(t, Tracked) and not _is_frozen(t)]
+        self.recorder = self.tracked[0].recorder
+
+    def run(self, *replacements: tuple[Tensor, Tensor]) -> Any:
+        """The function's result with some arguments replaced, tracked ones by plain tensors."""
+        new = {id(old): value for old, value in replacements}
+
+        def swap(value: Any) -> Any:
+            if id(value) in new:
+                return new[id(value)]
+            return value.plain if isinstance(value, Tracked) else value
+
+        args, kwargs = _map(swap, self.args), {name: _map(swap, (value,))[0] for name, value in self.kwargs.items()}
+        return self.func(*args, **kwargs)
+
+    @cached_property
+    def site(self) -> tuple[Any, ...]:
+        """What all calls have in common whose operands are laid out alike."""
+        parameters = tuple(p for t in self.tracked for p in t.parameters)
+        return (self.func, parameters, tuple((isinstance(t, Tracked), t.dim()) for t in self.tensors))
+
+    @property
+    def varying(self) -> list[Tensor]:
+        """The tensors in which items may stand: the data, and what was computed of parameters, which may repeat by row."""
+        return [*self.data, *(t for t in self.tracked if t.how is not None)]
+
+    def dims(self, x: Tensor) -> tuple[int, ...] | None:
+        """Dimensions of an argument that run over items, () if it is the same for all; None if that is not certain."""
+        if isinstance(x, Tracked) and x.how is None:
+            return ()
+        if self.recorder.units.is_single:
+            return ()
+        number = next(i for i, t in enumerate(self.varying) if t is x)
+        return self.recorder.layouts.dims((self.site, number), _lead(x), self.recorder.units)
+
+    def output_dims(self, out: Tensor) -> tuple[int, ...] | None:
+        """As `dims`, for the result."""
+        if self.recorder.units.is_single:
+            return ()
+        return self.recorder.layouts.dims((self.site, "out"), _lead(out), self.recorder.units)
+
+    def layout(self, x: Tensor, feature_dims: int = 1) -> Layout | None:
+        """How an argument (*lead, *features) is laid out; None if that is not certain."""
+        units, lead = self.recorder.units, tuple(x.shape[: x.dim() - feature_dims])
+        if units.is_single:
+            return Layout(units, lead, ())
+        dims = self.dims(x)
+        return Layout(units, lead, dims) if dims and max(dims) < len(lead) else None
+
+    def broadcast_layout(self) -> Layout | None:
+        """How the items stand in what all arguments are broadcast to; None if that is not certain."""
+        units = self.recorder.units
+        shape = torch.broadcast_shapes(*(t.shape for t in self.tensors))
+        if units.is_single:
+            return Layout(units, tuple(shape), ())
+        found = {self._aligned(x, len(shape)) for x in self.data} - {()}
+        if len(found) != 1 or None in found:
+            return None
+        (dims,) = found
+        assert dims is not None
+        sizes = [len(shape) - x.dim() for x in self.data if self._aligned(x, len(shape))]
+        fits = all(dim >= offset for dim in dims for offset in sizes)
+        return Layout(units, tuple(shape), dims) if fits else None
+
+    def _aligned(self, x: Tensor, width: int) -> tuple[int, ...] | None:
+        dims = self.dims(x)
+        return None if dims is None else tuple(dim + width - x.dim() for dim in dims)
+
+
+def per_item(tracked: Tracked, layout: Layout) -> Tensor:
+    """The tracked numbers, expanded against a broadcast result so that every item has its own; backward records them."""
+    shape = list((1,) * (len(layout.lead) - tracked.dim()) + tuple(tracked.shape))
+    for dim in layout.dims:
+        shape[dim] = layout.lead[dim]
+    out: Tensor = _PerItem.apply(tracked.plain, tuple(shape), tracked, layout)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _PerItem(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plain: Tensor, shape: tuple[int, ...], tracked: Tracked, layout: Layout) -> Tensor:
+        ctx.tracked, ctx.layout = tracked, layout
+        return plain.expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
+        tracked, layout = ctx.tracked, ctx.layout
+        own = tuple(dim - len(layout.lead) + tracked.dim() for dim in layout.dims)
+        if any(dim >= 0 and tracked.shape[dim] > 1 for dim in own):  # the rows of a unit are already its own
+            gradients = Layout(layout.units, tuple(g.shape), layout.dims).parts(g)
+        else:
+            gradients = Layout(layout.units, tuple(g.shape), layout.dims).sums(g)
+        record(tracked, gradients.reshape(layout.units.n, *tracked.shape))
+        return (None,) * 4
+
+
+def record(tracked: Any, gradients: Tensor) -> None:
+    """Take the per-unit gradients (units, *shape) of a tracked tensor to its parameters, and record them there."""
+    recorder, how = tracked.recorder, tracked.how
+    if how is None:
+        recorder.per_unit(tracked.plain, gradients)
+    elif how.func is F.embedding and isinstance(how.args[1], Tracked) and how.args[1].how is None and len(how.args) <= 3:
+        # A lookup for all rows: as many rows of the table for every unit, not whole tables.
+        ids, table, padding_idx = (*how.args, None)[:3]
+        units, n = recorder.units, ids.numel()
+        layout = Layout(Units.rows(units.n), (units.n, n), (0,))
+        recorder.embedding(table.plain, ids.reshape(1, n).expand(units.n, n), gradients.flatten(1, -2), layout, padding_idx)
+    else:
+        for parameter, own in chain(tracked, gradients).items():
+            recorder.per_unit(parameter, own)
+
+
+def chain(tracked: Tracked, gradients: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Per-unit gradients (units, *shape) of a tracked tensor -> of the parameters it was computed from.
+
+    The computation is repeated rather than kept: checkpointing allows what it saved to be read once only.
+    Raises PrivacyError if it gives other numbers than before.
+    """
+    with torch.enable_grad():
+        leaves = {p: p.detach().requires_grad_() for p in tracked.parameters}
+        again = _rebuild(tracked, leaves, {})
+    if not torch.equal(again.detach(), tracked.plain.detach()) and not bool(again.isnan().any()):
+        names = [tuple(p.shape) for p in leaves]
+        raise PrivacyError(
+            f"parameters of shapes {names} gave other numbers when what the model computes of them alone was repeated; freeze "
+            "them, or use strategy='microbatch'"
+        )
+    wanted = gradients.to(again.dtype)
+    try:
+        found = torch.autograd.grad(again, list(leaves.values()), wanted, retain_graph=True, is_grads_batched=True)
+    except RuntimeError:  # an operation that vmap cannot batch
+        each = [torch.autograd.grad(again, list(leaves.values()), g, retain_graph=True) for g in wanted]
+        found = tuple(torch.stack(own) for own in zip(*each, strict=True))
+    # Autograd hands out broadcast views, to which nothing could be added.
+    return {p: g.to(torch.promote_types(g.dtype, torch.float32)).contiguous() for p, g in zip(leaves, found, strict=True)}
+
+
+def _rebuild(tracked: Tracked, leaves: dict[nn.Parameter, Tensor], made: dict[int, Tensor]) -> Tensor:
+    if tracked.how is None:
+        return leaves[tracked.plain]  # type: ignore[index]
+    if id(tracked) not in made:
+        func, args, kwargs, part, autocast = tracked.how
+
+        def swap(value: Any) -> Any:
+            return _rebuild(value, leaves, made) if isinstance(value, Tracked) else value
+
+        with _autocast(tracked.device, autocast):
+            out = func(*_map(swap, args), **{name: _map(swap, (value,))[0] for name, value in kwargs.items()})
+        made[id(tracked)] = out if part is None else out[part]
+    return made[id(tracked)]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast as it is now, None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+# --- what becomes of a call -----------------------------------------------------------------------------------------------
+
+Rule = Callable[..., Any]
+_RULES: dict[Callable[..., Any], Rule] = {}
+_BY_NAME: dict[str, Rule] = {}
+_DEFAULT: list[Rule] = []
+
+
+def operation(*functions: Callable[..., Any] | str, default: bool = False) -> Callable[[Rule], Rule]:
+    """Decorator: the rule for these torch functions, or for functions of these names.
+
+    A rule takes the `Call` and the call's arguments, and returns the result, or None where it does not apply.
+    default: the rule for all functions that have none.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for function in functions:
+            if isinstance(function, str):
+                _BY_NAME[function] = rule
+            else:
+                _RULES[function] = rule
+        if default:
+            _DEFAULT.append(rule)
+        return rule
+
+    return register
+
+
+def rules_for(func: Callable[..., Any]) -> list[Rule]:
+    """Rules to try, in order."""
+    found = _RULES.get(func) or _BY_NAME.get(getattr(func, "__name__", ""))
+    return [*([found] if found else []), *_DEFAULT]
+
+
+def _dispatch(call: Call) -> Any:
+    recorder = call.recorder
+    if recorder.phase == "idle" or not torch.is_grad_enabled() or any(t.spoiled for t in call.tracked):
+        return call.run()
+    if changes_its_argument(call.func) and isinstance(call.args[0], Tracked):
+        call.args[0].spoiled = True
+        return call.run()
+    if call.func in _RANDOM and call.kwargs.get("training", True) and call.kwargs.get("p", 0.5) > 0:
+        return call.run()
+    if not call.data:
+        return _derived(call, call.run())
+    layouts, units = recorder.layouts, recorder.units
+    known = not units.is_single and all(layouts.is_shared((call.site, i), _lead(x)) for i, x in enumerate(call.data))
+    if recorder.phase == "learn":
+        return _derived(call, call.run()) if known else _learn(call)
+    if known:
+        return _derived(call, call.run())
+    for rule in rules_for(call.func):
+        out = rule(call, *call.args, **call.kwargs)
+        if out is not None:
+            return out
+    return call.run()
+
+
+def _derived(call: Call, out: Any) -> Any:
+    autocast = autocast_dtype(call.tracked[0].device)
+
+    def track(value: Any, part: int | None) -> Any:
+        if isinstance(value, Tensor) and value.requires_grad:
+            return Tracked.of(value, call.recorder, _How(call.func, call.args, call.kwargs, part, autocast))
+        return value
+
+    if isinstance(out, (tuple, list)):
+        return type(out)(track(value, i) for i, value in enumerate(out)) if type(out) in (tuple, list) else out
+    return track(out, None)
+
+
+def _learn(call: Call) -> Any:
+    layouts = call.recorder.layouts
+    before = [t.detach().clone() if changes_its_argument(call.func) else t for t in call.varying]
+    out = call.run()
+    if not isinstance(out, Tensor) or not out.requires_grad:
+        return out
+    for number, x in enumerate(before):
+        layouts.meet((call.site, number), x.plain if isinstance(x, Tracked) else x, _lead_dims(x))
+    layouts.meet((call.site, "out"), out, _lead_dims(out))
+    for parameter in call.site[1]:
+        layouts.count(parameter)
+    return out
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------------
+
+
+def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (v for v in value if isinstance(v, Tensor))
+
+
+def _map(f: Callable[[Any], Any], args: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(type(v)(f(x) for x in v) if type(v) in (list, tuple) else f(v) for v in args)
+
+
+def _is_frozen(t: Tensor) -> bool:
+    return isinstance(t, nn.Parameter) and not t.requires_grad
+
+
+def _lead_dims(x: Tensor) -> int:
+    # One number stands for the last dimension, if there are more than two: all operands of all layers are kept for a while.
+    return x.dim() if x.dim() < 3 else x.dim() - 1
+
+
+def _lead(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape[: _lead_dims(x)])
+
+
+def changes_its_argument(func: Callable[..., Any]) -> bool:
+    """Whether a torch function works in place."""
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name in _IN_PLACE
+
+
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
