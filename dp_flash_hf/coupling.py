@@ -38,7 +38,12 @@ class BatchGuard:
     def __call__(self, batch: Batch) -> None:
         """Raise UnsupportedError for rows of unequal numbers of pictures, and where the longest text sets the frequencies."""
         ids, positions = batch.get("input_ids"), batch.get("position_ids")
-        if isinstance(ids, Tensor) and ids.dim() == 2:
+        # Without numbers that could be pictures, such a token is a word like any other.
+        if (
+            isinstance(ids, Tensor)
+            and ids.dim() == 2
+            and any(isinstance(x, Tensor) and x.is_floating_point() for x in batch.values())
+        ):
             for token in self._placeholders:
                 counts = (ids == token).sum(1)
                 if len(counts) and bool((counts != counts[0]).any()):

@@ -257,6 +257,8 @@ class ClippingEngine:
                     rolled = None if loss_scale is None else torch.as_tensor(loss_scale)[order]
                     self.backward(loss_fn, select_items(batch, resolved, order), None, rolled)
                     moved = abs(float(self.norms[0]) - float(norms[0]))
+        except AssertionError as error:
+            raise PrivacyError(f"the model cannot be checked in evaluation mode, without dropout: {error}") from error
         finally:
             self.strategy, self.dropped_units, self._sums = strategy, dropped, sums
             for parameter, gradient in held.items():
@@ -336,7 +338,11 @@ class ClippingEngine:
                     layouts.disturb()
                     disturb = partial(_disturbed, noise)
                     hooks = [module.register_forward_hook(disturb) for module in self._attached]
-                    forward(_disturbed_inputs(noise, batch))
+                    try:
+                        forward(_disturbed_inputs(noise, batch))
+                    except IndexError:
+                        layouts.restart()
+                        forward(_disturbed_inputs(noise, batch, whole=False))
                     _remove(hooks)
                 return layouts.settle()
         finally:
@@ -572,10 +578,11 @@ def _disturbed(noise: tuple[float, float], module: nn.Module, args: Any, output:
     return _with_noise(noise, output)
 
 
-def _disturbed_inputs(noise: tuple[float, float], batch: Batch) -> dict[str, Any]:
+def _disturbed_inputs(noise: tuple[float, float], batch: Batch, *, whole: bool = True) -> dict[str, Any]:
     """Inputs with noise, one token of the first row masked and one label of the last ignored.
 
     A router acts on the first, a model that drops padding on the second, a head for labelled positions only on the third.
+    whole: whether whole numbers get noise too; they may stand for places in a table.
     """
     out = dict(batch)
     for name, value in batch.items():
@@ -587,10 +594,13 @@ def _disturbed_inputs(noise: tuple[float, float], batch: Batch) -> dict[str, Any
                 out[name] = value.clone()
                 out[name][tuple(counted[-1])] = IGNORED
         elif name.endswith("attention_mask") and not value.is_floating_point() and value.dim() == 2 and value[0].any():
+            answers = [batch[place][0] for place in ("start_positions", "end_positions") if place in batch]
+            free = [at for at in value[0].nonzero().flatten().tolist() if all(at != int(answer) for answer in answers)]
             out[name] = value.clone()
-            out[name][0, int(value[0].nonzero()[-1])] = 0
+            out[name][0, free[-1:]] = 0
         elif value.is_floating_point():
-            out[name] = _with_noise(noise, value)
+            noisy = _with_noise(noise, value)
+            out[name] = noisy if whole else torch.where(value == value.round(), value, noisy)
     return out
 
 

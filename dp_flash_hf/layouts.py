@@ -237,6 +237,10 @@ class Layouts:
         self._end_pass()
         self._start("disturb", torch.arange(self._whole.n_items))
 
+    def restart(self) -> None:
+        """The present pass begins again."""
+        self._start(self._pass, self._items)
+
     def settle(self) -> bool:
         """... and keep what all of them agreed on. True if an output was found to be shared by all items, and not before."""
         self._end_pass()

@@ -79,8 +79,10 @@ def test_rows_of_unequal_numbers_of_pictures_are_refused(name: str) -> None:
     model = nn.Linear(1, 1)
     model.config = SimpleNamespace(**{name: 7})  # type: ignore[assignment]
     guard = BatchGuard(model)
-    guard({"input_ids": torch.tensor([[7, 7, 1], [1, 7, 7]])})
-    guard({"input_ids": torch.tensor([[1, 2], [3, 4]])})
-    guard({"pixel_values": torch.zeros(2, 3)})
+    pictures = {"pixel_values": torch.zeros(2, 3)}
+    guard({"input_ids": torch.tensor([[7, 7, 1], [1, 7, 7]]), **pictures})
+    guard({"input_ids": torch.tensor([[1, 2], [3, 4]]), **pictures})
+    guard(pictures)
+    guard({"input_ids": torch.tensor([[7, 7, 1], [1, 2, 3]])})  # nothing for them to stand for
     with pytest.raises(UnsupportedError, match=r"rows hold \[0, 2\] tokens 7 each"):
-        guard({"input_ids": torch.tensor([[7, 7, 1], [1, 2, 3]])})
+        guard({"input_ids": torch.tensor([[7, 7, 1], [1, 2, 3]]), **pictures})

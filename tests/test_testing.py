@@ -30,7 +30,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, vector: Any, layout: Any, error: float) -> Tensor:
         ctx.vector, ctx.layout, ctx.error = vector, layout, error
-        return x + vector
+        return x + vector  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,7 +119,7 @@ def test_record_takes_gradients_back_to_the_parameter_they_came_from() -> None:
         def forward(ctx: Any, x: Tensor, scale: Any, layout: Any) -> Tensor:
             ctx.save_for_backward(x)
             ctx.scale, ctx.layout = scale, layout
-            return x * scale
+            return x * scale  # type: ignore[no-any-return]
 
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

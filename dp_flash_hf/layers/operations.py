@@ -19,6 +19,7 @@ from dp_flash_hf.layers.tracking import (
     per_item,
     record,
     transposed,
+    unexpanded,
 )
 from dp_flash_hf.layouts import Layout
 from dp_flash_hf.records import LinearUse, row_sums
@@ -38,7 +39,9 @@ class RecordedLinear(torch.autograd.Function):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # what autocast itself multiplies, and keeps for backward
         ctx.save_for_backward(x, weight)
         ctx.tracked, ctx.layout = tracked, layout
-        return F.linear(x, weight, bias)
+        out = F.linear(x, weight, bias)
+        # Models may change it in place, which a view made here would forbid.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -313,7 +316,10 @@ def broadcast(call: Call, *args: Any, **kwargs: Any) -> Any:
     layout = call.broadcast_layout()
     if layout is None:
         return None
-    return call.run(*((t, per_item(t, layout)) for t in call.tracked))
+    before = [unexpanded(t) for t in call.tracked]
+    if torch.broadcast_shapes(*(t.shape for t in (*before, *call.data))) != layout.lead:
+        before = call.tracked
+    return call.run(*((t, per_item(b, layout)) for t, b in zip(call.tracked, before, strict=True)))
 
 
 class RecordedOperation(torch.autograd.Function):
@@ -325,7 +331,7 @@ class RecordedOperation(torch.autograd.Function):
         ctx.save_for_backward(*data)
         ctx.call, ctx.layouts, ctx.autocast = call, layouts, autocast_dtype(plain.device)
         out: Tensor = call.run(*zip(call.data, data, strict=True))
-        return out
+        return out.clone() if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -25,6 +25,8 @@ from dp_flash_hf.layouts import Layout
 from dp_flash_hf.records import Recorder
 from dp_flash_hf.units import Units
 
+# Of their second argument they take the shape or the dtype, and no number.
+_AS_ANOTHER = {"expand_as", "view_as", "reshape_as", "type_as"}
 # Computed from parameters alone they would still differ from call to call.
 _RANDOM = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
 
@@ -100,7 +102,7 @@ class Call:
 
     def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
-        self.tensors = list(_tensors(args, kwargs))
+        self.tensors = list({id(t): t for t in _tensors(args, kwargs)}.values())  # each once, however often it is passed
         self.tracked = [t for t in self.tensors if isinstance(t, Tracked)]
         self.data = [t for t in self.tensors if not isinstance(t, Tracked) and not _is_frozen(t)]
         self.recorder = self.tracked[0].recorder
@@ -196,6 +198,13 @@ class _PerItem(torch.autograd.Function):
             gradients = Layout(layout.units, tuple(g.shape), layout.dims).sums(g)
         record(tracked, gradients.reshape(layout.units.n, *tracked.shape))
         return (None,) * 4
+
+
+def unexpanded(tracked: Tracked) -> Tracked:
+    """What a tracked tensor was before it was repeated for all rows."""
+    while tracked.how is not None and getattr(tracked.how.func, "__name__", "") in ("expand", "expand_as"):
+        tracked = tracked.how.args[0]
+    return tracked
 
 
 def record(tracked: Any, gradients: Tensor) -> None:
@@ -306,6 +315,8 @@ def _dispatch(call: Call) -> Any:
         return call.run()
     if call.func in _RANDOM and call.kwargs.get("training", True) and call.kwargs.get("p", 0.5) > 0:
         return call.run()
+    if getattr(call.func, "__name__", "") in _AS_ANOTHER:
+        return _derived(call, call.run()) if isinstance(call.args[0], Tracked) else call.run()
     if not call.data:
         return _derived(call, call.run())
     layouts, units = recorder.layouts, recorder.units

@@ -1,0 +1,209 @@
+"""Parameters used in every way torch offers: exact whatever happens, and in one pass where they can be followed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.layers.tracking import Tracked
+from tests.layers.checks import how
+from tests.oracle import clipped_sum, distance, each_row, grads, unit_gradients
+
+D = 6
+Use = Callable[[Any, Tensor], Tensor]
+
+
+class Uses(nn.Module):
+    """A vector, a square matrix, stacked matrices and a table; `use` says what becomes of them and the data (rows, T, D)."""
+
+    def __init__(self, use: Use) -> None:
+        super().__init__()
+        self.v, self.m = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D, D))
+        self.stack, self.table = nn.Parameter(torch.randn(3, D, D)), nn.Parameter(torch.randn(9, D))
+        self.use = use
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+def _changed_in_place(s: Any, x: Tensor) -> Tensor:
+    doubled = s.v * 2
+    doubled.add_(1)
+    out: Tensor = x * doubled
+    return out
+
+
+def _added_in_place(s: Any, x: Tensor) -> Tensor:
+    out = x * 1.0
+    out += s.v
+    out.mul_(s.v)
+    return out
+
+
+def _low_rank(s: Any, x: Tensor) -> Tensor:
+    return F.linear(x, s.m + s.table[:D].T @ s.table[3:])
+
+
+def _first_token(s: Any, x: Tensor) -> Tensor:
+    return torch.cat([s.v.expand(len(x), 1, -1), x], 1)
+
+
+def _stored(s: Any, x: Tensor) -> Tensor:
+    out = x * 1.0
+    out[:, 0] = s.v
+    return out
+
+
+def _query_over_the_text(s: Any, x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(s.m.expand(len(x), -1, -1), x, x)
+
+
+FOLLOWED: dict[str, Use] = {
+    "product": lambda s, x: x @ s.m,
+    "product_transposed": lambda s, x: F.linear(x, s.m.T),
+    "einsum": lambda s, x: torch.einsum("btd,de->bte", x, s.m),
+    "einsum_of_three": lambda s, x: torch.einsum("btd,kde,btf->bf", x, s.stack, x),
+    "batched": lambda s, x: torch.bmm(x, s.m.expand(len(x), -1, -1)),
+    "baddbmm": lambda s, x: torch.baddbmm(s.v, x, s.m.expand(len(x), -1, -1), beta=2.0),
+    "addmm_of_flattened_rows": lambda s, x: torch.addmm(s.v, x.flatten(0, 1), s.m).view(x.shape),
+    "addmm_scaled": lambda s, x: torch.addmm(s.v, x.flatten(0, 1), s.m, alpha=3.0).view(x.shape),
+    "halves_of_a_matrix": lambda s, x: F.linear(x, s.m[:2]).sum(-1, keepdim=True) * F.linear(x, s.m[2:]),
+    "overlapping_parts": lambda s, x: F.linear(x, s.m[:4]).sum(-1, keepdim=True) * F.linear(x, s.m[2:]),
+    "part_and_whole": lambda s, x: F.linear(F.linear(x, s.m), s.m[:3]),
+    "columns": lambda s, x: F.linear(x[..., :3], s.m[:, :3]),
+    "stacked": lambda s, x: x + sum(F.linear(x, s.stack[e]) * e for e in range(3)),
+    "stacked_transposed": lambda s, x: x @ s.stack[0] + x @ s.stack[2].mT,
+    "stacked_twice": lambda s, x: F.linear(torch.tanh(F.linear(x, s.stack[1])), s.stack[1]),
+    "unbound": lambda s, x: sum(F.linear(x, w) for w in s.stack.unbind()) + x,
+    "chunks": lambda s, x: torch.cat([x * c.sum() for c in s.v.chunk(2)], -1),
+    "low_rank": _low_rank,
+    "lookup": lambda s, x: s.table[(x[..., 0] > 0).long()] * x,
+    "lookup_by_function": lambda s, x: F.embedding((x[..., 0] > 0).long(), s.table) * x,
+    "lookup_of_a_sum": lambda s, x: F.embedding((x[..., 0] > 0).long(), s.table + s.v) * x,
+    "tied": lambda s, x: F.linear(F.embedding((x[..., 0] > 0).long(), s.table), s.table),
+    "positions": lambda s, x: x * s.table[: x.shape[1]],
+    "positions_in_order": lambda s, x: x * s.table[torch.arange(x.shape[1])],
+    "where": lambda s, x: torch.where(x > 0, s.v, x),
+    "lerp": lambda s, x: torch.lerp(x, s.v, 0.3),
+    "addcmul": lambda s, x: torch.addcmul(s.v, x, s.v),
+    "scaled_power": lambda s, x: (s.v.abs() + 1) ** x,
+    "scalar": lambda s, x: x * s.v[0] + s.v.sum(),
+    "negative_exponential": lambda s, x: x * -torch.exp(s.v),
+    "softmax_of_itself": lambda s, x: x * s.m.softmax(-1)[0],
+    "as_another": lambda s, x: x + s.v.expand_as(x) + x.type_as(s.v),
+    "view_as": lambda s, x: x + s.m.view_as(s.m.T) @ s.v,
+    "more_dimensions_than_the_data": lambda s, x: (x[:, 0] * s.stack[:, :1]).sum(0),
+    "along_the_text": lambda s, x: x * s.v[: x.shape[1], None],
+    "rows_only": lambda s, x: x[:, 0, 0, None] * s.v,
+    "first_token": _first_token,
+    "query_over_the_text": _query_over_the_text,
+    "added_in_place": _added_in_place,
+    "prelu": lambda s, x: F.prelu(x.mT, s.v),
+    "bilinear": lambda s, x: F.bilinear(x, x, s.stack, s.v[:3]),
+    "group_norm": lambda s, x: F.group_norm(x.mT, 2, s.v, s.v * 2),
+    "layer_norm_of_parameters": lambda s, x: x + F.layer_norm(s.table[: x.shape[1]], (D,), s.v, s.v.exp()),
+    "layer_norm_over_two": lambda s, x: F.layer_norm(x, x.shape[1:], s.table[: x.shape[1]]),
+    "depthwise": lambda s, x: F.conv1d(x.mT, s.m[:, None, :2], s.v, padding=1, groups=D),
+    "convolution_with_a_made_weight": lambda s, x: F.conv1d(x.mT, s.stack.permute(1, 2, 0) * s.v[:, None, None]),
+    "cumulated": lambda s, x: x * s.v.cumsum(0).flip(0),
+    "kronecker": lambda s, x: x @ torch.kron(s.m[:2, :2], s.m[:3, :3]),
+    "sequence_first": lambda s, x: (x.transpose(0, 1) @ s.m + s.v).transpose(0, 1),
+    "scattered": lambda s, x: x + torch.gather(s.table.expand(len(x), -1, -1), 1, (x > 0).long()),
+}
+NOT_FOLLOWED: dict[str, Use] = {"stored": _stored, "changed_in_place": _changed_in_place}
+
+
+@pytest.mark.parametrize("shape", [(3, 4, D), (D, D, D), (1, 4, D)], ids=str)
+@pytest.mark.parametrize("use", FOLLOWED)
+def test_followed(use: str, shape: tuple[int, ...]) -> None:
+    for strategy in ("bookkeeping", "two_pass"):
+        model = Uses(FOLLOWED[use])
+        reached = torch.autograd.grad(model(torch.randn(shape).double()).sum(), list(model.parameters()), allow_unused=True)
+        for parameter, gradient in zip(model.parameters(), reached, strict=True):
+            parameter.requires_grad_(gradient is not None)
+        assert how(model, torch.randn(shape, dtype=torch.float64), strategy=strategy, tolerance=1e-10) == "fast"
+
+
+@pytest.mark.parametrize("use", NOT_FOLLOWED)
+def test_not_followed_and_exact(use: str) -> None:
+    assert how(Uses(NOT_FOLLOWED[use]), torch.randn(3, 4, D, dtype=torch.float64)) == "unit by unit"
+
+
+@pytest.mark.parametrize("use", FOLLOWED)
+def test_users_with_several_rows(use: str) -> None:
+    model, x = Uses(FOLLOWED[use]), torch.randn(5, 4, D, dtype=torch.float64)
+    units, weights = torch.tensor([1, 0, 1, -1, 2]), torch.rand(5, dtype=torch.float64)
+
+    def loss(batch: Any) -> Tensor:
+        out = model(batch["x"])
+        return (out.square().flatten(1).sum(1) * batch["weights"]).sum()
+
+    rows = each_row({"x": x, "weights": weights})
+    alone = unit_gradients(model, loss, rows)
+    gradients = [{n: alone[a][n] + alone[b][n] for n in alone[a]} if a != b else alone[a] for a, b in ((1, 1), (0, 2), (4, 4))]
+    C = float(clipped_sum(gradients, 1.0)[1].median())
+    wanted, norms = clipped_sum(gradients, C)
+    engine = ClippingEngine(model, max_grad_norm=C)
+    engine.backward(loss, {"x": x, "weights": weights}, units)
+    assert not engine._uncovered
+    found = {**{name: torch.zeros_like(g) for name, g in wanted.items()}, **grads(model)}
+    assert distance(found, wanted) < 1e-10
+    torch.testing.assert_close(engine.norms.double(), norms)
+
+
+@pytest.mark.parametrize(
+    "use", ["first_token", "negative_exponential", "stacked", "depthwise", "query_over_the_text", "low_rank"]
+)
+def test_under_checkpointing_and_autocast(use: str) -> None:
+    model, x = Uses(FOLLOWED[use]), torch.randn(3, 4, D, dtype=torch.float64)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        out: Tensor = torch.utils.checkpoint.checkpoint(model, x * 1.0, use_reentrant=False)
+        return out
+
+    assert how(model, x, forward=checkpointed) == "fast"
+    half = Uses(FOLLOWED[use]).float()
+
+    def loss(batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = half(batch["x"])
+        return out.float().square().sum()
+
+    wanted, _ = clipped_sum(unit_gradients(half, loss, each_row({"x": x.float()})), 1.0)
+    engine = ClippingEngine(half, max_grad_norm=1.0, strategy="bookkeeping")
+    engine.backward(loss, {"x": x.float()})
+    found = {**{name: torch.zeros_like(g) for name, g in wanted.items()}, **grads(half)}
+    assert distance(found, wanted) < 16 * 2**-9  # a few roundings to bfloat16's 8 bits
+
+
+def test_dropout_of_parameters_is_left_to_single_units() -> None:
+    model = Uses(lambda s, x: x * F.dropout(s.v, 0.5, s.training)).train()
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+    with pytest.warns(UserWarning, match="no rule covers how the model uses v"):
+        engine.backward(lambda batch: model(batch["x"]).sum(), {"x": torch.randn(3, 4, D, dtype=torch.float64)})
+
+
+def test_numbers_that_differ_when_repeated_are_noticed() -> None:
+    model = Uses(lambda s, x: x * F.rrelu(-s.v.abs(), training=True))
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+    with pytest.raises(PrivacyError, match="other numbers"):
+        engine.backward(lambda batch: model(batch["x"]).sum(), {"x": torch.randn(3, 4, D, dtype=torch.float64)})
+    assert not grads(model)
+
+
+def test_outside_an_engine_nothing_is_tracked() -> None:
+    model = Uses(FOLLOWED["product"])
+    assert not isinstance(model.m, Tracked)
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+    assert not isinstance(model.m, Tracked)
+    assert model.m is dict(model.named_parameters())["m"]
+    engine.detach()
+    assert type(model) is Uses
