@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test
+.PHONY: quickstart test coverage
 
 quickstart: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/dp-flash train quickstart
@@ -13,6 +13,10 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+# Every architecture of Transformers, exact or refused; writes docs/coverage.md.
+coverage: .venv/installed-dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m coverage -n auto --coverage-table docs/coverage.md
 
 # torch comes first and by itself: it is the largest, and which build of it is found (CPU, CUDA) is up to pip's configuration.
 .venv/installed: pyproject.toml constraints.txt

@@ -34,6 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from dp_flash_hf import patching
 from dp_flash_hf.errors import UnsupportedError, invalid
 from dp_flash_hf.kernels import reference
 
@@ -46,8 +47,10 @@ Sight = Literal["all", "causal", "mask", "nothing"]
 
 # Model types that extend their mask by additive terms, which a bool mask silently turns around.
 _ADDS_TO_ITS_MASK = ("deepseek_v4",)
-# Model types that do not support torch's SDPA by themselves, found while models are built.
-_ALWAYS_MASKED: set[str] = set()
+# Attribute of a model that is to be patched, from the beginning of its construction to the end.
+_WANTED = "_dp_flash_wanted"
+# Model types that cannot do without a mask: those that do not support torch's SDPA by themselves, found while models are built.
+ALWAYS_MASKED: set[str] = set()
 
 
 class _Segment(NamedTuple):
@@ -154,7 +157,7 @@ def dp_flash_attention(
 
     layout = _Layout(None, None, None, 0)
     if mask is not None and mask.dtype == torch.bool and n_queries > 1:  # for one (decoding), copying the keys costs too much
-        layout = _once(mask, _layout_of_mask)
+        layout = once(mask, _layout_of_mask)
     if attention_mask is not None and causal and square and sliding_window is not None and layout.reach >= sliding_window:
         raise UnsupportedError(
             f"{type(module).__name__} has a sliding window of {sliding_window} that its attention mask ignores, so whether it "
@@ -162,10 +165,10 @@ def dp_flash_attention(
         )
     segments = layout.segments and layout.segments * (query.shape[0] // len(layout.segments))
     if cu_seq_lens_q is not None:
-        ends = _once(cu_seq_lens_q, _to_list), _once(cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k, _to_list)
+        ends = once(cu_seq_lens_q, _to_list), once(cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k, _to_list)
         segments = _segments_of_ends(*ends, query, key, causal, mask is not None, segments)
     elif square and position_ids is not None and position_ids.shape in ((1, n_keys), (len(query), n_keys)):
-        restarts = _once(position_ids, _lengths_between_restarts)
+        restarts = once(position_ids, _lengths_between_restarts)
         if restarts is not None and (attention_mask is None or (causal and _crosses_restarts(mask, position_ids))):
             if attention_mask is not None and attention_mask.ndim == 4 and not hasattr(attention_mask, "made_by_dp_flash"):
                 raise UnsupportedError(
@@ -205,7 +208,7 @@ def dp_flash_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     queries, keys, padding = kwargs.get("q_length"), kwargs.get("kv_length"), kwargs.get("attention_mask")
     # Without a mask, the diagonal of unequal lengths could lie anywhere, and a model that was never meant to run without
     # one may call its causal layers not causal (BigBird-Pegasus).
-    if (queries != keys and queries != 1) or getattr(kwargs.get("config"), "model_type", None) in _ALWAYS_MASKED:
+    if (queries != keys and queries != 1) or getattr(kwargs.get("config"), "model_type", None) in ALWAYS_MASKED:
         kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     # Only the causal mask builders leave this argument out; for the others the queries may be another sequence than the keys.
@@ -215,6 +218,19 @@ def dp_flash_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if mask is not None:
         mask.made_by_dp_flash = True  # type: ignore[attr-defined]
     return mask
+
+
+def is_packed(position_ids: Tensor | None, attention_mask: Tensor | None = None) -> bool:
+    """Whether `position_ids` (B, S) say that a row holds several units, which `attention_mask` (B, S) does not keep apart.
+
+    Where the token before is padding, a position that starts again is just that; a 4-D mask says everything.
+    """
+    if position_ids is None or position_ids.ndim != 2 or (attention_mask is not None and attention_mask.ndim != 2):
+        return False
+    restarts = _restarts(position_ids)
+    if attention_mask is not None and attention_mask.shape[1] == position_ids.shape[1]:
+        restarts = restarts & attention_mask[:, :-1].to(torch.bool)
+    return bool(restarts.any())
 
 
 def register() -> None:
@@ -230,7 +246,24 @@ def register() -> None:
         AttentionMaskInterface.register(name, dp_flash_mask)
     _wrap("_check_and_adjust_attn_implementation", ("self", "attn_implementation", "is_init_check"), _skip_flash_packages)
     _wrap("get_correct_attn_implementation", ("self", "requested_attention", "is_init_check"), _arm_check)
-    _wrap("set_attn_implementation", ("self", "attn_implementation"), _raise_if_not_set)
+    _wrap("set_attn_implementation", ("self", "attn_implementation"), _patch_or_raise)
+    _wrap("post_init", ("self",), _patch_once_built)
+
+
+def status(model: nn.Module) -> str:
+    """How a model stands to this attention, for reports.
+
+    "called": by a forward of this model. "patched": through a file of `patches/`. "not called yet": asked for, and nothing is
+    known against it. "not asked for": the model runs another implementation, though it could run this one.
+    "no softmax attention": there is nothing to replace. "own attention code: ...": why it cannot be replaced.
+    """
+    why = patching.reason(model)
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    if not any(part.config._attn_implementation in NAMES for part in parts):
+        return why or "not asked for"
+    if patching.is_patched(model):
+        return "patched"
+    return "called" if any(getattr(module, "_dp_flash_ran", False) for module in model.modules()) else why or "not called yet"
 
 
 @contextlib.contextmanager
@@ -376,15 +409,14 @@ _T = TypeVar("_T")
 _KNOWN: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
 
 
-def _once(tensor: Tensor, work: Callable[[Tensor], _T]) -> _T:
-    """`work(tensor)`, computed once while the tensor lives unchanged: all layers of a forward are given the same one."""
+def once(tensor: Tensor, work: Callable[..., _T], *args: Any) -> _T:
+    """`work(tensor, *args)`, computed once while the tensor lives unchanged: all layers of a forward are given the same one."""
     if tensor.is_inference():  # has no version to notice a change by
-        return work(tensor)
-    stamp = (work, tensor._version)
-    known = _KNOWN.get(tensor)
-    if known is None or known[0] != stamp:
-        known = _KNOWN[tensor] = (stamp, work(tensor))
-    result: _T = known[1]
+        return work(tensor, *args)
+    known = _KNOWN.setdefault(tensor, {})
+    if (work, args) not in known or known[work, args][0] != tensor._version:
+        known[work, args] = (tensor._version, work(tensor, *args))
+    result: _T = known[work, args][1]
     return result
 
 
@@ -591,18 +623,45 @@ def _arm_check(original: Callable[..., str]) -> Callable[..., str]:
     def check(self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False) -> str:
         chosen = original(self, requested_attention, is_init_check)
         if chosen in NAMES:
-            if _picks_attention_itself(type(self).__module__):
+            if patching.has_patch(type(self)):
+                if is_init_check:  # these know no name but their own while they are built
+                    setattr(self, _WANTED, chosen)
+                    _arm(self)
+                    return "eager"
+            elif _picks_attention_itself(type(self).__module__):
                 raise UnsupportedError(_never_runs(self))
-            if self.config.model_type in _ADDS_TO_ITS_MASK:
+            elif self.config.model_type in _ADDS_TO_ITS_MASK:
                 raise UnsupportedError(f'{type(self).__name__} needs a float mask; use attn_implementation="eager"')
-            if not self._supports_sdpa:
-                _ALWAYS_MASKED.add(self.config.model_type)
-            if _check_ran not in self._forward_hooks.values():
-                self.register_forward_hook(_check_ran)
-            _UNCHECKED.add(self)
+            elif not self._supports_sdpa:
+                ALWAYS_MASKED.add(self.config.model_type)
+            _arm(self)
         return chosen
 
     return check
+
+
+def _arm(model: PreTrainedModel) -> None:
+    if _check_ran not in model._forward_hooks.values():
+        model.register_forward_hook(_check_ran)
+    _UNCHECKED.add(model)
+
+
+def _patch_once_built(original: Callable[..., None]) -> Callable[..., None]:
+    def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if _WANTED in vars(self):
+            wanted = vars(self).pop(_WANTED)
+            patching.patch(self, wanted)
+            self.config._attn_implementation_internal = wanted
+            _arm_all(self)
+
+    return post_init
+
+
+def _arm_all(model: PreTrainedModel) -> None:
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation in NAMES:
+            _arm(part)
 
 
 @functools.cache
@@ -615,14 +674,23 @@ def _picks_attention_itself(module_name: str) -> bool:
     return re.search(r"_CLASSES\[(config\._)?attn_implementation\]|_flash_attention_forward\(", source) is not None
 
 
-def _raise_if_not_set(original: Callable[..., None]) -> Callable[..., None]:
+def _patch_or_raise(original: Callable[..., None]) -> Callable[..., None]:
     def set_attn_implementation(
         self: PreTrainedModel, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        original(self, attn_implementation, *args, **kwargs)
         wanted = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
-        if wanted in NAMES and self.config._attn_implementation != wanted:  # the original only warned
-            raise UnsupportedError(_never_runs(self))
+        if wanted is not None:
+            vars(self).pop(_WANTED, None)
+        if wanted in NAMES:  # before the original, which finds nothing to change then
+            patching.patch(self, wanted)
+        elif wanted is not None:
+            patching.unpatch(self)
+        original(self, attn_implementation, *args, **kwargs)
+        if wanted in NAMES:
+            if self.config._attn_implementation != wanted:  # the original only warned
+                raise UnsupportedError(_never_runs(self))
+            if patching.is_patched(self):
+                _arm_all(self)
 
     return set_attn_implementation
 
@@ -637,6 +705,11 @@ def _check_ran(model: nn.Module, args: Any, output: Any) -> None:
     among other parts: there the larger model decides.
     """
     assert isinstance(model, PreTrainedModel)
+    if _WANTED in vars(model):
+        raise UnsupportedError(
+            f"{type(model).__name__} does not call self.post_init() at the end of its __init__, so it ran without "
+            f'attn_implementation="{vars(model)[_WANTED]}"; call it there, or model.set_attn_implementation on the built model'
+        )
     if model.config._attn_implementation not in NAMES:
         _disarm(model)
     elif any(getattr(module, "_dp_flash_ran", False) for module in model.modules()):
@@ -660,7 +733,11 @@ def _disarm(module: nn.Module) -> None:
 
 
 def _never_runs(model: PreTrainedModel) -> str:
+    why = patching.reason(model)
+    if why == "no softmax attention":
+        return f"{type(model).__name__} has no softmax attention; leave attn_implementation out, one unit per row"
     return (
-        f"{type(model).__name__} does not take its attention from Transformers' attention interface, so "
-        f'attn_implementation="{NAMES[0]}" would be ignored; use attn_implementation="eager", and one unit per row'
+        f"{type(model).__name__} does not take its attention from Transformers' attention interface"
+        f'{"" if why is None else f" ({why})"}, so attn_implementation="{NAMES[0]}" would be ignored; '
+        'use attn_implementation="eager", and one unit per row'
     )

@@ -1,8 +1,9 @@
-"""Shared by every test: no network, one thread, the same random numbers each time."""
+"""Shared by every test: no network, one thread, the same random numbers each time; and the options of the coverage sweep."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,3 +20,53 @@ transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("coverage of architectures")
+    group.addoption("--coverage-table", type=Path, metavar="PATH", help="write what -m coverage found as markdown")
+    group.addoption("--coverage-shard", type=_shard, metavar="K/N", help="of the coverage tests, every N-th from the K-th on")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        first, step = map(int, text.split("/"))
+    except ValueError:
+        first, step = 0, 0
+    if not 1 <= first <= step:
+        raise pytest.UsageError(f"--coverage-shard {text}: expected K/N with 1 <= K <= N, such as 3/12")
+    return first, step
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard = config.getoption("--coverage-shard")
+    if shard is None:
+        return
+    first, step = shard
+    swept = [item for item in items if item.get_closest_marker("coverage")]
+    left_out = set(swept) - set(swept[first - 1 :: step])
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+class _CoverageTable:
+    """Collects rows where reports arrive: with xdist, in the process that started the workers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, list[dict[str, object]]()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.rows += [value for name, value in report.user_properties if name == "coverage" and isinstance(value, dict)]
+
+    def pytest_sessionfinish(self) -> None:
+        from tests.coverage_table import render
+        from tests.examination import Examination
+
+        self.path.write_text(render(Examination(**row) for row in self.rows))  # type: ignore[arg-type]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--coverage-table")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_CoverageTable(path))

@@ -679,12 +679,23 @@ def test_a_changed_transformers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
         dp.register()
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "mamba"])
-def test_a_model_that_never_calls_it_is_refused_on_its_first_forward(model_type: str) -> None:
-    fields = {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4, "num_hidden_layers": 2, "state_size": 4}
+XLNET = {"vocab_size": 50, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+MAMBA = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "match"),
+    [
+        ("xlnet", XLNET, r"XLNetModel .*two-stream attention.*eager"),
+        ("mamba", MAMBA, "MambaModel has no softmax attention; leave attn_implementation out"),
+    ],
+)
+def test_a_model_that_never_calls_it_is_refused_on_its_first_forward(
+    model_type: str, fields: dict[str, Any], match: str
+) -> None:
     model = build(AutoModelForCausalLM, model_type, fields)
     for _ in range(2):  # and stays refused
-        with pytest.raises(UnsupportedError, match=f"(?i){model_type}Model.*eager"):
+        with pytest.raises(UnsupportedError, match=match):
             model(IDS)
     model.config._attn_implementation = "eager"
     model(IDS)
@@ -692,16 +703,48 @@ def test_a_model_that_never_calls_it_is_refused_on_its_first_forward(model_type:
 
 
 def test_setting_it_where_it_cannot_be_set_raises() -> None:
-    model = build(AutoModelForCausalLM, "bloom", {"vocab_size": 50, "hidden_size": 32, "n_layer": 1, "n_head": 4}, "eager")
-    with pytest.raises(UnsupportedError, match="BloomForCausalLM"):
+    model = build(AutoModelForCausalLM, "xlnet", XLNET, "eager")
+    with pytest.raises(UnsupportedError, match="XLNetLMHeadModel"):
         model.set_attn_implementation("dp_flash")
 
 
 @pytest.mark.parametrize("name", dp.NAMES)
 def test_models_with_their_own_table_of_attentions_are_refused_at_once(name: str) -> None:
-    fields = {"vocab_size": 50, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}
-    with pytest.raises(UnsupportedError, match="GPTJForCausalLM"):
-        build(AutoModelForCausalLM, "gptj", fields, name)
+    fields: dict[str, Any] = {
+        "input_vocab_size": 50,
+        "output_vocab_size": 50,
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 4,
+    }
+    config = transformers.BarkSemanticConfig(**fields)
+    config._attn_implementation = name
+    with pytest.raises(UnsupportedError, match="BarkSemanticModel"):
+        transformers.BarkSemanticModel(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "name", "before", "after"),
+    [
+        ("llama", GQA, "dp_flash", "not called yet", "called"),
+        ("llama", GQA, "sdpa", "not asked for", "not asked for"),
+        (
+            "gptj",
+            {"vocab_size": 50, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4},
+            "dp_flash",
+            "patched",
+            "patched",
+        ),
+        ("bloom", {"vocab_size": 50, "hidden_size": 32, "n_layer": 1, "n_head": 4}, "eager", *["not asked for"] * 2),
+        ("mamba", MAMBA, "eager", *["no softmax attention"] * 2),
+        ("xlnet", XLNET, "eager", *["own attention code: two-stream attention with shifted relative logits"] * 2),
+    ],
+)
+def test_status(model_type: str, fields: dict[str, Any], name: str, before: str, after: str) -> None:
+    model = build(AutoModelForCausalLM, model_type, fields, name)
+    assert dp.status(model) == before
+    model(IDS)
+    assert dp.status(model) == after
 
 
 def test_a_model_that_adds_to_its_mask_is_refused() -> None:
@@ -786,9 +829,8 @@ def test_peft_models_are_checked_too() -> None:
     model(IDS)
     assert ran(model)
     assert hooks(model) == 0
-    bloom = build(AutoModelForCausalLM, "bloom", {"vocab_size": 50, "hidden_size": 32, "n_layer": 1, "n_head": 4})
-    with pytest.raises(UnsupportedError, match="BloomModel"):
-        lora(bloom)(IDS)
+    with pytest.raises(UnsupportedError, match="XLNetModel"):
+        lora(build(AutoModelForCausalLM, "xlnet", XLNET))(IDS)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------------

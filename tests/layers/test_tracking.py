@@ -144,7 +144,8 @@ def test_users_with_several_rows(use: str) -> None:
 
     def loss(batch: Any) -> Tensor:
         out = model(batch["x"])
-        return (out.square().flatten(1).sum(1) * batch["weights"]).sum()
+        total: Tensor = (out.square().flatten(1).sum(1) * batch["weights"]).sum()
+        return total
 
     rows = each_row({"x": x, "weights": weights})
     alone = unit_gradients(model, loss, rows)
@@ -174,8 +175,8 @@ def test_under_checkpointing_and_autocast(use: str) -> None:
 
     def loss(batch: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            out = half(batch["x"])
-        return out.float().square().sum()
+            total: Tensor = half(batch["x"]).float().square().sum()
+        return total
 
     wanted, _ = clipped_sum(unit_gradients(half, loss, each_row({"x": x.float()})), 1.0)
     engine = ClippingEngine(half, max_grad_norm=1.0, strategy="bookkeeping")
