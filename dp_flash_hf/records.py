@@ -255,7 +255,7 @@ def _merge_embedding(uses: list[EmbeddingUse]) -> EmbeddingUse | None:
 
 
 class Recorder:
-    """Shared by an engine and its layers. Layers use `tracks`, `layout` and the four that record."""
+    """Shared by an engine and its layers. Layers use `tracks`, `layout` and what records."""
 
     def __init__(self, groups: dict[nn.Parameter, int]) -> None:
         self.phase: Phase = "idle"
@@ -331,10 +331,6 @@ class Recorder:
             g = g.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
         arranged = layout.arrange(ids.unsqueeze(-1)).squeeze(-1)
         self._add(parameter, EmbeddingUse(arranged, layout.arrange(g), layout.sizes))
-
-    def bias(self, parameter: nn.Parameter, g: Tensor, layout: Layout) -> None:
-        """Record y = x + b. g: (*lead, p)."""
-        self._add(parameter, row_sums(upcast(layout.arrange(g)), layout.sizes))
 
     def per_unit(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         """Record per-unit gradients (units, *parameter.shape), float32 or float64, formed by the layer itself."""

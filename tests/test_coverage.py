@@ -9,21 +9,33 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from dp_flash_hf.records import Recorder
+from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.layers import tracking
+from dp_flash_hf.layers.experts import Experts, RecordedExperts
+from dp_flash_hf.testing import check_exact
 from tests.coverage_table import render
 from tests.examination import Examination, examine
 from tests.zoo import NOT_BUILT, TASKS, class_names
 
 EVERY = [(task, name) for task in TASKS for name in class_names(task)]
 
-# (method of Recorder that records a gradient, a class that uses it)
-RECORDING = [
-    ("linear", "causal-lm", "LlamaForCausalLM"),
-    ("embedding", "causal-lm", "LlamaForCausalLM"),
-    ("bias", "causal-lm", "GPT2LMHeadModel"),
-    ("per_unit", "causal-lm", "LlamaForCausalLM"),
-]
+# A class that uses the rule, for every rule there is.
+RULES = {
+    "linear": ("causal-lm", "LlamaForCausalLM"),
+    "matmul": ("causal-lm", "FalconForCausalLM"),
+    "addmm": ("causal-lm", "GPT2LMHeadModel"),
+    "embedding": ("causal-lm", "LlamaForCausalLM"),
+    "getitem": ("causal-lm", "WhisperForCausalLM"),
+    "layer_norm": ("causal-lm", "GPT2LMHeadModel"),
+    "rms_norm": ("", "no class of Transformers"),
+    "conv2d": ("image-classification", "BeitForImageClassification"),
+    "broadcast": ("causal-lm", "LlamaForCausalLM"),
+    "any_operation": ("causal-lm", "MambaForCausalLM"),
+    "Experts": ("causal-lm", "MixtralForCausalLM"),
+}
 
 
 @pytest.mark.coverage
@@ -35,25 +47,82 @@ def test_exact_or_refused(task: str, name: str, record_property: Callable[[str, 
     assert bool(row.not_built) == (name in NOT_BUILT), row
 
 
-@pytest.mark.parametrize(("method", "task", "name"), RECORDING, ids=[method for method, _, _ in RECORDING])
-def test_a_thousandth_off_is_found(method: str, task: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error planted into what a single parameter records, however small its share of the gradient."""
-    original = getattr(Recorder, method)
-    signature = inspect.signature(original)
-    gradient = "gradients" if "gradients" in signature.parameters else "g"
+class Off:
+    """A recorder for which the gradients of one parameter come out a thousandth too large."""
+
+    def __init__(self, recorder: Any, chosen: list[Any]) -> None:
+        self.recorder, self.chosen = recorder, chosen
+
+    def __getattr__(self, name: str) -> Any:
+        record = getattr(self.recorder, name)
+        if name not in ("linear", "linear_rows", "embedding", "per_unit"):
+            return record
+        signature = inspect.signature(record)
+        gradient = "gradients" if name == "per_unit" else "g"
+
+        def off(*args: Any, **kwargs: Any) -> None:
+            bound = signature.bind(*args, **kwargs)
+            self.chosen.append(bound.arguments["parameter"])
+            if self.chosen[0] is self.chosen[-1]:
+                bound.arguments[gradient] = bound.arguments[gradient] * 1.001
+            record(*bound.args, **bound.kwargs)
+
+        return off
+
+
+def plant(rule: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Make one rule wrong by a thousandth for a single parameter; returns the parameters it has recorded, that one first."""
     chosen: list[Any] = []
 
-    def planted(*args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(*args, **kwargs)
-        if len(bound.arguments["self"]._groups) > 2:  # else a layer being tried by itself, which would lose its rule
-            chosen.append(bound.arguments["parameter"])
-            if chosen[0] is chosen[-1]:
-                bound.arguments[gradient] = bound.arguments[gradient] * 1.001
-        original(*bound.args, **bound.kwargs)
+    def wrong(tracked: Any) -> None:
+        for t in tracked:
+            if t is not None:
+                t.recorder = Off(t.recorder, chosen)
 
-    assert examine(task, name).verdict == "fast"
-    monkeypatch.setattr(Recorder, method, planted)
-    assert examine(task, name).verdict == "inexact"
+    def operation(original: Any) -> Any:
+        def planted(call: Any, *args: Any, **kwargs: Any) -> Any:
+            wrong(call.tracked)
+            return original(call, *args, **kwargs)
+
+        return planted
+
+    if rule == "Experts":
+        apply = RecordedExperts.apply
+
+        def planted(*args: Any) -> Any:
+            wrong(args[4])
+            return apply(*args)  # type: ignore[no-untyped-call]
+
+        monkeypatch.setattr(RecordedExperts, "apply", planted)
+    for table in (tracking._RULES, tracking._BY_NAME):
+        for key, original in list(table.items()):
+            if original.__name__ == rule:
+                monkeypatch.setitem(table, key, operation(original))  # type: ignore[misc]
+    default = [operation(original) if original.__name__ == rule else original for original in tracking._DEFAULT]
+    monkeypatch.setattr(tracking, "_DEFAULT", default)
+    return chosen
+
+
+def test_every_rule_has_its_turn() -> None:
+    rules = (*tracking._RULES.values(), *tracking._BY_NAME.values(), *tracking._DEFAULT, Experts)
+    assert {rule.__name__ for rule in rules} == set(RULES)
+
+
+@pytest.mark.parametrize("rule", [rule for rule, (task, _) in RULES.items() if task])
+def test_a_thousandth_off_in_one_rule_is_found(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the parameter's share of the gradient."""
+    assert examine(*RULES[rule]).verdict == "fast"
+    chosen = plant(rule, monkeypatch)
+    assert examine(*RULES[rule]).verdict == "inexact"
+    assert chosen
+
+
+def test_a_thousandth_off_in_torchs_rms_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.RMSNorm(6), nn.Linear(6, 3))
+    check_exact(model, {"input": torch.randn(4, 5, 6)})
+    chosen = plant("rms_norm", monkeypatch)
+    with pytest.raises(PrivacyError, match=r"0\.weight \(off by"):
+        check_exact(model, {"input": torch.randn(4, 5, 6)})
     assert chosen
 
 
