@@ -1,5 +1,7 @@
 """`dp-flash bench`: speed and memory of private training beside non-private training and Opacus, measured in one run.
 
+With `--padding-free`: of texts as long as real ones, padded to the longest or flattened into one row.
+
 A step is the forward pass, backward pass, clipping and AdamW update of one physical batch of random tokens. Methods take
 turns, in an order that rotates from round to round, so that whatever else the machine does meets all of them; figures are
 medians over the rounds, and ratios are medians of each round's ratio.
@@ -32,8 +34,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.noise import add_gaussian_noise_, fresh_generator
+from dp_flash_hf.units import IGNORED
 
 BASELINE = "non-private"
+# Tokens of the 10,003 training queries of BANKING77 (Casanueva et al. 2020, arXiv 2003.04807), in those of a BERT tokenizer:
+# 33 evenly spaced quantiles.
+BANKING77 = (
+    *(4, 8, 9, 9, 10, 10, 10, 11, 11, 11, 12, 12, 12, 12, 13, 13, 13),
+    *(14, 14, 15, 15, 15, 16, 17, 17, 18, 19, 21, 24, 29, 34, 42, 98),
+)
 MAX_GRAD_NORM = 1.0
 _MEASURED_SECONDS = 3.0  # a turn has as many steps as it takes to last this long
 
@@ -121,26 +130,65 @@ def tokens_of(work: Work, length: int) -> Tensor:
 
 def non_private(work: Work, length: int) -> tuple[nn.Module, Step]:
     """The model, and a step of it without privacy."""
-    model, tokens = model_of(work, length, "sdpa"), tokens_of(work, length)
+    tokens = tokens_of(work, length)
+    return _plain(work, length, {"input_ids": tokens, "labels": tokens}, "sdpa")
+
+
+def dp_flash(work: Work, length: int) -> tuple[nn.Module, Step]:
+    """The model, and a step of it with `ClippingEngine` and dp_flash attention."""
+    tokens = tokens_of(work, length)
+    return _private(work, length, {"input_ids": tokens, "labels": tokens}, None, [length] * work.batch)
+
+
+def text_lengths(work: Work) -> list[int]:
+    """Tokens of each text of the physical batch, drawn from BANKING77's; the same at every call."""
+    place = torch.rand(work.batch, generator=torch.Generator().manual_seed(2)) * (len(BANKING77) - 1)
+    quantiles, below = torch.tensor(BANKING77, dtype=torch.float32), place.long()
+    lengths: list[int] = torch.lerp(quantiles[below], quantiles[below + 1], place - below).round().int().tolist()
+    return lengths
+
+
+def padded(work: Work, length: int, *, private: bool) -> tuple[nn.Module, Step]:
+    """The model, and a step of it on texts padded to the longest, which has this length."""
+    lengths = text_lengths(work)
+    ids = tokens_of(work, length)
+    mask = (torch.arange(length) < torch.tensor(lengths).unsqueeze(1)).to(work.device)
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, IGNORED)}
+    return _private(work, length, batch, None, lengths) if private else _plain(work, length, batch, "sdpa")
+
+
+def padding_free(work: Work, length: int, *, private: bool) -> tuple[nn.Module, Step]:
+    """The model, and a step of it on the same texts in one row, as `DataCollatorWithFlattening` makes it."""
+    lengths = text_lengths(work)
+    ids = torch.cat([row[:n] for row, n in zip(tokens_of(work, length), lengths, strict=True)]).unsqueeze(0)
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(work.device)
+    batch = {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, IGNORED)}
+    units = torch.tensor([0, *lengths]).cumsum(0).int()
+    return _private(work, length, batch, units, lengths) if private else _plain(work, length, batch, "dp_flash")
+
+
+def _plain(work: Work, length: int, batch: dict[str, Tensor], attention: str) -> tuple[nn.Module, Step]:
+    model = model_of(work, length, attention)
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:
         optimizer.zero_grad()
         with _precision(work):
-            loss = model(input_ids=tokens, labels=tokens).loss
+            loss = model(**batch).loss
         loss.backward()
         optimizer.step()
 
     return model, step
 
 
-def dp_flash(work: Work, length: int) -> tuple[nn.Module, Step]:
-    """The model, and a step of it with `ClippingEngine` and dp_flash attention."""
-    model, tokens = model_of(work, length, "dp_flash"), tokens_of(work, length)
+def _private(
+    work: Work, length: int, batch: dict[str, Tensor], units: Tensor | None, lengths: list[int]
+) -> tuple[nn.Module, Step]:
+    model = model_of(work, length, "dp_flash")
     optimizer = torch.optim.AdamW(model.parameters())
     # The mean over rows, as the other methods take it, but without a pass over the gradients: that comes with the noise.
     engine = ClippingEngine(model, max_grad_norm=MAX_GRAD_NORM / work.batch)
-    scale = torch.full((work.batch,), 1 / (length - 1) / work.batch, device=work.device)
+    scale = 1 / (torch.tensor(lengths, device=work.device) - 1) / work.batch
 
     def loss_fn(batch: dict[str, Tensor]) -> Tensor:
         with _precision(work):
@@ -149,7 +197,7 @@ def dp_flash(work: Work, length: int) -> tuple[nn.Module, Step]:
 
     def step() -> None:
         optimizer.zero_grad()
-        engine.backward(loss_fn, {"input_ids": tokens, "labels": tokens}, None, scale)
+        engine.backward(loss_fn, batch, units, scale)
         optimizer.step()
 
     return model, step
@@ -188,32 +236,41 @@ def opacus(work: Work, length: int, mode: str) -> tuple[nn.Module, Step]:
     return model, step
 
 
-METHODS: dict[str, Callable[[Work, int], tuple[nn.Module, Step]]] = {
+Methods = dict[str, Callable[[Work, int], tuple[nn.Module, Step]]]  # ratios are to the first
+METHODS: Methods = {
     BASELINE: non_private,
     "dp_flash": dp_flash,
     "Opacus hooks": functools.partial(opacus, mode="hooks"),
     "Opacus ghost": functools.partial(opacus, mode="ghost"),
 }
+ON_TEXTS: Methods = {
+    "dp_flash, padded": functools.partial(padded, private=True),
+    "dp_flash, padding-free": functools.partial(padding_free, private=True),
+    "non-private, padded": functools.partial(padded, private=False),
+    "non-private, padding-free": functools.partial(padding_free, private=False),
+}
 
 
-def measure(work: Work, *, repeats: int, advance: Callable[[], None] = lambda: None) -> list[Row]:
-    """A row for every length and method, in that order; `advance` is called after each of `turns(work, repeats)` turns."""
+def measure(work: Work, *, repeats: int, methods: Methods = METHODS, advance: Callable[[], None] = lambda: None) -> list[Row]:
+    """A row for every length and method, in that order; `advance` is called after each of `turns(...)` turns."""
     torch.set_num_threads(work.threads)
     rows = []
+    first = next(iter(methods))
     for length in work.lengths:
-        memory = {method: peak_memory(work, length, method, advance) for method in METHODS}
-        seconds, notes = _seconds(work, length, repeats, advance)
-        for method in METHODS:
+        tokens = sum(text_lengths(work)) if methods is ON_TEXTS else work.batch * length
+        memory = {method: peak_memory(work, length, method, advance) for method in methods}
+        seconds, notes = _seconds(work, length, repeats, methods, advance)
+        for method in methods:
             if method in notes:
                 rows.append(Row(length=length, method=method, note=notes[method]))
                 continue
-            own, base = memory[method], memory[BASELINE]
+            own, base = memory[method], memory[first]
             rows.append(
                 Row(
                     length=length,
                     method=method,
-                    tokens_per_second=work.batch * length / statistics.median(seconds[method]),
-                    ratio=statistics.median(b / s for b, s in zip(seconds[BASELINE], seconds[method], strict=True)),
+                    tokens_per_second=tokens / statistics.median(seconds[method]),
+                    ratio=statistics.median(b / s for b, s in zip(seconds[first], seconds[method], strict=True)),
                     memory=own,
                     memory_ratio=own / base if own is not None and base else None,
                 )
@@ -221,16 +278,18 @@ def measure(work: Work, *, repeats: int, advance: Callable[[], None] = lambda: N
     return rows
 
 
-def turns(work: Work, repeats: int) -> int:
+def turns(work: Work, repeats: int, methods: Methods = METHODS) -> int:
     """How often `measure` calls `advance`."""
-    return len(work.lengths) * len(METHODS) * (2 + repeats)
+    return len(work.lengths) * len(methods) * (2 + repeats)
 
 
-def _seconds(work: Work, length: int, repeats: int, advance: Step) -> tuple[dict[str, list[float]], dict[str, str]]:
+def _seconds(
+    work: Work, length: int, repeats: int, methods: Methods, advance: Step
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds per step of each method in each round, and why a peer does not run."""
     steps: dict[str, Step] = {}
     notes: dict[str, str] = {}
-    for name, make in METHODS.items():
+    for name, make in methods.items():
         try:
             _, step = make(work, length)
             step()
@@ -238,7 +297,7 @@ def _seconds(work: Work, length: int, repeats: int, advance: Step) -> tuple[dict
         except ImportError:
             notes[name] = "not installed"
         except Exception as error:
-            if name in (BASELINE, "dp_flash"):
+            if not name.startswith("Opacus"):
                 raise
             notes[name] = f"failed: {' '.join(str(error).split())[:60]}"
         advance()
@@ -275,10 +334,10 @@ def peak_memory(work: Work, length: int, method: str, advance: Callable[[], None
 
 def _print_peak_memory(work: Work, length: int, method: str) -> None:
     torch.set_num_threads(work.threads)
-    if method not in (BASELINE, "dp_flash"):
+    if method.startswith("Opacus"):
         import opacus as _  # its own memory is not the step's
     before = _resident_peak()
-    _, step = METHODS[method](work, length)
+    _, step = {**METHODS, **ON_TEXTS}[method](work, length)
     step()
     step()
     print(torch.cuda.max_memory_allocated() if work.device == "cuda" else _resident_peak() - before)
@@ -305,18 +364,24 @@ def release_milliseconds(work: Work, length: int) -> float:
     return 1000 * statistics.median(_timed(work, release, 1) for _ in range(3))
 
 
-def print_table(work: Work, *, repeats: int) -> None:
-    """Measure, and print one table with what was measured under it."""
+def print_table(work: Work, *, repeats: int, on_texts: bool = False) -> None:
+    """Measure, and print one table with what was measured under it.
+
+    on_texts: texts as long as real ones, padded and padding-free, instead of rows of equal length.
+    """
+    methods = METHODS
+    if on_texts:
+        methods, work = ON_TEXTS, replace(work, lengths=(max(text_lengths(work)),))
     if work.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: no CUDA device here; use --preset cpu")
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("measuring", total=turns(work, repeats))
-        rows = measure(work, repeats=repeats, advance=lambda: progress.advance(task))
+        task = progress.add_task("measuring", total=turns(work, repeats, methods))
+        rows = measure(work, repeats=repeats, methods=methods, advance=lambda: progress.advance(task))
     table = Table()
     for column in ("length", "method", "tokens/s", "ratio", "peak MiB", "ratio"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
-        if row.length != work.lengths[0] and row.method == BASELINE:
+        if row.length != work.lengths[0] and row.method == next(iter(methods)):
             table.add_section()
         figures = (
             f"{row.tokens_per_second:,.0f}" if row.tokens_per_second is not None else row.note,
@@ -337,8 +402,14 @@ def print_table(work: Work, *, repeats: int) -> None:
         f"{repeats} rounds, methods taking turns.\n"
         f"Not in it: noise and division, done once per logical batch whatever its size; they take {release:.0f} ms.\n"
         "Peak memory: of two steps in a process of their own, beyond the imported libraries.\n"
-        "Ratios: to non-private training."
+        f"Ratios: to {next(iter(methods))}."
     )
+    if on_texts:
+        lengths = text_lengths(work)
+        print(
+            f"Texts: {len(lengths)} of {min(lengths)} to {max(lengths)} tokens, as long as BANKING77's; tokens/s counts their "
+            f"{sum(lengths)} tokens, not the {len(lengths) * max(lengths) - sum(lengths)} of padding."
+        )
 
 
 @contextmanager

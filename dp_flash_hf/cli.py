@@ -119,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--vocabulary", type=_whole, help="tokens that the head tells apart (default: the preset's)")
     bench.add_argument("--repeats", type=_whole, default=5, help="rounds; medians are over them (default: 5)")
     bench.add_argument("--threads", type=_whole, help="CPU threads (default: all)")
+    bench.add_argument(
+        "--padding-free", action="store_true", help="instead: texts as long as real ones, padded and flattened into one row"
+    )
     bench.set_defaults(command=_bench)
     return parser
 
@@ -328,7 +331,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     names = ("lengths", "batch", "layers", "width", "vocabulary", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    bench.print_table(replace(bench.PRESETS[options.preset], **given), repeats=options.repeats)
+    bench.print_table(replace(bench.PRESETS[options.preset], **given), repeats=options.repeats, on_texts=options.padding_free)
 
 
 def _stderr() -> Any:

@@ -63,24 +63,24 @@ def test_a_missing_or_failing_peer_leaves_a_note(monkeypatch: pytest.MonkeyPatch
     def failing(work: Work, length: int) -> tuple[nn.Module, bench.Step]:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(bench, "METHODS", {BASELINE: METHODS[BASELINE], "Opacus hooks": missing, "Opacus ghost": failing})
+    methods = {BASELINE: METHODS[BASELINE], "Opacus hooks": missing, "Opacus ghost": failing}
     monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: advance())
     turns: list[None] = []
-    rows = bench.measure(TINY, repeats=2, advance=lambda: turns.append(None))
+    rows = bench.measure(TINY, repeats=2, methods=methods, advance=lambda: turns.append(None))
     assert [row.note for row in rows] == ["", "not installed", "failed: out of memory"]
     assert rows[0].ratio == 1.0
     assert rows[1].tokens_per_second is rows[1].ratio is rows[1].memory is None
-    assert len(turns) == bench.turns(TINY, 2)
+    assert len(turns) == bench.turns(TINY, 2, methods)
 
 
 def test_our_own_failure_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(work: Work, length: int) -> tuple[nn.Module, bench.Step]:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(bench, "METHODS", {BASELINE: METHODS[BASELINE], "dp_flash": failing})
+    methods = {BASELINE: METHODS[BASELINE], "dp_flash": failing}
     monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: advance())
     with pytest.raises(RuntimeError, match="ours"):
-        bench.measure(TINY, repeats=1)
+        bench.measure(TINY, repeats=1, methods=methods)
 
 
 def test_methods_take_turns_in_a_rotating_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,10 +89,10 @@ def test_methods_take_turns_in_a_rotating_order(monkeypatch: pytest.MonkeyPatch)
     def logged(name: str) -> Any:
         return lambda work, length: (nn.Linear(1, 1), lambda: order.append(name))
 
-    monkeypatch.setattr(bench, "METHODS", {name: logged(name) for name in (BASELINE, "dp_flash", "peer")})
+    methods = {name: logged(name) for name in (BASELINE, "dp_flash", "peer")}
     monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: advance())
     monkeypatch.setattr(bench, "_timed", lambda work, step, count: (step(), 1.0)[1])
-    bench.measure(TINY, repeats=3)
+    bench.measure(TINY, repeats=3, methods=methods)
     turns = [BASELINE, "dp_flash", "peer", "dp_flash", "peer", BASELINE, "peer", BASELINE, "dp_flash"]
     assert order[6:] == [name for turn in turns for name in (turn, turn)]  # each begins with an untimed step
 
@@ -116,3 +116,32 @@ def test_cuda_without_a_device_is_refused(capsys: pytest.CaptureFixture[str], mo
         cli.main(["bench", "--preset", "cuda"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "dp-flash: bench: no CUDA device here; use --preset cpu\n"
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_padded_and_padding_free_texts_are_the_same_work(private: bool) -> None:
+    """Same weights, same texts: the same gradient. Privately, of texts of which each is clipped."""
+    work = replace(TINY, batch=6)
+    lengths = bench.text_lengths(work)
+    assert lengths == bench.text_lengths(work)
+    assert len(set(lengths)) > 1
+    assert min(bench.BANKING77) <= min(lengths) <= max(lengths) <= max(bench.BANKING77)
+    found = []
+    for name in ("padded", "padding-free"):
+        model, step = bench.ON_TEXTS[f"{'dp_flash' if private else 'non-private'}, {name}"](work, max(lengths))
+        step()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    if private:
+        assert float(found[0].norm()) <= MAX_GRAD_NORM
+    assert float((found[0] - found[1]).norm()) < 100 * torch.finfo(torch.float32).eps * float(found[0].norm())
+
+
+def test_the_table_of_texts_counts_no_padding(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_MEASURED_SECONDS", 0.01)
+    cli.main("bench --padding-free --layers 1 --width 64 --vocabulary 50 --batch 3 --repeats 1 --threads 1".split())
+    printed = capsys.readouterr().out
+    lengths = bench.text_lengths(replace(TINY, batch=3))
+    assert "dp_flash, padding-free" in printed
+    assert f"counts their {sum(lengths)} tokens, not the {3 * max(lengths) - sum(lengths)} of padding" in " ".join(
+        printed.split()
+    )
