@@ -138,7 +138,8 @@ def test_padded_and_padding_free_texts_are_the_same_work(private: bool) -> None:
 
 def test_the_table_of_texts_counts_no_padding(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_MEASURED_SECONDS", 0.01)
-    cli.main("bench --padding-free --layers 1 --width 64 --vocabulary 50 --batch 3 --repeats 1 --threads 1".split())
+    sizes = ["--layers", "1", "--width", "64", "--vocabulary", "50", "--batch", "3"]
+    cli.main(["bench", "--padding-free", *sizes, "--repeats", "1", "--threads", "1"])
     printed = capsys.readouterr().out
     lengths = bench.text_lengths(replace(TINY, batch=3))
     assert "dp_flash, padding-free" in printed
