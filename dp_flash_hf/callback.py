@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils.dataclasses import DistributedType, DynamoBackend
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,7 +23,7 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.mechanism import DPSGD
 from dp_flash_hf.preflight import length_of
 from dp_flash_hf.report import PrivacyReport
-from dp_flash_hf.training import PrivateTraining
+from dp_flash_hf.training import PrivateTraining, accelerator_refusals, refuse
 
 logger = logging.get_logger(__name__)
 
@@ -265,7 +264,6 @@ class DPCallback(TrainerCallback, ExportableState):
 def _refuse_settings(trainer: Trainer) -> None:
     """Raise UnsupportedError for everything under which the guarantee would not hold, all of it in one message."""
     args = trainer.args
-    accelerator = trainer.accelerator
     callbacks = trainer.callback_handler.callbacks
     evaluated = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
     chosen_by_evaluation = (
@@ -287,21 +285,11 @@ def _refuse_settings(trainer: Trainer) -> None:
         "fp16: its loss scaling skips steps depending on the data; use bf16=True or float32": args.fp16,
         "auto_find_batch_size: retries depend on the data; set per_device_train_batch_size": args.auto_find_batch_size,
         "DataParallel: each replica sees part of a batch; use one device": args.n_gpu > 1,
-        "more than one process: not yet supported; launch one process": args.world_size > 1,
         "DeepSpeed: its engine owns backward; use one process without it": bool(args.deepspeed),
         "fsdp: not yet supported; use one process without it": bool(args.fsdp),
-        f"{accelerator.distributed_type}: not yet supported; launch one process, without DeepSpeed, FSDP or Megatron": (
-            accelerator.distributed_type != DistributedType.NO and args.world_size <= 1 and not (args.deepspeed or args.fsdp)
-        ),
-        f"mixed_precision={accelerator.mixed_precision!r}: its scaling depends on other units; use 'bf16' or 'no'": (
-            accelerator.mixed_precision not in ("no", "bf16") and not args.fp16
-        ),
+        **accelerator_refusals(trainer.accelerator, trainer.model),
         "parallelism_config: not yet supported; leave it out": getattr(args, "parallelism_config", None) is not None,
-        "torch_compile: not yet supported; set it to False": (
-            args.torch_compile
-            or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-            or hasattr(trainer.model, "_orig_mod")
-        ),
+        "torch_compile: not yet supported; set it to False": args.torch_compile,
         "dataloader_drop_last: Poisson batches have no remainder to drop; set it to False": args.dataloader_drop_last,
         f"train_sampling_strategy={args.train_sampling_strategy!r} is not accounted; use 'random' or 'group_by_length'": (
             getattr(args, "train_sampling_strategy", "random") not in ("random", "group_by_length")
@@ -334,6 +322,4 @@ def _refuse_settings(trainer: Trainer) -> None:
         f"{type(trainer).__name__} overrides {', '.join(overridden)}, which DPCallback replaces or relies on": bool(overridden),
         **trl_trainers.refusals(trainer),
     }
-    found = [message for message, present in refused.items() if present]
-    if found:
-        raise UnsupportedError("private training is not possible with " + "; and ".join(found))
+    refuse(refused)

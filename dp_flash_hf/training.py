@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.accelerator import Accelerator
+from accelerate.utils.dataclasses import DistributedType, DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
@@ -183,6 +185,29 @@ class PrivateTraining:
         of_example = batch.pop(UNITS)
         batch = dict(self._move(batch))
         return batch, units_of(batch, of_example, self.rows_per_example)
+
+
+def accelerator_refusals(accelerator: Accelerator, model: object) -> dict[str, bool]:
+    """What of Accelerate's settings cannot be private, and whether it is set."""
+    return {
+        "more than one process: not yet supported; launch one process": accelerator.num_processes > 1,
+        f"{accelerator.distributed_type}: not yet supported; launch one process, without DeepSpeed, FSDP or Megatron": (
+            accelerator.distributed_type != DistributedType.NO and accelerator.num_processes <= 1
+        ),
+        f"mixed_precision={accelerator.mixed_precision!r}: its scaling depends on other units; use 'bf16' or 'no'": (
+            accelerator.mixed_precision not in ("no", "bf16")
+        ),
+        "torch_compile: not yet supported; leave it off": (
+            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or hasattr(model, "_orig_mod")
+        ),
+    }
+
+
+def refuse(reasons: dict[str, bool]) -> None:
+    """Raise UnsupportedError for all that is present, in one message."""
+    found = [message for message, present in reasons.items() if present]
+    if found:
+        raise UnsupportedError("private training is not possible with " + "; and ".join(found))
 
 
 def _refuse_data(dataset: Any) -> None:
