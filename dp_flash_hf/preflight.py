@@ -60,8 +60,9 @@ def preflight(
         )
     scale = loss.scale(batch, units)
     tolerance = 0.05 if reduced_precision else 1e-3
+    with_equal_shapes = 1e-3 if reduced_precision else 1e-5  # when there is little rounding to allow for
     if units.kind == "tokens":
-        check_packing(model, loss, batch, units, tolerance=tolerance)
+        check_packing(model, loss, batch, units, tolerance=tolerance, with_equal_shapes=with_equal_shapes)
     engine.check(loss, batch, units, scale, tolerance=tolerance)
 
     def alone(number: int) -> dict[str, Any]:
@@ -69,8 +70,7 @@ def preflight(
         return without_trailing_padding(own) if cut_padding else own
 
     check_alone(engine, loss, batch, units, scale, alone, tolerance=tolerance)
-    # With equal shapes there is little rounding to allow for.
-    check_training_mode(engine, loss, batch, units, scale, tolerance=1e-3 if reduced_precision else 1e-5)
+    check_training_mode(engine, loss, batch, units, scale, tolerance=with_equal_shapes)
     return loss
 
 
@@ -153,10 +153,13 @@ def _copy_of(collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return collate
 
 
-def check_packing(model: Any, loss: UnitLoss, batch: dict[str, Any], units: Units, *, tolerance: float) -> None:
+def check_packing(
+    model: Any, loss: UnitLoss, batch: dict[str, Any], units: Units, *, tolerance: float, with_equal_shapes: float
+) -> None:
     """Raise PrivacyError where the texts of a packed row see each other.
 
-    Every unit's loss is taken where it stands, with the labels of all others ignored, and by itself.
+    Every unit's loss is taken where it stands, with the labels of all others ignored, then by itself, and among copies of its
+    tokens, which leaves the shapes equal and little rounding to allow for.
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or tuple(labels.shape) != units.shape:
@@ -164,15 +167,21 @@ def check_packing(model: Any, loss: UnitLoss, batch: dict[str, Any], units: Unit
     with training_mode(model, False), torch.no_grad():
         for unit in range(units.n):
             own = (units.of_item == unit).view(units.shape).to(labels.device)
-            within = float(loss({**batch, "labels": labels.masked_fill(~own, IGNORED)}))
-            alone = float(loss(select_unit(batch, units, unit)))
-            if not abs(within - alone) <= tolerance * max(abs(alone), 1e-3):
-                attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-                raise PrivacyError(
-                    f"the texts of a flattened batch see each other: one has loss {alone:.6g} alone and {within:.6g} among "
-                    f"others (attention is {attention!r}); load the model with attn_implementation='dp_flash', which keeps "
-                    "them apart, or use a collator that pads"
-                )
+            within = {**batch, "labels": labels.masked_fill(~own, IGNORED)}
+            among_others = float(loss(within))
+            for company, other, allowed in (
+                ("alone", select_unit(batch, units, unit), tolerance),
+                ("among copies of itself", _among_copies(within, units, unit), with_equal_shapes),
+            ):
+                found = float(loss(other))
+                if not abs(among_others - found) <= allowed * max(abs(found), 1e-3):
+                    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+                    raise PrivacyError(
+                        f"the texts of a flattened batch see each other: one has loss {among_others:.6g} among others and "
+                        f"{found:.6g} {company} (attention is {attention!r}); load the model with "
+                        "attn_implementation='dp_flash', which keeps them apart, and let the collator return position_ids, or "
+                        "use a collator that pads"
+                    )
 
 
 def check_alone(
@@ -190,7 +199,7 @@ def check_alone(
 
     alone: unit -> what the collator makes of that unit by itself, of which only the shapes are used: masks may be random.
     Each unit's rows are cut to that length, on the side where they are padded, and must keep their norm; so must a text that is
-    taken out of its packed row and given to the model as an ordinary one.
+    taken out of its packed row and given to the model as an ordinary one, or numbered as by itself.
     """
     with training_mode(engine.model, False):
         engine.backward(loss, batch, units, scale)
@@ -198,7 +207,11 @@ def check_alone(
         engine.model.zero_grad()
         for unit in range(units.n):
             own = select_unit(batch, units, unit)
-            single = _unpacked(own) if units.kind == "tokens" else _cut_to(own, alone(unit), _padded_on_the_left(batch))
+            by_itself = alone(unit)
+            if units.kind == "tokens":
+                single: dict[str, Any] | None = _unpacked(own, by_itself)
+            else:
+                single = _cut_to(own, by_itself, _padded_on_the_left(batch))
             if single is None:
                 continue
             shape = leading_shape(single)
@@ -209,7 +222,8 @@ def check_alone(
                 raise PrivacyError(
                     f"a unit's gradient norm is {norm:.6g} alone and {float(norms[unit]):.6g} "
                     + (
-                        "flattened with others; load the model with attn_implementation='dp_flash', or use a collator that pads"
+                        "flattened with others; let the collator number every text's position_ids from its own start, or use "
+                        "one that pads"
                         if units.kind == "tokens"
                         else "padded to the longest of its batch, so it depends on the others' lengths; pad on the right "
                         "(tokenizer.padding_side), or pad every row to one length (padding='max_length')"
@@ -238,14 +252,14 @@ def _cut_to(own: dict[str, Any], shapes: Mapping[str, Any], on_the_left: bool) -
     return None if all(value is own[name] for name, value in short.items()) else short
 
 
-def _unpacked(own: dict[str, Any]) -> dict[str, Any] | None:
-    """One unit's packed row as an ordinary one, if it is a single text that is numbered from 0, as models do by themselves."""
-    starts, positions = text_starts(own), own.get("position_ids")
-    several = starts is not None and int(starts.sum()) > 1
-    if several or (isinstance(positions, Tensor) and int(positions.flatten()[0]) != 0):
-        return None
+def _unpacked(own: dict[str, Any], by_itself: Mapping[str, Any]) -> dict[str, Any]:
+    """One unit's part of a packed row, numbered as by itself; an ordinary row if it is one text that models number so."""
+    starts, positions = text_starts(own), by_itself.get("position_ids")
+    renumbered = own if positions is None else {**own, "position_ids": positions}
+    if (starts is not None and int(starts.sum()) > 1) or (positions is not None and int(positions.flatten()[0]) != 0):
+        return renumbered
     packing = ("position_ids", "seq_idx", "cu_seq_lens", "max_length")
-    return {name: value for name, value in own.items() if not name.startswith(packing)}
+    return {name: value for name, value in renumbered.items() if not name.startswith(packing)}
 
 
 def check_training_mode(
