@@ -150,11 +150,13 @@ def forget_metrics(trainer: Any, mode: Literal["train", "eval"]) -> None:
     """Drop what losses noted since it was last logged."""
     if examined(trainer) is not None:
         trainer._metrics[mode].clear()
+        if mode == "train":
+            trainer._total_train_tokens = 0
 
 
 def mark_metrics(trainer: Any) -> None:
     """Name the metrics of training, which hold no noise, as what they are: `log` of TRL's trainers adds them to the logs."""
-    if examined(trainer) is not None:
+    if examined(trainer) is not None and trainer.model.training:  # as `log` asks: else it adds those of an evaluation
         metrics = trainer._metrics["train"]
         for name in [name for name in metrics if not name.startswith("not_private/")]:
             metrics[f"not_private/{name}"] = metrics.pop(name)
