@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -99,17 +99,12 @@ class PrivateLoop:
         self._collate_fn, self._num_workers = collate_fn, num_workers
         self._loss_fn = loss_fn or _ModelLoss(model)
         self._checked = False
+        self.awaited = False  # whether a draw of `loader` waits for `backward`
 
     @property
-    def loader(self) -> DataLoader[Any]:
-        """One Poisson draw, collated, for every step that is left. Do not prepare or shard it."""
-        return self._training.loader(
-            self._training.dataset,
-            self._collate_fn,
-            steps=self.steps_left,
-            num_workers=self._num_workers,
-            pin_memory=torch.accelerator.is_available(),
-        )
+    def loader(self) -> Draws:
+        """One Poisson draw, collated, for every step that is left; the next raises PrivacyError if one was left out."""
+        return Draws(self, self._loader())
 
     @property
     def steps_left(self) -> int:
@@ -136,7 +131,7 @@ class PrivateLoop:
         if not self._checked:
             _refuse_settings(self._accelerator, self._model)  # again: they may have changed
             self._training.check(
-                self.loader,
+                self._loader(),
                 self._loss,
                 lambda collated: move(collated, next(self._model.parameters()).device),
                 reduced_precision=self._accelerator.mixed_precision == "bf16",
@@ -144,6 +139,7 @@ class PrivateLoop:
             self._checked = True
         loss = self._training.add(inputs)
         self._training.mechanism.release()
+        self.awaited = False
         return loss
 
     def report(self) -> PrivacyReport:
@@ -162,12 +158,42 @@ class PrivateLoop:
         """Continue the books of a checkpoint. Raises PrivacyError when it was written with other privacy parameters."""
         self._training.mechanism.load_state_dict(state)
 
+    def _loader(self) -> DataLoader[Any]:
+        return self._training.loader(
+            self._training.dataset,
+            self._collate_fn,
+            steps=self.steps_left,
+            num_workers=self._num_workers,
+            pin_memory=torch.accelerator.is_available(),
+        )
+
     def _loss(self, batch: dict[str, Any], num_items: Tensor | None) -> Tensor:
         with self._accelerator.autocast():
             if isinstance(self._loss_fn, _ModelLoss):
                 return self._loss_fn(batch, num_items)
             loss: Tensor = self._loss_fn(self._model, batch)
             return loss
+
+
+class Draws:
+    """The draws of a loop, in order, of which none may be left out: a step that is not taken tells what was drawn."""
+
+    def __init__(self, loop: PrivateLoop, loader: DataLoader[Any]) -> None:
+        self._loop, self._loader = loop, loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._loop.awaited = False
+        for batch in self._loader:
+            if self._loop.awaited:
+                raise PrivacyError(
+                    "the last draw was left out: also an empty one takes a noisy step, or its absence would tell that it was "
+                    "empty. Call private.backward(batch) for every batch"
+                )
+            self._loop.awaited = True
+            yield batch
 
 
 class _ModelLoss:

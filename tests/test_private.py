@@ -176,11 +176,30 @@ def test_the_loss_shown_is_the_mean_over_labels(monkeypatch: pytest.MonkeyPatch)
     draws(monkeypatch, [1, 2, 6], [])
     private, model, optimizer = loop("bert", steps=2, max_rows_per_device=2)
     wanted = float(model(**Pad()([texts()[row] for row in (1, 2, 6)])).loss.detach())
-    first, second = private.loader
-    assert float(private.backward(first)) == pytest.approx(wanted)
-    optimizer.step()
-    optimizer.zero_grad()
-    assert float(private.backward(second)) == 0.0
+    shown = []
+    for batch in private.loader:
+        shown.append(float(private.backward(batch)))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert shown == [pytest.approx(wanted), 0.0]
+
+
+def test_a_draw_may_not_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skipping empty batches, as loops do, would show which steps had nobody."""
+    draws(monkeypatch, [1, 2], [], [3])
+    private, _, optimizer = loop()
+
+    def skipping() -> None:
+        for batch in private.loader:
+            if "input_ids" in batch:
+                private.backward(batch)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.raises(PrivacyError, match="also an empty one takes a noisy step"):
+        skipping()
+    assert private.report().steps == 1
+    assert next(iter(private.loader))  # to look at one is no step
 
 
 # Mistakes.
