@@ -347,6 +347,12 @@ def test_pairs_are_rows_i_and_i_plus_b(tmp_path: Path) -> None:
                 assert batch["input_ids"][row + 3 * half][: len(ids)].tolist() == ids.tolist()
 
 
+REWARD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "margins": {"data": margins()},
+    "centred": {"center_rewards_coefficient": 0.1},
+    "LoRA": {"peft_config": adapter(task_type="SEQ_CLS")},
+}
 LOSSES = sorted(trl_trainers._DPO_LOSSES)
 DPO: dict[str, dict[str, Any]] = {
     **{name: {"loss_type": [name]} for name in LOSSES},
@@ -359,6 +365,7 @@ DPO: dict[str, dict[str, Any]] = {
     "truncated": {"max_length": 12},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     "LoRA": {"peft_config": adapter()},
+    "LoRA and a trained head": {"peft_config": adapter(modules_to_save=["lm_head"])},
     "LoRA, precomputed": {"peft_config": adapter(), "precompute_ref_log_probs": True},
     "LoRA and a copy of it": {"model": lambda: peft.get_peft_model(llama(), adapter())},
 }
@@ -379,7 +386,7 @@ def test_dpo_sums_are_those_of_single_pairs(name: str, tmp_path: Path, monkeypat
     assert error_of(dpo_of(name, tmp_path), monkeypatch) <= 5 * ROUNDING
 
 
-@pytest.mark.parametrize("changes", [{}, {"data": margins()}, {"center_rewards_coefficient": 0.1}], ids=str)
+@pytest.mark.parametrize("changes", REWARD.values(), ids=REWARD)
 def test_reward_sums_are_those_of_single_pairs(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
