@@ -142,7 +142,7 @@ def physical_batches(
     elif units.kind == "tokens":
         groups = _groups(range(units.n), lambda group: sum(units.sizes[unit] for unit in group) <= max_tokens)
     else:
-        of_row = text_lengths(batch)
+        of_row = text_lengths(batch) + _decoder_length(batch)
         lengths = [int(of_row[units.items(unit)].max()) for unit in range(units.n)]
         groups = _groups(
             sorted(range(units.n), key=lengths.__getitem__),
@@ -168,33 +168,43 @@ def _groups(units: Iterable[int], fits: Callable[[list[int]], bool]) -> list[lis
 
 
 def text_lengths(batch: Mapping[str, Any]) -> Tensor:
-    """int64 (rows,): up to where each row holds something, 1 at least: a token that is attended to, or a label.
+    """int64 (rows,): up to which column each row holds something, 1 at least: a token that is attended to, or a label.
 
-    The whole width where columns are not known to be padding: without an attention mask, or beside a tensor of that width of
-    which it is not known that its columns are tokens.
+    The whole width where columns are not known to be padding: without an attention mask, or beside a tensor of its width whose
+    columns are not known to be tokens.
     """
-    shape = leading_shape(batch)
     mask, labels = batch.get("attention_mask"), batch.get("labels")
-    as_wide = {
-        name for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == shape[-1]
-    }
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape or not as_wide <= _BY_TOKEN:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = leading_shape(batch)
         return torch.full(shape[:1], shape[-1])
+    if any(name not in _BY_TOKEN and width == mask.shape[1] for name, width in _widths(batch).items()):
+        return torch.full(mask.shape[:1], mask.shape[1])
     used = mask != 0
     if isinstance(labels, Tensor) and labels.shape == mask.shape:
         used = used | (labels != IGNORED)
-    return (used * torch.arange(1, shape[1] + 1, device=used.device)).amax(1).clamp(min=1).cpu()
+    return (used * torch.arange(1, mask.shape[1] + 1, device=used.device)).amax(1).clamp(min=1).cpu()
 
 
 def without_trailing_padding(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch without the columns at its end that are padding in every row."""
-    shape, length = leading_shape(batch), int(text_lengths(batch).max())
-    if length == shape[-1]:
+    mask, length = batch.get("attention_mask"), int(text_lengths(batch).max())
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or length == mask.shape[1]:
         return batch
     return {
-        name: value[:, :length].contiguous() if isinstance(value, Tensor) and tuple(value.shape[:2]) == shape else value
+        name: value[:, :length].contiguous() if isinstance(value, Tensor) and value.shape[:2] == mask.shape else value
         for name, value in batch.items()
     }
+
+
+def _decoder_length(batch: Mapping[str, Any]) -> int:
+    """Columns of labels that are not those of the inputs: a decoder's own tokens."""
+    widths = _widths(batch)
+    inputs = widths.get("attention_mask", widths.get("input_ids"))
+    return widths["labels"] if inputs is not None and widths.get("labels", inputs) != inputs else 0
+
+
+def _widths(batch: Mapping[str, Any]) -> dict[str, int]:
+    return {name: value.shape[1] for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 1}
 
 
 def steps_per_epoch(n_units: int, expected_batch_size: int) -> int:

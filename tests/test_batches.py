@@ -119,6 +119,16 @@ def test_padding_is_cut_only_where_it_is_known_to_be() -> None:
     assert short["pixel_values"].shape == (2, 3, 5, 5)
 
 
+def test_a_decoders_tokens_count_too() -> None:
+    """Encoder texts of 3, 2 and 5 tokens, and labels of another width, which stay as they are."""
+    batch = {**padded((3, 2, 5)), "labels": torch.ones(3, 4, dtype=torch.long)}
+    shapes = [(tuple(p["input_ids"].shape), tuple(p["labels"].shape)) for p, _ in cut(batch, range(3), max_tokens=14)]
+    assert shapes == [((2, 3), (2, 4)), ((1, 5), (1, 4))]
+    assert len(cut(batch, range(3), max_tokens=13)) == 3
+    labels_first = {"labels": batch["labels"], **{name: batch[name] for name in ("input_ids", "attention_mask")}}
+    assert [units.n for _, units in cut(labels_first, range(3), max_tokens=14)] == [2, 1]
+
+
 def test_boundaries_are_read_off_positions_or_lengths() -> None:
     wanted = torch.repeat_interleave(torch.arange(7), torch.tensor(LENGTHS)).tolist()
     for batch in (flat(), flat(position_ids_start=2), flat(return_position_ids=False)):
