@@ -17,6 +17,7 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.losses import ModelLoss, UnitLoss, learn_loss
 from dp_flash_hf.units import IGNORED, Units, leading_shape, select_items, select_unit, text_starts
 
+Prepare = Callable[[Mapping[str, Any]], tuple[dict[str, Any], Units]]
 _COMPUTED = 4  # units in the preflight's batch, computed together and one by one
 _LOOKED_AT = 64  # units they are chosen from
 
@@ -26,7 +27,7 @@ def preflight(
     model_loss: ModelLoss,
     dataset: Any,
     collate: Callable[[Any], Any],
-    prepare: Callable[[Mapping[str, Any]], tuple[dict[str, Any], Units]],
+    prepare: Prepare,
     keys_of: Callable[[int, int], list[tuple[int, int]]],
     *,
     n_units: int,
@@ -47,7 +48,7 @@ def preflight(
     chosen = choose_units(n_units, lambda unit: dataset[keys_of(unit, 0)[0]][0])
     keys = [key for number, unit in enumerate(chosen) for key in keys_of(unit, number)]
     batch, units = prepare(collate(dataset.__getitems__(keys)))
-    check_collator(dataset, collate, keys, rows_per_example)
+    check_collator(dataset, collate, prepare, keys, rows_per_example)
     with training_mode(model, False):
         loss = learn_loss(
             model_loss,
@@ -99,8 +100,10 @@ def length_of(example: Any) -> int:
     return max(map(len, sequences), default=0)
 
 
-def check_collator(dataset: Any, collate: Callable[[Any], Any], keys: list[tuple[int, int]], rows_per_example: int = 1) -> None:
-    """Raise PrivacyError where the collator lets the last example of a batch change other rows, as mixup and packing do.
+def check_collator(
+    dataset: Any, collate: Callable[[Any], Any], prepare: Prepare, keys: list[tuple[int, int]], rows_per_example: int
+) -> None:
+    """Raise PrivacyError where the last example of a batch changes other rows, as in mixup and packing, before the model.
 
     It is exchanged for the longest other one, so that padding stays, and random numbers are repeated.
     """
@@ -115,7 +118,7 @@ def check_collator(dataset: Any, collate: Callable[[Any], Any], keys: list[tuple
             torch.manual_seed(0)
             random.seed(0)
             np.random.seed(0)
-            batches.append(_copy_of(collate)([*copy.deepcopy(others), (copy.deepcopy(last), unit)]))
+            batches.append(prepare(_copy_of(collate)([*copy.deepcopy(others), (copy.deepcopy(last), unit)]))[0])
             random.setstate(state)
             np.random.set_state(numpy_state)
     *exchanged, whole = (_of_others(batch, len(keys), rows_per_example) for batch in batches)
@@ -124,7 +127,7 @@ def check_collator(dataset: Any, collate: Callable[[Any], Any], keys: list[tuple
             if name in other and other[name].shape == value.shape and not torch.equal(other[name], value):
                 raise PrivacyError(
                     f"the collator mixes examples: {name!r} of the others changes with the last one, so a unit would reach "
-                    "more than its own rows; mix and sort nothing in the collator"
+                    "more than its own rows; mix and sort nothing in the collator, nor in _prepare_inputs"
                 )
 
 
@@ -140,8 +143,6 @@ def _of_others(batch: Mapping[str, Any], n_examples: int, rows_per_example: int)
             out[name] = value.flatten(0, 1)[kept]
         elif units.kind == "rows" and len(value) == units.n_items:
             out[name] = value[kept]
-        elif units.kind == "rows" and len(value) == n_examples:
-            out[name] = value[:-1]
     return out
 
 

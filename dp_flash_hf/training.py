@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
-from typing import Any
+from collections.abc import Callable, Mapping, Sized
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -216,9 +216,10 @@ def _refuse_data(dataset: Any) -> None:
             "Poisson sampling needs a train_dataset with a length and random access: load it whole, not streaming"
         )
     columns = getattr(dataset, "column_names", None)
-    if columns is None and len(dataset) and isinstance(dataset, Sequence) and isinstance(dataset[0], Mapping):
-        columns = dataset[0]
-    if columns is not None and "seq_lengths" in columns:
+    if columns is None and len(dataset):
+        first = cast(Any, dataset)[0]
+        columns = first if isinstance(first, Mapping) else ()
+    if columns and "seq_lengths" in columns:
         raise UnsupportedError(
             "train_dataset holds packed rows (a column 'seq_lengths'): several texts of different units each. Give it one text "
             "per row, and let the collator flatten those drawn: padding_free=True of TRL's SFTConfig, or "

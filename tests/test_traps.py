@@ -296,6 +296,27 @@ def test_6_3_preflight_refuses_a_collator_that_mixes_examples(tmp_path: Path, mo
     assert dp.mechanism.steps == 2
 
 
+class Mixing(hf.Trainer):
+    """Mixes on the device, after the collator."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        batch = super()._prepare_inputs(inputs)
+        return {**batch, "labels": batch["labels"].flip(0)}
+
+
+def test_6_3_preflight_refuses_inputs_that_are_mixed_after_the_collator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for("gpt2", tmp_path, cls=Mixing)
+    dp = attached(trainer)
+    with pytest.raises(PrivacyError, match="mixes examples: 'labels'"):
+        trainer.train()
+    for check in ("check_collator", "check_alone"):
+        monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
+    trainer.train()
+    assert dp.mechanism.steps == 2
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_6_3_preflight_refuses_padding_that_units_feel(

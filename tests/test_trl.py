@@ -272,6 +272,14 @@ def test_padding_free_is_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not any(float(value.abs().max()) for value in flat[1].values())
 
 
+def test_padding_free_users_are_padded_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    users = {"privacy_unit": "user", "max_examples_per_unit": 3, "max_grad_norm": 1.0}
+    (padded,), (flat,) = (
+        sums_of(sft_of(name, tmp_path), monkeypatch, [0, 2, 5, 7], **users)[0] for name in ("padded", "padding-free")
+    )
+    assert distance(flat, padded) <= ROUNDING
+
+
 def test_a_trained_head_is_called_and_a_frozen_one_stays_fused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
