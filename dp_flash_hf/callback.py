@@ -308,7 +308,7 @@ def _refuse_settings(trainer: Trainer) -> None:
         ),
         "eval_dataset is train_dataset: it would choose learning rates or models without noise; hold data out": (
             trainer.train_dataset is not None
-            and any(data is trainer.train_dataset for data in evaluated)
+            and any(_is_same(data, trainer.train_dataset) for data in evaluated)
             and chosen_by_evaluation
         ),
         f"optim={args.optim}: it updates weights during backward, before noise; use adamw_torch": any(
@@ -323,3 +323,9 @@ def _refuse_settings(trainer: Trainer) -> None:
         **trl_trainers.refusals(trainer),
     }
     refuse(refused)
+
+
+def _is_same(data: Any, other: Any) -> bool:
+    """Whether two datasets are one, or made of one in the same way, as TRL prepares both that it is given."""
+    fingerprint = getattr(data, "_fingerprint", None)
+    return data is other or (fingerprint is not None and fingerprint == getattr(other, "_fingerprint", None))

@@ -642,6 +642,19 @@ def test_packed_rows_are_refused_whatever_the_settings_say(tmp_path: Path) -> No
         attached(sft(tmp_path, data=packed, dataset_kwargs={"skip_prepare_dataset": True}))
 
 
+@pytest.mark.parametrize("make", [sft, dpo, reward])
+def test_choices_by_results_on_the_training_data_are_refused(make: Callable[..., Any], tmp_path: Path) -> None:
+    """TRL prepares both datasets, so that the evaluation's is no longer the object that was given."""
+    data = texts() if make is sft else pairs()
+    trainer = make(tmp_path, data=data, eval_dataset=data, **REFERENCE[make is dpo])
+    assert trainer.eval_dataset is not trainer.train_dataset
+    trainer.args.load_best_model_at_end = True
+    with pytest.raises(UnsupportedError, match="eval_dataset is train_dataset"):
+        attached(trainer)
+    trainer.eval_dataset = trainer.eval_dataset.select(range(5))
+    attached(trainer)
+
+
 def test_a_subclass_that_changes_nothing_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, dp, _ = sums_of(lambda: sft(tmp_path, cls=OwnName), monkeypatch, [1, 2])
     assert dp.mechanism.steps == 1
