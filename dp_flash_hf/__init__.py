@@ -12,6 +12,7 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.layers import register_rule
 from dp_flash_hf.mechanism import DPSGD
 from dp_flash_hf.noise import fresh_generator
+from dp_flash_hf.private import make_private
 from dp_flash_hf.report import PrivacyReport
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "PrivacyReport",
     "UnsupportedError",
     "fresh_generator",
+    "make_private",
     "register_rule",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,39 +13,52 @@ from torch.utils.data import Dataset, Sampler
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.noise import fresh_generator
 from dp_flash_hf.sampling import PoissonSampler, choose_rows
-from dp_flash_hf.units import Units, leading_shape, select_items, subset
+from dp_flash_hf.units import IGNORED, Units, leading_shape, select_items, subset, text_starts
 
 UNITS = "dp_units"  # key under which the collator passes on the unit of every example
+# Inputs that hold something for every token; which other tensor of that width does is not known.
+_BY_TOKEN = {
+    "attention_mask",
+    "completion_mask",
+    "input_ids",
+    "inputs_embeds",
+    "labels",
+    "position_ids",
+    "special_tokens_mask",
+    "token_type_ids",
+}
 
 
 class PoissonBatches(Sampler[list[tuple[int, int]]]):
-    """Batch sampler of (row, unit) keys: every step is one draw, split into exactly `splits` parts, some of them empty.
+    """Batch sampler of (row, unit) keys: each of `steps` is one draw, split into exactly `splits` parts, some of them empty.
 
-    Units are numbered from 0 within each part and never split. len() is the number of parts in an "epoch": as many draws as it
-    takes to see each unit once on average.
+    The parts are about equal, or with `together` all but the first are empty. Units are numbered from 0 within each part and
+    never split.
     """
 
     def __init__(
         self,
         sampler: PoissonSampler,
         *,
+        steps: int,
         splits: int,
+        together: bool,
         rows: Sequence[Tensor] | None,
         max_examples_per_unit: int | None,
         lengths: Tensor | None,
         seed: int | None,
         first_step: int,
     ) -> None:
-        self.sampler, self.splits, self.rows, self.max_examples_per_unit = sampler, splits, rows, max_examples_per_unit
-        self.lengths = lengths
+        self.sampler, self.steps, self.splits, self.together = sampler, steps, splits, together
+        self.rows, self.max_examples_per_unit, self.lengths = rows, max_examples_per_unit, lengths
         self.seed, self.step = seed, first_step
         self._fresh = fresh_generator()
 
     def __len__(self) -> int:
-        return steps_per_epoch(self.sampler.n_units, self.sampler.expected_batch_size) * self.splits
+        return self.steps * self.splits
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for _ in range(len(self) // self.splits):
+        for _ in range(self.steps):
             generator = self._fresh
             if self.seed is not None:
                 generator = fresh_generator(seed=self.seed, stream=f"sampling step {self.step}")
@@ -53,7 +66,7 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
             drawn = self.sampler.draw(generator)
             if self.lengths is not None:  # the sum does not depend on who is computed with whom, but padding does
                 drawn = drawn[self.lengths[drawn].argsort()]
-            for part in drawn.tensor_split(self.splits):
+            for part in drawn.tensor_split([len(drawn)] * (self.splits - 1) if self.together else self.splits):
                 if self.rows is None or self.max_examples_per_unit is None:
                     yield [(row, unit) for unit, row in enumerate(part.tolist())]
                 else:
@@ -94,41 +107,104 @@ class UnitCollator:
         return {**self.collator([example for example, _ in examples]), UNITS: units}
 
 
-def units_of(batch: Mapping[str, Any], of_example: Tensor) -> Units:
-    """Units of a collated batch: its rows are the examples, or the segments of one row that a flattening collator made."""
+def units_of(batch: Mapping[str, Any], of_example: Tensor, rows_per_example: int = 1) -> Units:
+    """Units of a collated batch: its rows are the examples, or the segments of one row that a flattening collator made.
+
+    of_example: int64 (examples,), the unit of each.
+    rows_per_example: with 2, the second rows of all examples follow the first ones, as preference collators lay out pairs.
+    """
     of_example = of_example.cpu()
     shape = leading_shape(batch)
-    if shape[0] == len(of_example):
-        return Units.of(of_example, shape)
-    boundaries = batch.get("cu_seq_lens_q")
-    if boundaries is None and isinstance(batch.get("position_ids"), Tensor) and shape[0] == 1:
-        starts = (batch["position_ids"].flatten() == 0).nonzero().flatten().cpu()
-        boundaries = torch.cat([starts, torch.tensor([shape[-1]])])
-    if boundaries is None or len(boundaries) != len(of_example) + 1:
+    if shape[0] == len(of_example) * rows_per_example:
+        return Units.of(of_example.repeat(rows_per_example), shape)
+    starts = text_starts(batch) if shape[0] == 1 and rows_per_example == 1 else None
+    if starts is None or not bool(starts[0]) or int(starts.sum()) != len(of_example):
         raise UnsupportedError(
             f"the collator made {shape[0]} rows of {len(of_example)} examples, so it is unknown whose is which; use a collator "
-            "that keeps one row per example, or DataCollatorWithFlattening"
+            "that keeps one row per example, or DataCollatorWithFlattening, with position_ids or return_flash_attn_kwargs=True "
+            "and without pad_to_multiple_of"
         )
-    lengths = boundaries.cpu().long().diff()
-    return Units.of(torch.repeat_interleave(of_example, lengths).view(1, -1), shape)
+    return Units.of(of_example[starts.cumsum(0) - 1].view(1, -1), shape)
 
 
-def physical_batches(batch: dict[str, Any], units: Units, max_rows: int) -> Iterator[tuple[dict[str, Any], Units]]:
-    """Split the rows of a batch into about equal parts of at most `max_rows`, keeping each unit whole, and packed rows too."""
-    if units.kind == "tokens" or units.n_items <= max_rows:
-        yield batch, units
-        return
-    even = math.ceil(units.n_items / math.ceil(units.n_items / max_rows))
-    chosen: list[Tensor] = []
-    for unit in range(units.n):
-        own = units.items(unit)
-        if chosen and sum(map(len, chosen)) + len(own) > even:
-            items = torch.cat(chosen)
-            yield select_items(batch, units, items), subset(units, items)
-            chosen = []
-        chosen.append(own)
-    items = torch.cat(chosen)
-    yield select_items(batch, units, items), subset(units, items)
+def physical_batches(
+    batch: dict[str, Any], units: Units, examples: Sequence[int], *, max_examples: int, max_tokens: int | None = None
+) -> Iterator[tuple[dict[str, Any], Units]]:
+    """Split a batch into parts that fit on the device, each unit whole.
+
+    examples: of each unit. max_examples: the parts are about equal, and hold at most so many, or one unit.
+    max_tokens: instead, the parts hold at most so many tokens, padding included, or one unit; texts of like length are put
+    together, and trailing columns that are padding in a whole part are cut off.
+    """
+    if max_tokens is None:
+        even = math.ceil(sum(examples) / math.ceil(sum(examples) / max_examples))
+        groups = _groups(range(units.n), lambda group: sum(examples[unit] for unit in group) <= even)
+    elif units.kind == "tokens":
+        groups = _groups(range(units.n), lambda group: sum(units.sizes[unit] for unit in group) <= max_tokens)
+    else:
+        of_row = text_lengths(batch) + _decoder_length(batch)
+        lengths = [int(of_row[units.items(unit)].max()) for unit in range(units.n)]
+        groups = _groups(
+            sorted(range(units.n), key=lengths.__getitem__),
+            lambda group: sum(units.sizes[unit] for unit in group) * max(lengths[unit] for unit in group) <= max_tokens,
+        )
+    for group in groups:
+        # In the order of the batch: the halves of pairs stand in it, and the texts of a packed row must stay whole.
+        items = torch.isin(units.of_item, torch.tensor(group)).nonzero().flatten()
+        whole = len(items) == units.n_items
+        part, part_units = (batch, units) if whole else (select_items(batch, units, items), subset(units, items))
+        yield part if max_tokens is None or units.kind == "tokens" else without_trailing_padding(part), part_units
+
+
+def _groups(units: Iterable[int], fits: Callable[[list[int]], bool]) -> list[list[int]]:
+    """Runs of units that fit, each as long as possible; a unit that fits nowhere is alone."""
+    groups: list[list[int]] = []
+    for unit in units:
+        if groups and fits([*groups[-1], unit]):
+            groups[-1].append(unit)
+        else:
+            groups.append([unit])
+    return groups
+
+
+def text_lengths(batch: Mapping[str, Any]) -> Tensor:
+    """int64 (rows,): up to which column each row holds something, 1 at least: a token that is attended to, or a label.
+
+    The whole width where columns are not known to be padding: without an attention mask, or beside a tensor of its width whose
+    columns are not known to be tokens.
+    """
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = leading_shape(batch)
+        return torch.full(shape[:1], shape[-1])
+    if any(name not in _BY_TOKEN and width == mask.shape[1] for name, width in _widths(batch).items()):
+        return torch.full(mask.shape[:1], mask.shape[1])
+    used = mask != 0
+    if isinstance(labels, Tensor) and labels.shape == mask.shape:
+        used = used | (labels != IGNORED)
+    return (used * torch.arange(1, mask.shape[1] + 1, device=used.device)).amax(1).clamp(min=1).cpu()
+
+
+def without_trailing_padding(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch without the columns at its end that are padding in every row."""
+    mask, length = batch.get("attention_mask"), int(text_lengths(batch).max())
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or length == mask.shape[1]:
+        return batch
+    return {
+        name: value[:, :length].contiguous() if isinstance(value, Tensor) and value.shape[:2] == mask.shape else value
+        for name, value in batch.items()
+    }
+
+
+def _decoder_length(batch: Mapping[str, Any]) -> int:
+    """Columns of labels that are not those of the inputs: a decoder's own tokens."""
+    widths = _widths(batch)
+    inputs = widths.get("attention_mask", widths.get("input_ids"))
+    return widths["labels"] if inputs is not None and widths.get("labels", inputs) != inputs else 0
+
+
+def _widths(batch: Mapping[str, Any]) -> dict[str, int]:
+    return {name: value.shape[1] for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 1}
 
 
 def steps_per_epoch(n_units: int, expected_batch_size: int) -> int:

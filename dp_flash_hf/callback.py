@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils.dataclasses import DistributedType, DynamoBackend
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.utils import logging
 
-from dp_flash_hf.accountant import PrivacyPlan
-from dp_flash_hf.batches import UNITS, PoissonBatches, UnitCollator, WithUnits, physical_batches, steps_per_epoch, units_of
+from dp_flash_hf import trl_trainers
+from dp_flash_hf.batches import UNITS, PoissonBatches, steps_per_epoch
 from dp_flash_hf.config import PrivacyConfig
-from dp_flash_hf.engine import ClippingEngine, Strategy, training_mode
+from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
-from dp_flash_hf.losses import UnitLoss, learn_loss
 from dp_flash_hf.mechanism import DPSGD
-from dp_flash_hf.preflight import check_collator, check_padding, check_training_mode, choose_units
+from dp_flash_hf.preflight import length_of
 from dp_flash_hf.report import PrivacyReport
-from dp_flash_hf.sampling import group_rows
-from dp_flash_hf.units import Units, select_unit
+from dp_flash_hf.training import PrivateTraining, accelerator_refusals, refuse
 
 logger = logging.get_logger(__name__)
 
 
 class DPCallback(TrainerCallback, ExportableState):
-    """Differentially private training for a `Trainer` or `Seq2SeqTrainer`.
+    """Differentially private training for a `Trainer` or `Seq2SeqTrainer`, and TRL's SFT, DPO and reward trainers.
 
         dp = DPCallback(PrivacyConfig(target_epsilon=8.0, target_delta=1e-6)).attach(trainer)
         trainer.train()
@@ -44,19 +39,17 @@ class DPCallback(TrainerCallback, ExportableState):
     Poisson sampling and computed in physical batches of at most `per_device_train_batch_size` rows; a unit is never split.
     `TrainingArguments.max_grad_norm` is not used: `PrivacyConfig.max_grad_norm` clips every unit instead.
 
-    strategy: see `ClippingEngine`; it changes speed and memory, never the numbers.
+    max_tokens_per_device: compute physical batches of at most so many tokens instead, padding included (or of one unit): texts
+        of like length together, and padding cut off. Faster and leaner where lengths differ.
+    strategy: see `ClippingEngine`. Both change speed and memory, never the numbers.
     """
 
-    def __init__(self, config: PrivacyConfig, *, strategy: Strategy = "auto") -> None:
+    def __init__(self, config: PrivacyConfig, *, max_tokens_per_device: int | None = None, strategy: Strategy = "auto") -> None:
         if not isinstance(config, PrivacyConfig):
             raise invalid("config", expected="a PrivacyConfig", actual=config, remedy="DPCallback(PrivacyConfig(...))")
-        self.config, self.strategy = config, strategy
-        self.engine: ClippingEngine | None = None
-        self._mechanism: DPSGD | None = None
+        self.config, self.max_tokens_per_device, self.strategy = config, max_tokens_per_device, strategy
+        self._training: PrivateTraining | None = None
         self._trainer: Any = None
-        self._unit_loss: UnitLoss | None = None
-        self._dataset: Any = None
-        self._rows: list[Tensor] | None = None  # of each unit; None where every row is one
 
     def attach(self, trainer: Trainer) -> DPCallback:
         """Make this trainer train privately, and return the callback itself.
@@ -69,22 +62,20 @@ class DPCallback(TrainerCallback, ExportableState):
         if any(isinstance(callback, DPCallback) and callback is not self for callback in trainer.callback_handler.callbacks):
             raise UnsupportedError("the trainer has another DPCallback; attach one only")
         _refuse_settings(trainer)
-        dataset = trainer.train_dataset
-        if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
-            raise UnsupportedError(
-                "Poisson sampling needs a train_dataset with a length and random access: load it whole, not streaming"
-            )
-        rows = None if self.config.privacy_unit is None else group_rows(_column(dataset, self.config.privacy_unit))
-        n_units = len(dataset) if rows is None else len(rows)
         args = trainer.args
-        expected = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch(n_units, expected))
-        plan = PrivacyPlan.from_config(self.config, n_units=n_units, expected_batch_size=expected, steps=steps)
-        self._mechanism, self._dataset, self._rows, self._trainer = DPSGD(self.config, plan), dataset, rows, trainer
-        logger.info(
-            f"private training planned: noise multiplier {plan.noise_multiplier:.4g}, sampling rate "
-            f"{plan.sampler.sampling_rate:.4g}, {steps} steps, epsilon {plan.epsilon():.4g} at delta {plan.target_delta:g}"
+        self._training = PrivateTraining(
+            self.config,
+            trainer.train_dataset,
+            expected_batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            steps=args.max_steps if args.max_steps > 0 else None,
+            epochs=args.num_train_epochs,
+            max_examples=args.per_device_train_batch_size,
+            max_tokens=self.max_tokens_per_device,
+            strategy=self.strategy,
+            rows_per_example=trl_trainers.rows_per_example(trainer),
         )
+        self._trainer = trainer
+        trl_trainers.call_the_head(trainer)
         self._original_train, self._original_log = trainer.train, trainer.log
         self._original_num_items = trainer._get_num_items_in_batch
         overrides: dict[str, Callable[..., Any]] = {
@@ -106,15 +97,25 @@ class DPCallback(TrainerCallback, ExportableState):
         return self
 
     @property
+    def training(self) -> PrivateTraining:
+        """What is planned and done. Raises PrivacyError before `attach`."""
+        if self._training is None:
+            raise PrivacyError("DPCallback was not attached: call DPCallback(config).attach(trainer) before trainer.train()")
+        return self._training
+
+    @property
     def mechanism(self) -> DPSGD:
         """Plan and ledger. Raises PrivacyError before `attach`."""
-        if self._mechanism is None:
-            raise PrivacyError("DPCallback was not attached: call DPCallback(config).attach(trainer) before trainer.train()")
-        return self._mechanism
+        return self.training.mechanism
+
+    @property
+    def engine(self) -> ClippingEngine | None:
+        """What clips; None before training. Raises PrivacyError before `attach`."""
+        return self.training.engine
 
     def report(self) -> PrivacyReport:
         """What was spent so far, and on which assumptions."""
-        return self.mechanism.report()
+        return self.training.report()
 
     def state(self) -> dict[str, Any]:
         """What `Trainer` saves with every checkpoint."""
@@ -147,11 +148,14 @@ class DPCallback(TrainerCallback, ExportableState):
                 )
         if mechanism.steps_left < min(1, state.max_steps - state.global_step):
             raise PrivacyError(f"the {mechanism.plan.steps} planned steps are spent; more would exceed the privacy budget")
-        self.engine = ClippingEngine(
-            trainer.model, max_grad_norm=self.config.max_grad_norm, clipping=self.config.clipping, strategy=self.strategy
+        self.training.start(trainer.model, kwargs["optimizer"])
+        self.training.check(
+            loader,
+            self._model_loss,
+            lambda batch: trl_trainers.as_rows(trainer, trainer._prepare_inputs(batch)),
+            reduced_precision=args.bf16,
         )
-        mechanism.start(self.engine, kwargs["optimizer"])
-        self._preflight(loader)
+        trl_trainers.forget_metrics(trainer, "train")  # of the units that were tried
 
     def on_pre_optimizer_step(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -186,36 +190,27 @@ class DPCallback(TrainerCallback, ExportableState):
         try:
             return self._original_train(*args, **kwargs)
         finally:
-            self.mechanism.stop()
-            if self.engine is not None:
-                self.engine.detach()
-                self._trainer.model.zero_grad()  # what an interrupted step left was clipped, but has no noise
+            self.training.stop()
 
     def _train_dataloader(self) -> DataLoader[Any]:
-        trainer, args = self._trainer, self._trainer.args
+        trainer, args, training = self._trainer, self._trainer.args, self.training
         dataset, collator = trainer.train_dataset, trainer.data_collator
         if hasattr(dataset, "column_names"):
             dataset = trainer._remove_unused_columns(dataset, description="training")
         else:
             collator = trainer._get_collator_with_removed_columns(collator, description="training")
-        n_units = self.mechanism.plan.sampler.n_units
-        if trainer.train_dataset is not self._dataset or (self._rows is None and len(dataset) != n_units):
+        sampler = self.mechanism.plan.sampler
+        if trainer.train_dataset is not training.dataset or (training.rows is None and len(dataset) != sampler.n_units):
             raise PrivacyError(
-                f"train_dataset changed since attach, when it had {n_units} units; attach after the data are final"
+                f"train_dataset changed since attach, when it had {sampler.n_units} units; attach after the data are final"
             )
         workers = args.dataloader_num_workers
-        return DataLoader(
-            WithUnits(dataset),
-            batch_sampler=PoissonBatches(
-                self.mechanism.plan.sampler,
-                splits=args.gradient_accumulation_steps,
-                rows=self._rows,
-                max_examples_per_unit=self.config.max_examples_per_unit,
-                lengths=self._lengths() if getattr(args, "train_sampling_strategy", "random") == "group_by_length" else None,
-                seed=self.config.seed,
-                first_step=self.mechanism.steps,
-            ),
-            collate_fn=UnitCollator(collator),
+        return training.loader(
+            dataset,
+            collator,
+            steps=steps_per_epoch(sampler.n_units, sampler.expected_batch_size),
+            splits=args.gradient_accumulation_steps,
+            lengths=self._lengths() if getattr(args, "train_sampling_strategy", "random") == "group_by_length" else None,
             num_workers=workers,
             pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
@@ -226,8 +221,9 @@ class DPCallback(TrainerCallback, ExportableState):
         """Tokens of the longest row of each unit: int64 (units,)."""
         dataset, column = self._trainer.train_dataset, self._trainer.args.length_column_name
         given = column in getattr(dataset, "column_names", ())
-        rows = torch.tensor(dataset[column] if given else [len(row["input_ids"]) for row in dataset])
-        return rows if self._rows is None else torch.stack([rows[own].max() for own in self._rows])
+        of_row = torch.tensor(dataset[column] if given else [length_of(dataset[row]) for row in range(len(dataset))])
+        rows = self.training.rows
+        return of_row if rows is None else torch.stack([of_row[own].max() for own in rows])
 
     def _training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         trainer = self._trainer
@@ -235,18 +231,20 @@ class DPCallback(TrainerCallback, ExportableState):
         train_mode = getattr(trainer.optimizer, "train", None)
         if callable(train_mode):
             train_mode()  # schedule-free optimizers
-        assert self.engine is not None
-        assert self._unit_loss is not None
-        total, labels = torch.zeros((), device=trainer.args.device), 0.0
-        if len(inputs[UNITS]):
-            batch, units = self._prepared(inputs)
-            for part, part_units in physical_batches(batch, units, trainer.args.per_device_train_batch_size):
-                scale = self._unit_loss.scale(part, part_units) if self.config.unit_loss == "mean" else None
-                total += self.engine.backward(self._unit_loss, part, part_units, scale)
-                labels += self._unit_loss.count(part)
-        # For display only: the mean over this batch's labels. Nothing of it reaches the gradients.
-        mean: Tensor = total / max(labels, 1.0) / trainer.args.gradient_accumulation_steps
-        return mean
+        mean = self.training.add(inputs).to(trainer.args.device)
+        parts = 1 if self.max_tokens_per_device is not None else trainer.args.gradient_accumulation_steps
+        return mean / parts  # the trainer adds up the parts of a step
+
+    def _model_loss(self, batch: dict[str, Any], num_items: Tensor | None) -> Tensor:
+        trainer = self._trainer
+        parameters = inspect.signature(trainer.compute_loss).parameters
+        accepts_count = "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        with trainer.compute_loss_context_manager():
+            count = {"num_items_in_batch": num_items} if accepts_count else {}
+            loss: Tensor = trainer.compute_loss(trainer.model_wrapped, trl_trainers.as_collated(trainer, batch), **count)
+        if not trainer.model.training:
+            trl_trainers.forget_metrics(trainer, "eval")  # a look at how the model computes is no evaluation
+        return loss
 
     def _num_items(self, batches: list[dict[str, Any]], device: torch.device) -> Any:
         # In training, it would divide every unit's loss by what others hold; evaluation is the trainer's own.
@@ -259,83 +257,13 @@ class DPCallback(TrainerCallback, ExportableState):
         for name in ("grad_norm", "total_flos"):  # in case another trainer computes them: they hold no noise
             logs.pop(name, None)
         logs["privacy/epsilon"] = self.mechanism.epsilon()
+        trl_trainers.mark_metrics(self._trainer)
         self._original_log(logs, *(() if start_time is None else (start_time,)))
-
-    # Steps.
-
-    def _prepared(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Units]:
-        batch = dict(inputs)
-        of_example = batch.pop(UNITS)
-        batch = dict(self._trainer._prepare_inputs(batch))
-        return batch, units_of(batch, of_example)
-
-    def _preflight(self, loader: DataLoader[Any]) -> None:
-        """Learn how the loss divides, and prove isolation and exactness on the user's own model and data, before any step."""
-        trainer = self._trainer
-        assert loader.collate_fn is not None
-        assert self.engine is not None
-        dataset: Any = loader.dataset
-        collate = loader.collate_fn
-
-        def keys_of(unit: int, number: int) -> list[tuple[int, int]]:
-            own = [unit] if self._rows is None else self._rows[unit][: self.config.max_examples_per_unit].tolist()
-            return [(row, number) for row in own]
-
-        chosen = choose_units(self.mechanism.plan.sampler.n_units, lambda unit: dataset[keys_of(unit, 0)[0]][0])
-        keys = [key for number, unit in enumerate(chosen) for key in keys_of(unit, number)]
-        batch, units = self._prepared(collate(dataset.__getitems__(keys)))
-        check_collator(dataset, collate, keys)
-        parameters = inspect.signature(trainer.compute_loss).parameters
-        accepts_count = "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-        def model_loss(part: dict[str, Any], num_items: Tensor | None) -> Tensor:
-            with trainer.compute_loss_context_manager():
-                count = {"num_items_in_batch": num_items} if accepts_count else {}
-                loss: Tensor = trainer.compute_loss(trainer.model_wrapped, part, **count)
-                return loss
-
-        low = trainer.args.bf16 or any(p.dtype in (torch.bfloat16, torch.float16) for p in trainer.model.parameters())
-        with training_mode(trainer.model, False):
-            self._unit_loss = learn_loss(
-                model_loss,
-                batch,
-                units,
-                lambda whole, unit: select_unit(whole, units, unit),
-                n_classes=getattr(getattr(trainer.model, "config", None), "num_labels", None),
-                tolerance=1e-2 if low else 1e-4,
-            )
-        scale = self._unit_loss.scale(batch, units)
-        self.engine.check(self._unit_loss, batch, units, scale, tolerance=0.05 if low else 1e-3)
-        if units.kind == "rows":
-
-            def alone(number: int) -> dict[str, Any]:
-                return self._prepared(collate(dataset.__getitems__(keys_of(chosen[number], 0))))[0]
-
-            check_padding(self.engine, self._unit_loss, batch, units, scale, alone, tolerance=0.05 if low else 1e-3)
-            # With equal shapes there is little rounding to allow for.
-            check_training_mode(self.engine, self._unit_loss, batch, units, scale, tolerance=1e-3 if low else 1e-5)
-        attention = getattr(trainer.model.config, "_attn_implementation", None) if hasattr(trainer.model, "config") else None
-        forms = sorted(set(self.engine.forms().values()))
-        logger.info(
-            f"preflight passed on {units.n} units: the loss is a {self._unit_loss.divides} over {self._unit_loss.counted}, "
-            f"attention is {attention}, gradients are exact by {', '.join(forms)}"
-        )
-
-
-def _column(dataset: Any, name: str) -> list[Any]:
-    columns = getattr(dataset, "column_names", None)
-    if columns is not None and name not in columns:
-        raise invalid(
-            "privacy_unit", expected=f"a column of train_dataset ({', '.join(columns)})", actual=name, remedy="name one"
-        )
-    values = dataset[name] if columns is not None else [dataset[row][name] for row in range(len(dataset))]
-    return [value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value for value in values]
 
 
 def _refuse_settings(trainer: Trainer) -> None:
     """Raise UnsupportedError for everything under which the guarantee would not hold, all of it in one message."""
     args = trainer.args
-    accelerator = trainer.accelerator
     callbacks = trainer.callback_handler.callbacks
     evaluated = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
     chosen_by_evaluation = (
@@ -346,28 +274,22 @@ def _refuse_settings(trainer: Trainer) -> None:
     )
     config = getattr(trainer.model, "config", None)
     text_config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
+    stock = trl_trainers.examined(trainer)
+    replaced = ("training_step", "get_train_dataloader", "_get_train_sampler")
     overridden = [
-        name for name in ("training_step", "get_train_dataloader", "_get_train_sampler") if not _is_stock(trainer, name)
+        name
+        for name in (replaced if stock is None else (*replaced, *trl_trainers.RELIED_ON))
+        if getattr(type(trainer), name, None) is not getattr(stock or Trainer, name, None)
     ]
     refused = {
         "fp16: its loss scaling skips steps depending on the data; use bf16=True or float32": args.fp16,
         "auto_find_batch_size: retries depend on the data; set per_device_train_batch_size": args.auto_find_batch_size,
         "DataParallel: each replica sees part of a batch; use one device": args.n_gpu > 1,
-        "more than one process: not yet supported; launch one process": args.world_size > 1,
         "DeepSpeed: its engine owns backward; use one process without it": bool(args.deepspeed),
         "fsdp: not yet supported; use one process without it": bool(args.fsdp),
-        f"{accelerator.distributed_type}: not yet supported; launch one process, without DeepSpeed, FSDP or Megatron": (
-            accelerator.distributed_type != DistributedType.NO and args.world_size <= 1 and not (args.deepspeed or args.fsdp)
-        ),
-        f"mixed_precision={accelerator.mixed_precision!r}: its scaling depends on other units; use 'bf16' or 'no'": (
-            accelerator.mixed_precision not in ("no", "bf16") and not args.fp16
-        ),
+        **accelerator_refusals(trainer.accelerator, trainer.model),
         "parallelism_config: not yet supported; leave it out": getattr(args, "parallelism_config", None) is not None,
-        "torch_compile: not yet supported; set it to False": (
-            args.torch_compile
-            or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-            or hasattr(trainer.model, "_orig_mod")
-        ),
+        "torch_compile: not yet supported; set it to False": args.torch_compile,
         "dataloader_drop_last: Poisson batches have no remainder to drop; set it to False": args.dataloader_drop_last,
         f"train_sampling_strategy={args.train_sampling_strategy!r} is not accounted; use 'random' or 'group_by_length'": (
             getattr(args, "train_sampling_strategy", "random") not in ("random", "group_by_length")
@@ -386,7 +308,7 @@ def _refuse_settings(trainer: Trainer) -> None:
         ),
         "eval_dataset is train_dataset: it would choose learning rates or models without noise; hold data out": (
             trainer.train_dataset is not None
-            and any(data is trainer.train_dataset for data in evaluated)
+            and any(_is_same(data, trainer.train_dataset) for data in evaluated)
             and chosen_by_evaluation
         ),
         f"optim={args.optim}: it updates weights during backward, before noise; use adamw_torch": any(
@@ -397,15 +319,13 @@ def _refuse_settings(trainer: Trainer) -> None:
         "output_router_logits: the load-balancing loss is computed over all units; set config.output_router_logits=False": (
             getattr(text_config, "output_router_logits", False)
         ),
-        f"{type(trainer).__name__} overrides {', '.join(overridden)}, which DPCallback replaces": bool(overridden),
-        f"{type(trainer).__name__}: trainers of TRL couple or pair rows in ways not yet supported; use Trainer": (
-            type(trainer).__module__.startswith("trl.")
-        ),
+        f"{type(trainer).__name__} overrides {', '.join(overridden)}, which DPCallback replaces or relies on": bool(overridden),
+        **trl_trainers.refusals(trainer),
     }
-    found = [message for message, present in refused.items() if present]
-    if found:
-        raise UnsupportedError("private training is not possible with " + "; and ".join(found))
+    refuse(refused)
 
 
-def _is_stock(trainer: Trainer, name: str) -> bool:
-    return getattr(type(trainer), name, None) is getattr(Trainer, name, None)
+def _is_same(data: Any, other: Any) -> bool:
+    """Whether two datasets are one, or made of one in the same way, as TRL prepares both that it is given."""
+    fingerprint = getattr(data, "_fingerprint", None)
+    return data is other or (fingerprint is not None and fingerprint == getattr(other, "_fingerprint", None))

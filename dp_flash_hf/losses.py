@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dp_flash_hf.errors import UnsupportedError
-from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape
+from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, text_starts
 
 _LABELS_TRIED = 16  # each costs a forward pass of the preflight's batch and of its units
 
@@ -35,14 +35,15 @@ def _valid_labels(batch: Batch, counted: Counted) -> Tensor | None:
     return valid
 
 
-def label_counts(batch: Batch, units: Units, counted: Counted) -> Tensor:
+def label_counts(batch: Batch, units: Units, counted: Counted, rows_per_example: int = 1) -> Tensor:
     """How many labels each unit has: float32 (units,) on the CPU.
 
     "labels" counts those not ignored, "shifted labels" leaves out the first position, which a causal model predicts from
-    nothing, and "rows" counts the unit's rows.
+    nothing, and "rows" counts the unit's rows, or pairs of them with `rows_per_example=2`.
     """
     valid = _valid_labels(batch, counted)
-    per_item = torch.ones(units.n_items) if valid is None else valid.cpu().float().reshape(units.n_items, -1).sum(1)
+    nothing = torch.full((units.n_items,), 1 / rows_per_example)
+    per_item = nothing if valid is None else valid.cpu().float().reshape(units.n_items, -1).sum(1)
     owned = units.of_item >= 0
     return torch.zeros(units.n).index_add_(0, units.of_item[owned], per_item[owned])
 
@@ -53,11 +54,13 @@ class UnitLoss:
 
     divides: whether the model divides by what it counts in the batch ("mean"), or by the number it is given ("sum").
     counted: what it counts.
+    rows_per_example: 2 where the loss is one of pairs of rows.
     """
 
     model_loss: ModelLoss
     divides: Literal["mean", "sum"]
     counted: Counted
+    rows_per_example: int = 1
 
     def __call__(self, batch: Batch) -> Tensor:
         """Sum of all label losses of the batch, a scalar with gradient.
@@ -74,11 +77,11 @@ class UnitLoss:
     def count(self, batch: Batch) -> int:
         """How many labels the batch has."""
         valid = _valid_labels(batch, self.counted)
-        return leading_shape(batch)[0] if valid is None else int(valid.sum())
+        return leading_shape(batch)[0] // self.rows_per_example if valid is None else int(valid.sum())
 
     def scale(self, batch: Batch, units: Units) -> Tensor:
         """Factor of each unit, float32 (units,), that makes its sum a mean over its own labels; 0 for a unit without labels."""
-        counts = label_counts(batch, units, self.counted)
+        counts = label_counts(batch, units, self.counted, self.rows_per_example)
         return torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)
 
 
@@ -89,6 +92,7 @@ def learn_loss(
     alone: Callable[[Batch, int], Mapping[str, Any]],
     *,
     n_classes: int | None = None,
+    rows_per_example: int = 1,
     tolerance: float = 1e-4,
 ) -> UnitLoss:
     """Find out how a model divides its loss: from one unit at least, from two where it divides by what the batch holds.
@@ -116,9 +120,8 @@ def learn_loss(
         if once != 0.0 and abs(half / once - 0.5) < 1e-2:
             found = once / loss(one, None)
             single = Units(units.kind, torch.zeros(units.sizes[0], dtype=torch.long), 1)
-            return UnitLoss(
-                model_loss, "sum", min(options, key=lambda option: abs(float(label_counts(one, single, option)) - found))
-            )
+            counted = min(options, key=lambda option: abs(float(label_counts(one, single, option)) - found))
+            return UnitLoss(model_loss, "sum", counted, rows_per_example)
         # Likely labels for the first unit and unlikely ones for the rest: losses far apart tell the ways of counting apart.
         first = [loss(alone(_relabelled(batch, units, value, value), 0), 1.0) for value in values]
         likely = values[first.index(min(first))]
@@ -136,9 +139,9 @@ def learn_loss(
     if not (errors[best] <= tolerance and apart > 3 * errors[best] + 1e-6):  # also when something is not a number
         raise UnsupportedError(
             "the model's loss is neither a mean over rows or labels nor a sum divided by num_items_in_batch, so units would "
-            f"share a denominator (relative errors {errors}); override Trainer.compute_loss to return such a loss"
+            f"share a denominator (relative errors {errors}); override Trainer.compute_loss, or give a loss_fn, that does"
         )
-    return UnitLoss(model_loss, "mean", best)
+    return UnitLoss(model_loss, "mean", best, rows_per_example)
 
 
 def _refuse_answers_outside(batch: Batch) -> None:
@@ -181,7 +184,7 @@ def _relabelled(batch: dict[str, Any], units: Units, first: int, others: int) ->
     """The batch with three labels `first` at the start of the first unit's texts, and one label, the second, in all `others`.
 
     A text of the first unit then counts 1 row, 3 labels, 2 shifted labels, every other text 1 of each. In a packed row no text
-    has a label at its own start. A row of a classifier has one label anyway.
+    has a label at its own start, where it would be predicted from the text before. A row of a classifier has one label anyway.
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
@@ -193,10 +196,13 @@ def _relabelled(batch: dict[str, Any], units: Units, first: int, others: int) ->
         return {**batch, "labels": torch.where(of_first, first, others).expand_as(labels).to(labels.dtype)}
     made = torch.full_like(labels, IGNORED)
     flat = made.flatten(1) if units.kind == "rows" else made.flatten()
+    starts = text_starts(batch) if units.kind == "tokens" else None
     for unit in range(units.n):
-        items = units.items(unit).to(labels.device)
+        items = units.items(unit)
+        within = items[1:] if starts is None else items[~starts[items]]
+        items, within = items.to(labels.device), within.to(labels.device)
         if units.kind == "tokens":
-            flat[items[1 : 4 if unit == 0 else 2]] = first if unit == 0 else others
+            flat[within[: 3 if unit == 0 else 1]] = first if unit == 0 else others
         elif unit == 0:
             flat[items, :3] = first
         else:

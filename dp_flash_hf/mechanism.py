@@ -76,14 +76,19 @@ class DPSGD:
             handle.remove()
         self._handles, self._engine = [], None
 
-    def release(self) -> None:
-        """Noise the clipped sums, once, and make them the gradients of one optimizer step."""
+    def require_next(self) -> None:
+        """Raise PrivacyError where `release` may not be called now."""
         if self._engine is None:
             raise PrivacyError("release() before start(): there is no engine to release gradients of")
         if self._gradient == "released":
             raise PrivacyError("release() twice in one step: call optimizer.step() in between")
         if self.steps_left <= 0:
             raise PrivacyError(f"the {self.plan.steps} planned steps are spent: one more would exceed the privacy budget")
+
+    def release(self) -> None:
+        """Noise the clipped sums, once, and make them the gradients of one optimizer step."""
+        self.require_next()
+        assert self._engine is not None
         self.ledger.record(self.plan.sampler, self.plan.noise_multiplier)  # counted before it can be seen
         sums = self._engine.take_sums()
         std = self.plan.noise_multiplier * self._engine.max_grad_norm

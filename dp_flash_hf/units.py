@@ -143,7 +143,7 @@ def select_unit(batch: Batch, units: Units, unit: int) -> dict[str, Any]:
     """The part of a batch that belongs to one unit, as a batch of its own.
 
     Rows: tensors whose first size is the number of rows are indexed along it. Tokens: tensors laid out as the packed rows are
-    cut to one row of that unit's tokens, and the boundaries of flash attention (`cu_seq_lens_*`, `max_length_*`) follow.
+    cut to one row of that unit's tokens, and the boundaries between its texts (`cu_seq_lens_*`, `max_length_*`) follow.
     Everything else passes through, except tensors of two or more dimensions laid out otherwise (pictures of many rows in one
     tensor, say): a unit alone would still see everybody's. They raise ValueError.
     """
@@ -151,18 +151,36 @@ def select_unit(batch: Batch, units: Units, unit: int) -> dict[str, Any]:
 
 
 def select_items(batch: Batch, units: Units, items: Tensor) -> dict[str, Any]:
-    """As `select_unit`, for any rows, or for the tokens of one unit."""
-    return {name: _select(name, value, units, items) for name, value in batch.items()}
+    """As `select_unit`, for any rows, or for the tokens of any units, in their order."""
+    return {name: _select(name, value, units, items, batch) for name, value in batch.items()}
 
 
-def _select(name: str, value: Any, units: Units, items: Tensor) -> Any:
+def text_starts(batch: Batch) -> Tensor | None:
+    """Bool (length,), on the CPU: where the texts of one packed row start; None where the batch does not say."""
+    length = leading_shape(batch)[-1]
+    ends, positions = batch.get("cu_seq_lens_q"), batch.get("position_ids")
+    starts = torch.zeros(length, dtype=torch.bool)
+    if isinstance(ends, Tensor):
+        begun = ends.cpu().long()  # what follows the last boundary is a text too, of nobody
+        starts[begun[begun < length]] = True
+    elif isinstance(positions, Tensor) and positions.shape[-1] == length and positions.numel() == length:
+        starts[1:] = positions.flatten().diff().cpu() != 1
+        starts[:1] = True
+    else:
+        return None
+    return starts
+
+
+def _select(name: str, value: Any, units: Units, items: Tensor, batch: Batch) -> Any:
     if isinstance(value, Mapping):
-        return {k: _select(k, v, units, items) for k, v in value.items()}
+        return {k: _select(k, v, units, items, value) for k, v in value.items()}
     if units.kind == "tokens":
         if name.startswith("cu_seq_lens"):
-            return torch.tensor([0, len(items)], dtype=torch.int32, device=value.device)
+            return torch.cat([torch.zeros(1), _text_lengths(value, items).cumsum(0)]).to(value)
         if name.startswith("max_length"):
-            return len(items) if isinstance(value, int) else torch.full_like(value, len(items))
+            ends = batch.get(name.replace("max_length", "cu_seq_lens"), batch.get("cu_seq_lens_q"))
+            longest = len(items) if ends is None else int(_text_lengths(ends, items).max())
+            return longest if isinstance(value, int) else torch.full_like(value, longest)
         if isinstance(value, Tensor) and tuple(value.shape[:2]) == units.shape:
             return value.flatten(0, 1).index_select(0, items.to(value.device)).unsqueeze(0)
     elif isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == units.n_items:
@@ -180,7 +198,14 @@ def _select(name: str, value: Any, units: Units, items: Tensor) -> Any:
     return value
 
 
+def _text_lengths(boundaries: Tensor, items: Tensor) -> Tensor:
+    """How many of these tokens (ascending) belong to each text that has any."""
+    text = torch.bucketize(items, boundaries.cpu().long()[1:], right=True)
+    counts: Tensor = torch.unique_consecutive(text, return_counts=True)[1]
+    return counts
+
+
 def subset(units: Units, items: Tensor) -> Units:
-    """The units of some rows, renumbered from 0 in order of first appearance of their numbers."""
+    """The units of some rows or tokens, renumbered from 0 in the order of their numbers."""
     kept, renumbered = torch.unique(units.of_item[items], return_inverse=True)
-    return replace(units, of_item=renumbered, n=len(kept))
+    return replace(units, of_item=renumbered, n=len(kept), shape=(1, len(items)) if units.kind == "tokens" else ())

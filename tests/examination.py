@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 from dp_flash_hf.engine import ClippingEngine, training_mode
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.losses import UnitLoss, learn_loss
-from dp_flash_hf.preflight import check_padding, check_training_mode
+from dp_flash_hf.preflight import check_alone, check_training_mode
 from dp_flash_hf.units import Units, select_unit
 from tests.models import Batch
 from tests.oracle import clipped_sum, grads, total_norm, unit_gradients
@@ -155,7 +155,7 @@ class _Candidate:
         try:
             engine.check(loss, batch, self.units, self.scale, tolerance=1e-3)
             alone = partial(self.specimen.alone, cut=not one_length)
-            check_padding(engine, loss, batch, self.units, self.scale, alone, tolerance=1e-3)
+            check_alone(engine, loss, batch, self.units, self.scale, alone, tolerance=1e-3)
             check_training_mode(engine, loss, batch, self.units, self.scale, tolerance=1e-5)
         except _REFUSALS as error:
             return str(error)

@@ -127,9 +127,8 @@ def sums_of(
     with monkeypatch.context() as patch:
         seen = watch(patch)
         draws(patch, *steps)
-        changes = {
-            name: settings.pop(name) for name in ("unit_loss", "privacy_unit", "max_examples_per_unit") if name in settings
-        }
+        ours = ("unit_loss", "privacy_unit", "max_examples_per_unit", "max_tokens_per_device")
+        changes = {name: settings.pop(name) for name in ours if name in settings}
         trainer = trainer_for(model, path, settings.pop("data", texts()), max_steps=len(steps), **settings)
         attached(trainer, max_grad_norm=bound, **changes)
         trainer.train()
@@ -152,6 +151,8 @@ DRAWS: tuple[list[int], ...] = ([0, 3, 4, 9, 11, 17, 20], [], [5])
         {"accelerator_config": {"split_batches": True, "dispatch_batches": True}},
         {"optim": "adamw_torch_fused"},
         {"max_grad_norm": 0.0},
+        {"max_tokens_per_device": 20, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"max_tokens_per_device": 1},
     ],
     ids=str,
 )
@@ -185,23 +186,35 @@ def test_unit_loss_sum_does_not_divide(tmp_path: Path, monkeypatch: pytest.Monke
     assert distance(got, wanted) <= ROUNDING
 
 
+FLATTENING: tuple[dict[str, bool], ...] = (
+    {},
+    {"return_flash_attn_kwargs": True},
+    {"return_seq_idx": True},
+    {"return_position_ids": False, "return_flash_attn_kwargs": True},
+)
+
+
+def flattening(**options: Any) -> Any:
+    return hf.DataCollatorWithFlattening(**options)  # type: ignore[no-untyped-call]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "dp_flash"])
-def test_flattened_batches_equal_padded_ones(attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", FLATTENING, ids=str)
+def test_flattened_batches_equal_padded_ones(
+    attention: str, options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DataCollatorWithFlattening makes one packed row of the drawn texts: the same units, the same sums."""
     model = without_dropout(tiny("llama"))
     model.set_attn_implementation(attention)
     padded = sums_of(model, tmp_path, monkeypatch, *DRAWS)
-    for options in ({}, {"return_flash_attn_kwargs": True}):
-        collator: Any = hf.DataCollatorWithFlattening(**options)  # type: ignore[no-untyped-call]
-        flat = sums_of(
-            model,
-            tmp_path,
-            monkeypatch,
-            *DRAWS,
-            collator=collator,
-            gradient_accumulation_steps=2,
-            per_device_train_batch_size=2,
-        )
+    collator = flattening(**options)
+    if attention != "dp_flash" and not options.get("return_position_ids", True):
+        with pytest.raises(PrivacyError, match=r"texts of a flattened batch see each other.*attn_implementation='dp_flash'"):
+            sums_of(model, tmp_path, monkeypatch, *DRAWS, collator=collator)  # these read boundaries off positions only
+        return
+    split = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    for settings in ({}, split, {"max_tokens_per_device": 20}, {**split, "max_tokens_per_device": 1}):
+        flat = sums_of(model, tmp_path, monkeypatch, *DRAWS, collator=collator, **settings)
         assert distance(flat[0], padded[0]) <= ROUNDING
         assert distance(flat[2], padded[2]) <= ROUNDING
 

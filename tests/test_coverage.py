@@ -129,7 +129,7 @@ def test_a_thousandth_off_in_torchs_rms_norm_is_found(monkeypatch: pytest.Monkey
 def test_padding_that_nothing_refuses_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     felt = ("question-answering", "BertForQuestionAnswering")  # its softmax runs over the padding too
     assert examine(*felt).verdict == "one length"
-    monkeypatch.setattr("tests.examination.check_padding", lambda *args, **kwargs: None)
+    monkeypatch.setattr("tests.examination.check_alone", lambda *args, **kwargs: None)
     assert examine(*felt).verdict == "inexact"
 
 

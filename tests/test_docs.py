@@ -69,7 +69,8 @@ def names(tmp_path: Path) -> dict[str, Any]:
         "model": model,
         "dataset": rows,
         "collate": collate,
-        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "optimizer": (optimizer := torch.optim.AdamW(model.parameters(), lr=1e-3)),
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
         "accelerator": Accelerator(cpu=True),
     }
 
@@ -83,7 +84,15 @@ def test_the_two_lines(names: dict[str, Any], capsys: pytest.CaptureFixture[str]
 
 def test_the_loop_of_ones_own(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     before = [p.detach().clone() for p in names["model"].parameters()]
-    exec(block("README.md", "mechanism.release()"), names)
+    exec(block("README.md", "private.backward(batch)"), names)
+    assert "epsilon <= " in capsys.readouterr().out
+    assert names["private"].report().steps == names["private"].report().planned_steps == 15
+    assert not any(torch.equal(old, new) for old, new in zip(before, names["model"].parameters(), strict=True))
+
+
+def test_the_loop_from_the_parts(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    before = [p.detach().clone() for p in names["model"].parameters()]
+    exec(block("docs/extending.md", "mechanism.release()"), names)
     assert "epsilon <= " in capsys.readouterr().out
     assert names["mechanism"].steps == names["plan"].steps == 20
     assert not any(torch.equal(old, new) for old, new in zip(before, names["model"].parameters(), strict=True))

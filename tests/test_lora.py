@@ -150,8 +150,8 @@ def test_labels_are_counted_as_without_an_adapter(tmp_path: Path) -> None:
         trainer = trainer_for(model, tmp_path)
         dp = attached(trainer)
         trainer.train()
-        assert dp._unit_loss is not None
-        assert (dp._unit_loss.divides, dp._unit_loss.counted) == ("sum", "shifted labels")
+        assert dp.training._loss is not None
+        assert (dp.training._loss.divides, dp.training._loss.counted) == ("sum", "shifted labels")
 
 
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])

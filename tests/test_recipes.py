@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -328,6 +329,69 @@ def test_language_models_train_on_a_csv(
     weights = "adapter_model.safetensors" if name == "lora_finetune" else "model.safetensors"
     assert (tmp_path / "run" / weights).is_file()
     assert re.search(r"loss per token on 128 held-out rows: \d", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("unit", [None, "user"])
+def test_sft_answers_prompts_without_padding(
+    chat: bool, unit: str | None, rows: Path, decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl")
+    table = Dataset.from_csv(str(rows))
+    data = tmp_path / "users.csv"
+    table.add_column("user", [f"user {row // 2}" for row in range(len(table))]).to_csv(data)
+    model = decoder
+    if chat:
+        model = str(tmp_path / "chat")
+        shutil.copytree(decoder, model)
+        tokenizer = ByT5Tokenizer.from_pretrained(model)
+        tokenizer.chat_template = "{% for message in messages %}{{ message['role'] + ':' + message['content'] }}{% endfor %}"
+        tokenizer.save_pretrained(model)
+    columns = [f"dataset={data}", f"eval_dataset={data}", "prompt_column=category", "text_column=text", "max_length=16"]
+    batch = [
+        "per_device_train_batch_size=16",
+        "gradient_accumulation_steps=2",
+        "max_steps=2",
+        "warmup_steps=0",
+        "max_tokens=64",
+    ]
+    users = [] if unit is None else [f"privacy_unit={unit}", "max_examples_per_unit=2"]
+    command = ["train", "sft_lora", f"model={model}", f"output_dir={tmp_path / 'run'}", "max_tokens=64"]
+    cli.main([*command, *columns, *batch, *SMALL, *users])
+    report = _report(tmp_path / "run")
+    assert (report.n_units, report.steps) == (128 if unit is None else 64, 2)
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert re.search(r"loss per token on 128 held-out rows: \d", capsys.readouterr().out)
+
+
+def test_sft_cuts_each_row_by_itself() -> None:
+    sft_lora = importlib.import_module("dp_flash_hf.recipes.sft_lora")
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]}, {"input_ids": [5], "labels": [5]}])
+    assert sft_lora.truncated(rows, 3)[:] == {"input_ids": [[1, 2, 3], [5]], "labels": [[-100, 2, 3], [5]]}
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "null"])
+def test_dpo_trains_on_pairs(prompt: str, decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trl")
+    pairs = [{"prompt": f"{i}:", "good": f"{i}:aa" * 2, "bad": f"{i}:bbb", "user": i // 4} for i in range(64)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    columns = [
+        f"dataset={data}",
+        f"eval_dataset={data}",
+        f"prompt_column={prompt}",
+        "chosen_column=good",
+        "rejected_column=bad",
+    ]
+    batch = ["per_device_train_batch_size=4", "gradient_accumulation_steps=2", "max_steps=2", "warmup_steps=0", "max_tokens=80"]
+    users = ["privacy_unit=user", "max_examples_per_unit=2"] if prompt == "null" else []
+    command = ["train", "dpo_lora", f"model={decoder}", f"output_dir={tmp_path / 'run'}", f"prompt_column={prompt}"]
+    cli.main([*command, *columns, *batch, *SMALL, *users])
+    report = _report(tmp_path / "run")
+    assert (report.n_units, report.steps) == (16 if users else 64, 2)
+    assert report.unit == ("all rows with the same 'user'" if users else "one pair of texts")
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert re.search(r"preferred in [\d.]+ of 64 held-out pairs", capsys.readouterr().out)
 
 
 QUICK = ["hidden_size=16", "num_layers=1", "num_heads=2", "max_length=16", "logging_steps=1", "per_device_eval_batch_size=256"]

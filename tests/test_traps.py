@@ -16,9 +16,9 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from dp_flash_hf import callback as callback_module
 from dp_flash_hf import engine as engine_module
 from dp_flash_hf import mechanism as mechanism_module
+from dp_flash_hf import preflight as preflight_module
 from dp_flash_hf.callback import DPCallback
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
@@ -171,8 +171,8 @@ def test_6_3_would_fail_with_the_models_own_mean_and_preflight_sees_it(
     with pytest.raises(PrivacyError, match="couples units"):
         coupling(name, tmp_path, monkeypatch)
     monkeypatch.setattr(ClippingEngine, "check", lambda *args, **kwargs: None)
-    for check in ("check_training_mode", "check_padding"):
-        monkeypatch.setattr(callback_module, check, lambda *args, **kwargs: None)
+    for check in ("check_training_mode", "check_alone"):
+        monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
     assert coupling(name, tmp_path, monkeypatch) > 0.1
 
 
@@ -253,8 +253,8 @@ def test_6_3_would_train_such_layers_without_preflight(
     module: MeanOfRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ClippingEngine, "check", lambda *args, **kwargs: None)
-    for check in ("check_training_mode", "check_padding"):
-        monkeypatch.setattr(callback_module, check, lambda *args, **kwargs: None)
+    for check in ("check_training_mode", "check_alone"):
+        monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
     trainer = trainer_for(built_in(module), tmp_path)
     dp = attached(trainer)
     trainer.train()
@@ -290,8 +290,29 @@ def test_6_3_preflight_refuses_a_collator_that_mixes_examples(tmp_path: Path, mo
     dp = attached(trainer)
     with pytest.raises(PrivacyError, match="collator mixes"):
         trainer.train()
-    for check in ("check_collator", "check_padding"):
-        monkeypatch.setattr(callback_module, check, lambda *args, **kwargs: None)
+    for check in ("check_collator", "check_alone"):
+        monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
+    trainer.train()
+    assert dp.mechanism.steps == 2
+
+
+class Mixing(hf.Trainer):
+    """Mixes on the device, after the collator."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        batch = super()._prepare_inputs(inputs)
+        return {**batch, "labels": batch["labels"].flip(0)}
+
+
+def test_6_3_preflight_refuses_inputs_that_are_mixed_after_the_collator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for("gpt2", tmp_path, cls=Mixing)
+    dp = attached(trainer)
+    with pytest.raises(PrivacyError, match="mixes examples: 'labels'"):
+        trainer.train()
+    for check in ("check_collator", "check_alone"):
+        monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
     trainer.train()
     assert dp.mechanism.steps == 2
 
@@ -318,7 +339,7 @@ def test_6_3_preflight_refuses_padding_that_units_feel(
         with pytest.raises(PrivacyError, match="depends on the others' lengths"):
             trainer.train()
         assert dp.mechanism.steps == 0
-        monkeypatch.setattr(callback_module, "check_padding", lambda *args, **kwargs: None)
+        monkeypatch.setattr(preflight_module, "check_alone", lambda *args, **kwargs: None)
     trainer.train()
     assert dp.mechanism.steps == 2
 
@@ -422,8 +443,8 @@ def test_6_4_physical_batches_hold_each_drawn_unit_once(
     for row, example in enumerate(data):
         example["input_ids"] = [3 + row] * 3
     trainer = trainer_for("gpt2", tmp_path, data, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    for check in ("check_training_mode", "check_padding"):
-        monkeypatch.setattr(callback_module, check, lambda *args, **kwargs: None)
+    for check in ("check_training_mode", "check_alone"):
+        monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
     dp = attached(trainer)
     monkeypatch.setattr(ClippingEngine, "backward", recorded)
     trainer.train()
@@ -649,8 +670,8 @@ def test_6_6_several_reasons_come_in_one_message(tmp_path: Path) -> None:
 
 
 def test_6_6_trl_trainers_are_refused_by_name(tmp_path: Path) -> None:
-    trainer = trainer_for("gpt2", tmp_path, cls=type("SFTTrainer", (hf.Trainer,), {"__module__": "trl.trainer.sft_trainer"}))
-    assert_refused(trainer, "SFTTrainer: trainers of TRL")
+    trainer = trainer_for("gpt2", tmp_path, cls=type("KTOTrainer", (hf.Trainer,), {"__module__": "trl.trainer.kto_trainer"}))
+    assert_refused(trainer, "KTOTrainer: it sets the completions")
 
 
 @pytest.mark.parametrize("settings", [{"lr_scheduler_type": "reduce_lr_on_plateau"}, {"load_best_model_at_end": True}], ids=str)

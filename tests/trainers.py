@@ -110,8 +110,8 @@ def config(**changes: Any) -> PrivacyConfig:
     return PrivacyConfig(**{"target_delta": 1e-3, "noise_multiplier": 1.0, "accountant": "rdp", **changes})
 
 
-def attached(trainer: hf.Trainer, **changes: Any) -> DPCallback:
-    return DPCallback(config(**changes)).attach(trainer)
+def attached(trainer: hf.Trainer, *, max_tokens_per_device: int | None = None, **changes: Any) -> DPCallback:
+    return DPCallback(config(**changes), max_tokens_per_device=max_tokens_per_device).attach(trainer)
 
 
 @dataclass

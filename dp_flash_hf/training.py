@@ -1,0 +1,237 @@
+"""Private training on a dataset, whoever runs the loop: what `DPCallback` and `make_private` share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate.accelerator import Accelerator
+from accelerate.utils.dataclasses import DistributedType, DynamoBackend
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.utils import logging
+
+from dp_flash_hf.accountant import PrivacyPlan
+from dp_flash_hf.batches import UNITS, PoissonBatches, UnitCollator, WithUnits, physical_batches, steps_per_epoch, units_of
+from dp_flash_hf.config import PrivacyConfig
+from dp_flash_hf.engine import ClippingEngine, Strategy
+from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
+from dp_flash_hf.losses import ModelLoss, UnitLoss
+from dp_flash_hf.mechanism import DPSGD
+from dp_flash_hf.preflight import preflight
+from dp_flash_hf.report import PrivacyReport
+from dp_flash_hf.sampling import group_rows
+from dp_flash_hf.units import Units
+
+logger = logging.get_logger(__name__)
+
+Move = Callable[[dict[str, Any]], Mapping[str, Any]]  # a collated batch -> the same on the model's device
+
+
+class PrivateTraining:
+    """Draws, clipped sums, noise, books, and the checks before the first step.
+
+        loader = training.loader(dataset, collate, steps=..., splits=...)
+        training.start(model, optimizer); training.check(loader, model_loss, move)
+        for every step: training.add(part) for its parts; training.mechanism.release(); optimizer.step(); optimizer.zero_grad()
+        training.stop()
+
+    steps, epochs: how long; epochs count draws that see every unit once on average, and are used without steps.
+    max_examples, max_tokens: what fits on the device, see `physical_batches`.
+    rows_per_example: 2 where the collator makes two rows of an example, all the first ones before all the second ones.
+
+    Raises UnsupportedError for data that cannot be sampled; ValueError when the budget cannot be met.
+    """
+
+    def __init__(
+        self,
+        config: PrivacyConfig,
+        dataset: Any,
+        *,
+        expected_batch_size: int,
+        steps: int | None,
+        epochs: float,
+        max_examples: int,
+        max_tokens: int | None,
+        strategy: Strategy,
+        rows_per_example: int = 1,
+    ) -> None:
+        if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1):
+            raise invalid(
+                "max_tokens_per_device", expected="None or a whole number >= 1", actual=max_tokens, remedy="4096, say"
+            )
+        _refuse_data(dataset)
+        self.config, self.dataset, self.strategy = config, dataset, strategy
+        self.max_examples, self.max_tokens = max_examples, max_tokens
+        self.rows_per_example = rows_per_example
+        self.rows = None if config.privacy_unit is None else group_rows(_column(dataset, config.privacy_unit))
+        n_units = len(dataset) if self.rows is None else len(self.rows)
+        steps = steps or math.ceil(epochs * steps_per_epoch(n_units, expected_batch_size))
+        plan = PrivacyPlan.from_config(config, n_units=n_units, expected_batch_size=expected_batch_size, steps=steps)
+        self.mechanism = DPSGD(config, plan)
+        self.engine: ClippingEngine | None = None
+        self._loss: UnitLoss | None = None
+        self._move: Move = dict
+        logger.info(
+            f"private training planned: noise multiplier {plan.noise_multiplier:.4g}, sampling rate "
+            f"{plan.sampler.sampling_rate:.4g}, {steps} steps, epsilon {plan.epsilon():.4g} at delta {plan.target_delta:g}"
+        )
+
+    def report(self) -> PrivacyReport:
+        """What was spent so far, and on which assumptions."""
+        pair = "one pair of texts" if self.rows_per_example == 2 and self.config.privacy_unit is None else None
+        return PrivacyReport.of(self.config, self.mechanism.plan, self.mechanism.ledger, unit=pair)
+
+    def loader(
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        *,
+        steps: int,
+        splits: int = 1,
+        lengths: Tensor | None = None,
+        **options: Any,
+    ) -> DataLoader[Any]:
+        """Poisson draws from `dataset` (the one planned for, or it without some columns) for so many steps, in `splits` parts.
+
+        lengths: int64 (units,), to put units of like length into one part. options: of torch's DataLoader.
+        """
+        return DataLoader(
+            WithUnits(dataset),
+            batch_sampler=PoissonBatches(
+                self.mechanism.plan.sampler,
+                steps=steps,
+                splits=splits,
+                together=self.max_tokens is not None,  # `physical_batches` then sees the whole draw, and sorts it by length
+                rows=self.rows,
+                max_examples_per_unit=self.config.max_examples_per_unit,
+                lengths=lengths,
+                seed=self.config.seed,
+                first_step=self.mechanism.steps,
+            ),
+            collate_fn=UnitCollator(collate),
+            **options,
+        )
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """From now on the optimizer refuses gradients without noise. Raises PrivacyError unless it trains exactly the model."""
+        if self.engine is not None:
+            self.engine.detach()
+        self.engine = ClippingEngine(
+            model, max_grad_norm=self.config.max_grad_norm, clipping=self.config.clipping, strategy=self.strategy
+        )
+        self.mechanism.start(self.engine, optimizer)
+
+    def check(self, loader: DataLoader[Any], model_loss: ModelLoss, move: Move, *, reduced_precision: bool) -> None:
+        """Prove on the data themselves, before the first step, that steps will be private: see `preflight`."""
+        assert self.engine is not None
+        assert loader.collate_fn is not None
+        self._move = move
+
+        def keys_of(unit: int, number: int) -> list[tuple[int, int]]:
+            own = [unit] if self.rows is None else self.rows[unit][: self.config.max_examples_per_unit].tolist()
+            return [(row, number) for row in own]
+
+        self._loss = preflight(
+            self.engine,
+            model_loss,
+            loader.dataset,
+            loader.collate_fn,
+            self._prepared,
+            keys_of,
+            n_units=self.mechanism.plan.sampler.n_units,
+            rows_per_example=self.rows_per_example,
+            cut_padding=self.max_tokens is not None,
+            reduced_precision=reduced_precision or any(p.dtype.itemsize < 4 for p in self.engine.model.parameters()),
+        )
+        attention = getattr(getattr(self.engine.model, "config", None), "_attn_implementation", None)
+        forms = sorted(set(self.engine.forms().values()))
+        logger.info(
+            f"preflight passed: the loss is a {self._loss.divides} over {self._loss.counted}, attention is {attention}, "
+            f"gradients are exact by {', '.join(forms)}"
+        )
+
+    def add(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Add the clipped gradients of one part of a draw, and return its mean loss per label, for display only."""
+        assert self.engine is not None
+        if self._loss is None:
+            raise PrivacyError("a step before check(): how the loss divides is not known")
+        total, labels = torch.zeros(()), 0.0
+        of_example = inputs[UNITS]
+        if len(of_example):
+            batch, units = self._prepared(inputs)
+            examples = torch.bincount(of_example.cpu(), minlength=units.n).tolist()
+            for part, part_units in physical_batches(
+                batch, units, examples, max_examples=self.max_examples, max_tokens=self.max_tokens
+            ):
+                scale = self._loss.scale(part, part_units) if self.config.unit_loss == "mean" else None
+                loss = self.engine.backward(self._loss, part, part_units, scale)
+                total = total.to(loss.device) + loss
+                labels += self._loss.count(part)
+        return total / max(labels, 1.0)
+
+    def stop(self) -> None:
+        """Let go of model and optimizer, as they are without the library; what was spent stays on the books."""
+        self.mechanism.stop()
+        if self.engine is not None:
+            self.engine.detach()
+            self.engine.model.zero_grad()  # what an interrupted step left was clipped, but has no noise
+
+    def _prepared(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Units]:
+        batch = dict(inputs)
+        of_example = batch.pop(UNITS)
+        batch = dict(self._move(batch))
+        return batch, units_of(batch, of_example, self.rows_per_example)
+
+
+def accelerator_refusals(accelerator: Accelerator, model: object) -> dict[str, bool]:
+    """What of Accelerate's settings cannot be private, and whether it is set."""
+    return {
+        "more than one process: not yet supported; launch one process": accelerator.num_processes > 1,
+        f"{accelerator.distributed_type}: not yet supported; launch one process, without DeepSpeed, FSDP or Megatron": (
+            accelerator.distributed_type != DistributedType.NO and accelerator.num_processes <= 1
+        ),
+        f"mixed_precision={accelerator.mixed_precision!r}: its scaling depends on other units; use 'bf16' or 'no'": (
+            accelerator.mixed_precision not in ("no", "bf16")
+        ),
+        "torch_compile: not yet supported; leave it off": (
+            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or hasattr(model, "_orig_mod")
+        ),
+    }
+
+
+def refuse(reasons: dict[str, bool]) -> None:
+    """Raise UnsupportedError for all that is present, in one message."""
+    found = [message for message, present in reasons.items() if present]
+    if found:
+        raise UnsupportedError("private training is not possible with " + "; and ".join(found))
+
+
+def _refuse_data(dataset: Any) -> None:
+    if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
+        raise UnsupportedError(
+            "Poisson sampling needs a train_dataset with a length and random access: load it whole, not streaming"
+        )
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and len(dataset):
+        first = cast(Any, dataset)[0]
+        columns = first if isinstance(first, Mapping) else ()
+    if columns and "seq_lengths" in columns:
+        raise UnsupportedError(
+            "train_dataset holds packed rows (a column 'seq_lengths'): several texts of different units each. Give it one text "
+            "per row, and let the collator flatten those drawn: padding_free=True of TRL's SFTConfig, or "
+            "DataCollatorWithFlattening"
+        )
+
+
+def _column(dataset: Any, name: str) -> list[Any]:
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and name not in columns:
+        raise invalid(
+            "privacy_unit", expected=f"a column of train_dataset ({', '.join(columns)})", actual=name, remedy="name one"
+        )
+    values = dataset[name] if columns is not None else [dataset[row][name] for row in range(len(dataset))]
+    return [value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value for value in values]

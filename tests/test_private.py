@@ -1,0 +1,431 @@
+"""`make_private`: a loop of one's own, with the guarantee of `DPCallback`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from accelerate.accelerator import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from dp_flash_hf import PrivacyConfig, make_private
+from dp_flash_hf import mechanism as mechanism_module
+from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.private import PrivateLoop
+from tests.models import tiny
+from tests.oracle import distance, total_norm
+from tests.trainers import Pad, Seen, attached, config, draws, texts, trainer_for, watch, without_dropout
+
+ROUNDING = 4 * float(torch.finfo(torch.float32).eps)
+DRAWS: tuple[list[int], ...] = ([0, 3, 4, 9, 11, 17, 20], [], [5])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps the settings of a process's first Accelerator."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def loop(
+    model: Any = "gpt2", *, optimizer: Any = None, accelerator: Accelerator | None = None, privacy: Any = None, **changes: Any
+) -> tuple[PrivateLoop, Any, Any]:
+    model = without_dropout(tiny(model)) if isinstance(model, str) else model
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
+    settings: dict[str, Any] = {
+        "train_dataset": texts(),
+        "collate_fn": Pad(),
+        "accelerator": accelerator or Accelerator(cpu=True),
+        "config": privacy or config(),
+        "expected_batch_size": 4,
+        "max_rows_per_device": 4,
+        **changes,
+    }
+    if "epochs" not in settings:
+        settings.setdefault("steps", 3)
+    return make_private(model=model, optimizer=optimizer, **settings), model, optimizer
+
+
+def run(private: PrivateLoop, optimizer: Any) -> int:
+    steps = 0
+    for batch in private.loader:
+        private.backward(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    return steps
+
+
+# Training.
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_rows_per_device": 2},
+        {"max_tokens_per_device": 20},
+        {"num_workers": 2},
+        {"strategy": "microbatch"},
+        {"collate_fn": hf.DataCollatorWithFlattening()},  # type: ignore[no-untyped-call]
+        {"loss_fn": lambda model, batch: model(**batch).loss},
+    ],
+    ids=str,
+)
+def test_the_sums_are_those_of_the_callback(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Seen] = []
+    for ours in (False, True):
+        with monkeypatch.context() as patch:
+            seen.append(watch(patch))
+            draws(patch, *DRAWS)
+            if ours:
+                private, _, optimizer = loop("llama", privacy=config(max_grad_norm=3.5), **changes)
+                assert run(private, optimizer) == 3
+            else:
+                trainer = trainer_for("llama", tmp_path, max_steps=3, learning_rate=1.0, lr_scheduler_type="constant")
+                attached(trainer, max_grad_norm=3.5)
+                trainer.train()
+    callbacks, loops = seen
+    assert distance(loops.sums[0], callbacks.sums[0]) <= ROUNDING
+    assert len(loops.sums) == 3
+    assert not any(float(value.abs().max()) for value in loops.sums[1].values())
+    # The weights moved by fresh noise, so later sums agree in size only.
+    assert total_norm(loops.sums[2]) == pytest.approx(total_norm(callbacks.sums[2]), rel=0.2)
+
+
+def test_with_one_seed_the_weights_are_those_of_the_callback(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path, max_steps=3, learning_rate=0.5, lr_scheduler_type="constant")
+    attached(trainer, seed=3)
+    trainer.train()
+    model = without_dropout(tiny("gpt2"))
+    private, _, optimizer = loop(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.5), privacy=config(seed=3))
+    run(private, optimizer)
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_users_are_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [{**example, "user": row // 3} for row, example in enumerate(texts())]
+    seen = watch(monkeypatch)
+    draws(monkeypatch, [0, 2, 7])
+    privacy = config(privacy_unit="user", max_examples_per_unit=3, max_grad_norm=1e-3)
+    private, _, optimizer = loop(train_dataset=data, privacy=privacy, steps=1, expected_batch_size=2)
+    run(private, optimizer)
+    assert total_norm(seen.sums[0]) <= 3e-3 * (1 + 1e-6)  # of nine rows
+    assert private.report().n_units == 8
+    assert private.report().unit == "all rows with the same 'user'"
+
+
+def test_epochs_spend_the_budget_and_no_more() -> None:
+    private, model, optimizer = loop(privacy=PrivacyConfig(target_epsilon=8.0, target_delta=1e-3), epochs=1.5)
+    before = model.lm_head.weight.clone()
+    assert (len(private.loader), private.steps_left) == (9, 9)
+    batches = iter(private.loader)
+    assert run(private, optimizer) == 9
+    assert not torch.equal(before, model.lm_head.weight)
+    report = private.report()
+    assert report.steps == report.planned_steps == 9
+    assert 0.998 * 8.0 <= report.epsilon <= 8.0
+    assert report.private
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(PrivacyError, match="9 planned steps are spent"):
+        private.backward(next(batches))
+    with pytest.raises(PrivacyError, match="without noise"):
+        optimizer.step()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert len(private.loader) == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_prepared_before_or_after(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = watch(monkeypatch)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = without_dropout(tiny("gpt2", torch.float32))
+    raw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(raw)
+    if first:
+        prepared, optimizer, scheduler = accelerator.prepare(model, raw, scheduler)  # type: ignore[no-untyped-call]
+        private, _, _ = loop(prepared, optimizer=optimizer, accelerator=accelerator)
+    else:
+        private, _, _ = loop(model, optimizer=raw, accelerator=accelerator)
+        _, optimizer, scheduler = accelerator.prepare(model, raw, scheduler)  # type: ignore[no-untyped-call]
+    before = model.lm_head.weight.clone()
+    for batch in private.loader:
+        loss = private.backward(batch)
+        assert math.isfinite(float(loss))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert private.report().steps == len(seen.released) == 3
+    assert not torch.equal(before, model.lm_head.weight)
+    with pytest.raises(PrivacyError, match="without noise"):
+        optimizer.step()
+
+
+def test_the_loss_shown_is_the_mean_over_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws(monkeypatch, [1, 2, 6], [])
+    private, model, optimizer = loop("bert", steps=2, max_rows_per_device=2)
+    wanted = float(model(**Pad()([texts()[row] for row in (1, 2, 6)])).loss.detach())
+    shown = []
+    for batch in private.loader:
+        shown.append(float(private.backward(batch)))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert shown == [pytest.approx(wanted), 0.0]
+
+
+def test_a_draw_may_not_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skipping empty batches, as loops do, would show which steps had nobody."""
+    draws(monkeypatch, [1, 2], [], [3])
+    private, _, optimizer = loop()
+
+    def skipping() -> None:
+        for batch in private.loader:
+            if "input_ids" in batch:
+                private.backward(batch)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with pytest.raises(PrivacyError, match="also an empty one takes a noisy step"):
+        skipping()
+    assert private.report().steps == 1
+    assert next(iter(private.loader))  # to look at one is no step
+
+
+# Mistakes.
+
+
+def test_an_optimizer_without_backward_is_stopped() -> None:
+    _, model, optimizer = loop()
+    before = model.lm_head.weight.clone()
+    model(**Pad()(texts()[:2])).loss.backward()
+    with pytest.raises(PrivacyError, match="gradients without noise"):
+        optimizer.step()
+    assert torch.equal(before, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("when", ["before", "before an empty draw", "after"])
+def test_a_gradient_of_ones_own_is_refused(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws(monkeypatch, [] if "empty" in when else [1, 2])
+    private, model, optimizer = loop(steps=1)
+    before = model.lm_head.weight.clone()
+    (batch,) = private.loader
+    if when == "after":
+        private.backward(batch)
+    model(**Pad()(texts()[:2])).loss.backward()
+    if when == "after":
+        with pytest.raises(PrivacyError, match="changed between release"):
+            optimizer.step()
+    else:
+        with pytest.raises(PrivacyError, match="not made by the engine"):
+            private.backward(batch)
+        with pytest.raises(PrivacyError, match="without noise"):
+            optimizer.step()
+    assert torch.equal(before, model.lm_head.weight)
+
+
+def test_without_the_guard_that_gradient_would_be_used() -> None:
+    private, model, optimizer = loop()
+    before = model.lm_head.weight.clone()
+    private.stop()
+    model(**Pad()(texts()[:2])).loss.backward()
+    optimizer.step()
+    assert not torch.equal(before, model.lm_head.weight)
+
+
+def test_gradients_changed_after_backward_are_refused() -> None:
+    private, model, optimizer = loop()
+    private.backward(next(iter(private.loader)))
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(PrivacyError, match="changed between release"):
+        optimizer.step()
+
+
+def test_a_batch_is_one_draw_used_once() -> None:
+    private, _, optimizer = loop()
+    with pytest.raises(PrivacyError, match=r"not drawn by private\.loader"):
+        private.backward(Pad()(texts()[:4]))
+    batch = next(iter(private.loader))
+    private.backward(batch)
+    with pytest.raises(PrivacyError, match=r"twice in one step"):
+        private.backward(next(iter(private.loader)))
+    optimizer.step()
+    with pytest.raises(PrivacyError, match="used before"):
+        private.backward(batch)
+    with pytest.raises(PrivacyError, match=r"zero_grad\(\) first"):  # forgotten
+        private.backward(next(iter(private.loader)))
+    optimizer.zero_grad()
+    private.backward(next(iter(private.loader)))
+    assert private.report().steps == 2
+
+
+@pytest.mark.parametrize("kind", ["missing", "foreign"])
+def test_the_optimizer_trains_exactly_the_model(kind: str) -> None:
+    model = without_dropout(tiny("gpt2"))
+    parameters = list(model.parameters())
+    wrong = parameters[1:] if kind == "missing" else [*parameters, nn.Parameter(torch.zeros(2))]
+    with pytest.raises(PrivacyError, match="the optimizer must update exactly the trained parameters"):
+        loop(model, optimizer=torch.optim.SGD(wrong, lr=1.0))
+
+
+def contrastive(model: Any, batch: dict[str, Any]) -> Tensor:
+    hidden = model.transformer(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    return F.cross_entropy(hidden[:, 0] @ hidden.mean(1).T, torch.arange(len(hidden)))
+
+
+class MeanOfRows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1e-3 * x.mean(0, keepdim=True)
+
+
+def test_what_couples_units_is_found_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks of `DPCallback`; without them the same model trains."""
+    private, _, _ = loop(loss_fn=contrastive)
+    with pytest.raises((PrivacyError, UnsupportedError), match="units"):
+        private.backward(next(iter(private.loader)))
+    model = without_dropout(tiny("gpt2"))
+    model.transformer.drop = MeanOfRows()
+    private, _, optimizer = loop(model)
+    with pytest.raises(PrivacyError, match="unit"):
+        private.backward(next(iter(private.loader)))
+    with pytest.raises(PrivacyError, match="without noise"):
+        optimizer.step()
+    assert private.report().steps == 0
+    private.stop()
+    monkeypatch.setattr(ClippingEngine, "check", lambda *args, **kwargs: None)
+    for check in ("check_training_mode", "check_alone"):
+        monkeypatch.setattr(f"dp_flash_hf.preflight.{check}", lambda *args, **kwargs: None)
+    private, _, optimizer = loop(model)
+    assert run(private, optimizer) == 3
+
+
+def test_the_checks_are_needed_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    monkeypatch.setattr("dp_flash_hf.preflight.check_training_mode", lambda *args, **kwargs: checked.append(1))
+    private, _, optimizer = loop()
+    run(private, optimizer)
+    assert checked == [1]
+
+
+class Streaming(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(texts())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"steps": 3, "epochs": 2.0}, "steps, epochs: expected exactly one"),
+        ({"steps": None}, "steps, epochs: expected exactly one"),
+        ({"steps": 0}, "steps: expected a whole number"),
+        ({"max_rows_per_device": 0}, "max_rows_per_device: expected a whole number"),
+        ({"max_tokens_per_device": 0}, "max_tokens_per_device: expected"),
+        ({"expected_batch_size": 25}, "expected_batch_size: expected at most the 24 units"),
+        ({"privacy": {"target_epsilon": 1.0}}, "config: expected a PrivacyConfig"),
+        ({"train_dataset": Streaming()}, "with a length and random access"),
+        (
+            {"train_dataset": [{**example, "seq_lengths": [2, 3]} for example in texts()]},
+            "packed rows.*DataCollatorWithFlattening",
+        ),
+        ({"privacy": config(privacy_unit="user", max_examples_per_unit=1), "train_dataset": texts()}, "user"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(list(value)),
+)
+def test_bad_arguments_are_named(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises((ValueError, KeyError), match=match):
+        loop(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("num_processes", 2, "more than one process"),
+        ("distributed_type", "FSDP", "FSDP: not yet supported"),
+        ("mixed_precision", "fp16", "its scaling depends on other units"),
+        ("gradient_accumulation_steps", 2, "a whole step already"),
+    ],
+)
+def test_settings_of_accelerate_are_refused_by_name(name: str, value: Any, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, name, property(lambda self: value))
+    with pytest.raises(UnsupportedError, match=match):
+        loop()
+
+
+def test_settings_changed_later_are_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    private, _, _ = loop()
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp16"))
+    with pytest.raises(UnsupportedError, match="mixed_precision='fp16'"):
+        private.backward(next(iter(private.loader)))
+
+
+def test_a_compiled_model_is_refused() -> None:
+    model = torch.compile(without_dropout(tiny("gpt2")))
+    with pytest.raises(UnsupportedError, match="torch_compile"):
+        loop(model)
+
+
+def test_a_model_without_a_loss_is_named() -> None:
+    data = [{"input_ids": example["input_ids"]} for example in texts()]
+
+    def unlabelled(chosen: Any) -> dict[str, Tensor]:
+        batch = Pad()([{**example, "labels": example["input_ids"]} for example in chosen])
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    private, _, _ = loop(train_dataset=data, collate_fn=unlabelled)
+    with pytest.raises(UnsupportedError, match="make_private a loss_fn"):
+        private.backward(next(iter(private.loader)))
+
+
+# Noise and checkpoints.
+
+
+def test_noise_is_added_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = []
+    add = vars(mechanism_module)["add_gaussian_noise_"]
+
+    def recorded(tensors: Any, *, std: float, **kwargs: Any) -> None:
+        added.append(std)
+        add(tensors, std=std, **kwargs)
+
+    monkeypatch.setattr(mechanism_module, "add_gaussian_noise_", recorded)
+    private, _, optimizer = loop(max_rows_per_device=1, privacy=config(noise_multiplier=1.5, max_grad_norm=2.0))
+    run(private, optimizer)
+    assert added == [3.0] * 3
+
+
+def test_a_checkpoint_continues_the_books(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    private, _, optimizer = loop(accelerator=accelerator, privacy=config(target_epsilon=4.0, noise_multiplier=None))
+    accelerator.register_for_checkpointing(private)  # type: ignore[no-untyped-call]
+    for _, batch in zip(range(2), private.loader, strict=False):
+        private.backward(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    accelerator.save_state(str(tmp_path))
+    private.stop()
+
+    elsewhere = Accelerator(cpu=True)
+    again, _, optimizer = loop(accelerator=elsewhere, privacy=config(target_epsilon=4.0, noise_multiplier=None))
+    elsewhere.register_for_checkpointing(again)  # type: ignore[no-untyped-call]
+    elsewhere.load_state(str(tmp_path))
+    assert (again.report().steps, again.steps_left, len(again.loader)) == (2, 1, 1)
+    assert run(again, optimizer) == 1
+    assert again.report().epsilon == again.report().epsilon <= 4.0
+    assert again.report().steps == again.report().planned_steps == 3
+
+
+def test_a_checkpoint_of_other_parameters_is_refused() -> None:
+    private, _, _ = loop()
+    other, _, _ = loop(privacy=config(max_grad_norm=2.0))
+    with pytest.raises(PrivacyError, match=r"max_grad_norm: 1\.0 in the checkpoint, 2\.0 now"):
+        other.load_state_dict(private.state_dict())
