@@ -19,6 +19,7 @@ import transformers as hf
 import trl
 from torch import Tensor
 from trl.experimental.cpo import CPOTrainer
+from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from dp_flash_hf import trl_trainers
@@ -601,6 +602,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "GRPO": (other(trl.GRPOTrainer), "GRPOTrainer: a completion is rewarded relative to others"),
     "RLOO": (other(trl.RLOOTrainer), "RLOOTrainer: a completion is rewarded relative to others"),
     "CPO": (other(CPOTrainer), "CPOTrainer: whether its loss couples units was not examined"),
+    "Distillation": (other(trl.DistillationTrainer), "DistillationTrainer: whether its loss couples units was not examined"),
+    "GKD, a kind of SFT": (other(GKDTrainer), "GKDTrainer: whether its loss couples units was not examined"),
     "ORPO": (other(ORPOTrainer), "ORPOTrainer: whether its loss couples units was not examined"),
     **{
         name: (
