@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
@@ -25,8 +25,9 @@ LossFunction = Callable[[Any], Tensor]
 Select = Callable[[Batch, int], Batch]
 
 # Noise on activations, in standard deviations, of every number by itself and of all rows alike, in the passes that show which
-# shapes follow the data: the first scatters rows over a router's choices, the second sends them all to one.
-DISTURBANCES = ((3.0, 0.0), (1.0, 10.0), (3.0, 0.0))
+# shapes follow the data: the first scatters rows over a router's choices, the second sends them all to one. With one more token
+# masked and one label ignored, and without: a batch without padding may take another way through the model.
+DISTURBANCES = tuple((each, alike, masked) for masked in (True, False) for each, alike in ((3.0, 0.0), (1.0, 10.0)))
 
 
 class ClippingEngine:
@@ -334,15 +335,15 @@ class ClippingEngine:
                     if units.sizes[unit]:
                         layouts.compare(unit)
                         forward(select(batch, unit))
-                for noise in DISTURBANCES:
+                for *noise, masked in DISTURBANCES:
                     layouts.disturb()
                     disturb = partial(_disturbed, noise)
                     hooks = [module.register_forward_hook(disturb) for module in self._attached]
                     try:
-                        forward(_disturbed_inputs(noise, batch))
+                        forward(_disturbed_inputs(noise, batch, masked=masked))
                     except IndexError:
                         layouts.restart()
-                        forward(_disturbed_inputs(noise, batch, whole=False))
+                        forward(_disturbed_inputs(noise, batch, masked=masked, whole=False))
                     _remove(hooks)
                 return layouts.settle()
         finally:
@@ -572,14 +573,14 @@ def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
         hook.remove()
 
 
-def _disturbed(noise: tuple[float, float], module: nn.Module, args: Any, output: Any) -> Any:
+def _disturbed(noise: Sequence[float], module: nn.Module, args: Any, output: Any) -> Any:
     if not isinstance(output, Tensor) or isinstance(output, Tracked) or not output.is_floating_point():
         return output
     return _with_noise(noise, output)
 
 
-def _disturbed_inputs(noise: tuple[float, float], batch: Batch, *, whole: bool = True) -> dict[str, Any]:
-    """Inputs with noise, one token of the first row masked and one label of the last ignored.
+def _disturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, whole: bool = True) -> dict[str, Any]:
+    """Inputs with noise; if masked, with one token of the first row masked and one label of the last ignored.
 
     A router acts on the first, a model that drops padding on the second, a head for labelled positions only on the third.
     whole: whether whole numbers get noise too; they may stand for places in a table.
@@ -588,12 +589,12 @@ def _disturbed_inputs(noise: tuple[float, float], batch: Batch, *, whole: bool =
     for name, value in batch.items():
         if not isinstance(value, Tensor) or value.dim() < 2:
             continue
-        if "label" in name:
+        if "label" in name and masked:
             counted = (value != IGNORED).nonzero()
             if 0 < len(counted) < value.numel():
                 out[name] = value.clone()
                 out[name][tuple(counted[-1])] = IGNORED
-        elif name.endswith("attention_mask") and not value.is_floating_point() and value.dim() == 2 and value[0].any():
+        elif name.endswith("attention_mask") and masked and not value.is_floating_point() and value.dim() == 2 and value[0].any():
             answers = [batch[place][0] for place in ("start_positions", "end_positions") if place in batch]
             free = [at for at in value[0].nonzero().flatten().tolist() if all(at != int(answer) for answer in answers)]
             out[name] = value.clone()
@@ -604,7 +605,7 @@ def _disturbed_inputs(noise: tuple[float, float], batch: Batch, *, whole: bool =
     return out
 
 
-def _with_noise(noise: tuple[float, float], x: Tensor) -> Tensor:
+def _with_noise(noise: Sequence[float], x: Tensor) -> Tensor:
     if x.numel() == 0:
         return x
     each, alike = noise

@@ -174,6 +174,7 @@ class Layouts:
         self._seen: dict[Hashable, list[Tensor]] = {}
         self._found: dict[Site, Place | None] = {}
         self._met: dict[Hashable, int] = {}
+        self._undisturbed: set[Hashable] = set()
 
     def knows(self, units: Units, length: tuple[int, ...]) -> bool:
         """Whether the layouts of such a batch are known, or need not be; it is the batch that `dims` speaks of from now on.
@@ -235,6 +236,8 @@ class Layouts:
     def disturb(self) -> None:
         """... then the whole batch with layers' outputs disturbed: shapes that follow the data cannot be relied on, ..."""
         self._end_pass()
+        if self._pass != "disturb":
+            self._undisturbed = set(self._seen)
         self._start("disturb", torch.arange(self._whole.n_items))
 
     def restart(self) -> None:
@@ -244,6 +247,8 @@ class Layouts:
     def settle(self) -> bool:
         """... and keep what all of them agreed on. True if an output was found to be shared by all items, and not before."""
         self._end_pass()
+        for site in self._undisturbed:
+            self._refuse(site)
         more = False
         for site, place in self._found.items():
             old = self._places.get(site, place)
@@ -270,9 +275,11 @@ class Layouts:
         if self._pass == "observe":
             self._seen.setdefault(site, []).append(x)
             return
+        if site not in self._seen:
+            return  # not on the whole batch's way: learnt once it is
         number = self._met.get(site, 0)
         self._met[site] = number + 1
-        seen = self._seen.get(site, [])
+        seen = self._seen[site]
         if number >= len(seen) or seen[number].dim() != x.dim():
             self._refuse(site)
             self._found[(site, x.dim())] = None
@@ -294,10 +301,11 @@ class Layouts:
     def _end_pass(self) -> None:
         if self._pass != "observe":
             for site, seen in self._seen.items():
-                met = self._met.get(site, 0)
-                # A unit alone may not come by at all, as a text without padding needs no mask; others then have to.
-                if met != len(seen) and (met or self._pass == "disturb"):
+                # Texts without padding may need no mask, and so take another way: it is enough that some pass comes by.
+                if self._met.get(site, len(seen)) != len(seen):
                     self._refuse(site)
+            if self._pass == "disturb":
+                self._undisturbed -= self._met.keys()
 
     def _refuse(self, site: Hashable) -> None:
         for seen in self._seen.get(site, []):
