@@ -594,14 +594,14 @@ def _disturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, who
             if 0 < len(counted) < value.numel():
                 out[name] = value.clone()
                 out[name][tuple(counted[-1])] = IGNORED
-        elif name.endswith("attention_mask") and masked and not value.is_floating_point() and value.dim() == 2 and value[0].any():
+        elif value.is_floating_point():
+            noisy = _with_noise(noise, value)
+            out[name] = noisy if whole else torch.where(value == value.round(), value, noisy)
+        elif name.endswith("attention_mask") and masked and value.dim() == 2 and value[0].any():
             answers = [batch[place][0] for place in ("start_positions", "end_positions") if place in batch]
             free = [at for at in value[0].nonzero().flatten().tolist() if all(at != int(answer) for answer in answers)]
             out[name] = value.clone()
             out[name][0, free[-1:]] = 0
-        elif value.is_floating_point():
-            noisy = _with_noise(noise, value)
-            out[name] = noisy if whole else torch.where(value == value.round(), value, noisy)
     return out
 
 
