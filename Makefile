@@ -16,7 +16,7 @@ test: .venv/installed-dev
 
 # Every architecture of Transformers, exact or refused; writes docs/coverage.md.
 coverage: .venv/installed-dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m coverage -n auto --coverage-table docs/coverage.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m coverage -n auto --coverage-table=docs/coverage.md
 
 # torch comes first and by itself: it is the largest, and which build of it is found (CPU, CUDA) is up to pip's configuration.
 .venv/installed: pyproject.toml constraints.txt

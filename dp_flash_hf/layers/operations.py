@@ -326,12 +326,11 @@ class RecordedOperation(torch.autograd.Function):
     """Any function of data and parameters, whose backward repeats it, for all data and for every unit's part of them."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, layouts: list[Layout | None], plain: Tensor, *data: Tensor) -> Tensor:
-        """layouts: of call.tensors, and of the result. plain: numbers that require a gradient, so that backward is called."""
+    def forward(ctx: Any, call: Call, layouts: list[Layout | None], out: Tensor, plain: Tensor, *data: Tensor) -> Tensor:
+        """out: the result. layouts: of call.tensors, and of `out`. plain: some numbers that require a gradient."""
         ctx.save_for_backward(*data)
         ctx.call, ctx.layouts, ctx.autocast = call, layouts, autocast_dtype(plain.device)
-        out: Tensor = call.run(*zip(call.data, data, strict=True))
-        return out.clone() if out._is_view() else out
+        return out.clone()  # it may be a view, which nobody could change in place
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -343,9 +342,9 @@ class RecordedOperation(torch.autograd.Function):
         numbers |= {id(t): _numbers(t).detach() for t in call.tensors if id(t) not in numbers}
         gradients = [torch.zeros(units.n, *t.shape, dtype=upcast(g).dtype, device=g.device) for t in call.tracked]
         with torch.enable_grad(), torch.autocast(g.device.type, ctx.autocast, enabled=ctx.autocast is not None):
-            needed = [t for t, need in zip(call.data, ctx.needs_input_grad[3:], strict=True) if need]
+            needed = [t for t, need in zip(call.data, ctx.needs_input_grad[4:], strict=True) if need]
             found = iter(_vjp(call, numbers, needed, g) if needed else ())
-            inputs = [next(found) if need else None for need in ctx.needs_input_grad[3:]]
+            inputs = [next(found) if need else None for need in ctx.needs_input_grad[4:]]
             for unit in (unit for unit in range(units.n) if units.sizes[unit]):
                 parts = {
                     id(t): numbers[id(t)] if layout is None else layout.take(numbers[id(t)], unit)
@@ -358,7 +357,7 @@ class RecordedOperation(torch.autograd.Function):
                         (layout or out_whole).put_(out[unit], gradient, unit)
         for t, gradient in zip(call.tracked, gradients, strict=True):
             record(t, gradient)
-        return (None, None, None, *inputs)
+        return (None, None, None, None, *inputs)
 
 
 def _vjp(call: Call, numbers: dict[int, Tensor], of: list[Tensor], g: Tensor) -> tuple[Tensor | None, ...]:
@@ -383,11 +382,11 @@ def any_operation(call: Call, *args: Any, **kwargs: Any) -> Tensor | None:
             return None
         layouts.append(Layout(units, tuple(t.shape), dims) if dims else None)
     with torch.no_grad():
-        out = call.run()
-    if not isinstance(out, Tensor):
+        out, random = call.run_once()
+    if random or not isinstance(out, Tensor):
         return None
     dims = call.output_dims(out)
     if dims is None or (not dims and not units.is_single):
         return None
     layouts.append(Layout(units, tuple(out.shape), dims))
-    return RecordedOperation.apply(call, layouts, call.tracked[0].plain, *call.data)  # type: ignore[no-any-return, no-untyped-call]
+    return RecordedOperation.apply(call, layouts, out, call.tracked[0].plain, *call.data)  # type: ignore[no-any-return, no-untyped-call]

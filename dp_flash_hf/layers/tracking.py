@@ -27,8 +27,6 @@ from dp_flash_hf.units import Units
 
 # Of their second argument they take the shape or the dtype, and no number.
 _AS_ANOTHER = {"expand_as", "view_as", "reshape_as", "type_as"}
-# Computed from parameters alone they would still differ from call to call.
-_RANDOM = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
 
 
 class _How(NamedTuple):
@@ -118,6 +116,13 @@ class Call:
 
         args, kwargs = _map(swap, self.args), {name: _map(swap, (value,))[0] for name, value in self.kwargs.items()}
         return self.func(*args, **kwargs)
+
+    def run_once(self) -> tuple[Any, bool]:
+        """The function's result, and whether it drew random numbers, so that it cannot be repeated, as backward would."""
+        device = self.tracked[0].plain.device
+        before = _random_state(device)
+        out = self.run()
+        return out, self.kwargs.get("generator") is not None or not torch.equal(before, _random_state(device))
 
     @cached_property
     def site(self) -> tuple[Any, ...]:
@@ -313,18 +318,16 @@ def _dispatch(call: Call) -> Any:
     if changes_its_argument(call.func) and isinstance(call.args[0], Tracked):
         call.args[0].spoiled = True
         return call.run()
-    if call.func in _RANDOM and call.kwargs.get("training", True) and call.kwargs.get("p", 0.5) > 0:
-        return call.run()
     if getattr(call.func, "__name__", "") in _AS_ANOTHER:
-        return _derived(call, call.run()) if isinstance(call.args[0], Tracked) else call.run()
+        return _derived(call) if isinstance(call.args[0], Tracked) else call.run()
     if not call.data:
-        return _derived(call, call.run())
+        return _derived(call)
     layouts, units = recorder.layouts, recorder.units
     known = not units.is_single and all(layouts.is_shared((call.site, i), _lead(x)) for i, x in enumerate(call.data))
     if recorder.phase == "learn":
-        return _derived(call, call.run()) if known else _learn(call)
+        return _derived(call) if known else _learn(call)
     if known:
-        return _derived(call, call.run())
+        return _derived(call)
     for rule in rules_for(call.func):
         out = rule(call, *call.args, **call.kwargs)
         if out is not None:
@@ -332,7 +335,10 @@ def _dispatch(call: Call) -> Any:
     return call.run()
 
 
-def _derived(call: Call, out: Any) -> Any:
+def _derived(call: Call) -> Any:
+    out, random = call.run_once()
+    if random:
+        return out
     autocast = autocast_dtype(call.tracked[0].device)
 
     def track(value: Any, part: int | None) -> Any:
@@ -372,6 +378,10 @@ def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
 
 def _map(f: Callable[[Any], Any], args: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(type(v)(f(x) for x in v) if type(v) in (list, tuple) else f(v) for v in args)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _is_frozen(t: Tensor) -> bool:
