@@ -470,8 +470,7 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, pattern: _Pattern) -> Tenso
     """Attention of separate rows; within a row only the pattern stands between tokens."""
     groups = query.shape[1] // key.shape[1]
     mask, causal, bias = pattern.mask, pattern.causal and query.shape[2] > 1, pattern.bias
-    # A trained bias meets the logits in a sum of its own, so that what it needs for its gradient does not depend on dropout.
-    explicit = pattern.softcap is not None or pattern.sinks is not None or (bias is not None and pattern.dropout > 0)
+    explicit = pattern.softcap is not None or pattern.sinks is not None
     if causal and (explicit or bias is not None):
         mask, causal = _causal_mask(key.shape[2], key.device), False
     # Torch's fused kernels read shared key heads in place, but not together with a mask.

@@ -590,10 +590,11 @@ def _disturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, who
         if not isinstance(value, Tensor) or value.dim() < 2:
             continue
         if "label" in name and masked:
-            counted = (value != IGNORED).nonzero()
-            if 0 < len(counted) < value.numel():
+            counts = (value != IGNORED).flatten(1).sum(1)
+            row = int(counts.argmax())
+            if 1 < int(counts[row]) and int(counts.sum()) < value.numel():  # some models need one label in every row
                 out[name] = value.clone()
-                out[name][tuple(counted[-1])] = IGNORED
+                out[name][(row, *(value[row] != IGNORED).nonzero()[-1])] = IGNORED
         elif value.is_floating_point():
             noisy = _with_noise(noise, value)
             out[name] = noisy if whole else torch.where(value == value.round(), value, noisy)

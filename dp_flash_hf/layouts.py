@@ -122,23 +122,19 @@ class Place:
     dims: tuple[int, ...]
     proofs: set[tuple[int, tuple[int, ...]]]
 
-    @property
-    def scales(self) -> bool:
-        """Whether batches of two lengths or more have shown that the rows of an item follow the length."""
-        ratios = {Fraction(rows, length) for length, (rows,) in self.proofs if length}
-        return len({length for length, _ in self.proofs}) > 1 and len(ratios) == 1
-
-    @property
-    def depends_on_length(self) -> bool:
-        """Whether batches of lengths not met before may be laid out in a way that is not proven."""
-        return bool(self.dims) and not self.scales and any(sizes != (1,) for _, sizes in self.proofs)
+    def proven_at(self, length: int) -> bool:
+        """Whether batches of this length were met, or shorter and longer ones; items' rows then stay, or follow the length."""
+        if not self.dims or any(met == length for met, _ in self.proofs):
+            return True
+        stays = len({rows for _, rows in self.proofs}) == 1
+        follows = len({Fraction(rows, met) for met, (rows,) in self.proofs if met}) == 1
+        return bool(self.proofs) and (stays or follows) and min(self.proofs)[0] <= length <= max(self.proofs)[0]
 
     def allows(self, rows: int, length: int) -> bool:
         """Whether an item may have so many rows in a batch of this length."""
         if any((rows,) == proven for _, proven in self.proofs):
             return True
-        first_length, (first_rows,) = next(iter(self.proofs), (0, (0,)))
-        return self.scales and rows * first_length == first_rows * length
+        return self.proven_at(length) and all(rows * met == proven * length for met, (proven,) in self.proofs)
 
     def allows_shape(self, shape: tuple[int, ...], length: int) -> bool:
         """Whether an input that is the same for all items may have this shape: one met before, sizes that are lengths apart."""
@@ -186,7 +182,9 @@ class Layouts:
             return True
         if not self._known or self._kind != units.kind:
             return False
-        return length in self._lengths or all(place is None or not place.depends_on_length for place in self._places.values())
+        return length in self._lengths or all(
+            place is None or place.proven_at(length[0] if length else 0) for place in self._places.values()
+        )
 
     def dims(self, site: Hashable, lead: tuple[int, ...], units: Units) -> tuple[int, ...] | None:
         """Dimensions of an input with these leading sizes that run over items, () for none; None if it is not certain."""

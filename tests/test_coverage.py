@@ -32,8 +32,10 @@ RULES = {
     "layer_norm": ("causal-lm", "GPT2LMHeadModel"),
     "rms_norm": ("", "no class of Transformers"),
     "conv2d": ("image-classification", "BeitForImageClassification"),
+    "conv1d": ("causal-lm", "MambaForCausalLM"),
+    "attention": ("image-classification", "SwinForImageClassification"),
     "broadcast": ("causal-lm", "LlamaForCausalLM"),
-    "any_operation": ("causal-lm", "MambaForCausalLM"),
+    "any_operation": ("causal-lm", "GptOssForCausalLM"),
     "Experts": ("causal-lm", "MixtralForCausalLM"),
 }
 

@@ -15,14 +15,17 @@ from dp_flash_hf.layers.tracking import (
     Tracked,
     autocast_dtype,
     changes_its_argument,
+    derived,
     operation,
     per_item,
     record,
-    transposed,
     unexpanded,
 )
 from dp_flash_hf.layouts import Layout
 from dp_flash_hf.records import LinearUse, row_sums
+
+Numbers = tuple[Tensor, Tensor | None]  # of weight and bias
+Origins = tuple[Tracked | None, Tracked | None]
 
 # --- products with a matrix -----------------------------------------------------------------------------------------------
 
@@ -31,9 +34,7 @@ class RecordedLinear(torch.autograd.Function):
     """y = x W^T + b, whose backward gives the gradient of x and records those of W (p, d) and b (p,)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tracked: tuple[Tracked | None, Tracked | None], layout: Layout
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tracked: Origins, layout: Layout) -> Tensor:
         """x: (*lead, d). weight and bias: plain numbers, of which `tracked` says where they come from."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # what autocast itself multiplies, and keeps for backward
@@ -90,7 +91,7 @@ def matmul(call: Call, x: Tensor, weight: Tensor) -> Tensor | None:
     if isinstance(x, Tracked) or weight.dim() != 2 or x.dim() < 2:
         return None
     layout = call.layout(x)
-    return None if layout is None else _recorded(x, transposed(weight), None, layout)
+    return None if layout is None else _recorded(x, derived(torch.transpose, weight, -1, -2), None, layout)
 
 
 @operation("addmm")
@@ -99,15 +100,20 @@ def addmm(call: Call, bias: Tensor, x: Tensor, weight: Tensor, **scales: Any) ->
     if scales or isinstance(x, Tracked) or bias.dim() != 1 or (not isinstance(bias, Tracked) and bias.requires_grad):
         return None
     layout = call.layout(x)
-    return None if layout is None else _recorded(x, transposed(weight), bias, layout)
+    return None if layout is None else _recorded(x, derived(torch.transpose, weight, -1, -2), bias, layout)
 
 
 def _recorded(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor | None:
+    found = _sorted(weight, bias)
+    return None if found is None else RecordedLinear.apply(x, *found[0], found[1], layout)  # type: ignore[no-untyped-call]
+
+
+def _sorted(weight: Tensor, bias: Tensor | None) -> tuple[Numbers, Origins] | None:
+    """The numbers of weight and bias, and what is tracked of them; None if one needs a gradient and is not tracked."""
     if any(t is not None and not isinstance(t, Tracked) and t.requires_grad for t in (weight, bias)):
         return None
-    tracked = tuple(t if isinstance(t, Tracked) else None for t in (weight, bias))
-    plain = (_numbers(weight), None if bias is None else _numbers(bias))
-    return RecordedLinear.apply(x, *plain, tracked, layout)  # type: ignore[no-any-return, no-untyped-call]
+    origins = (weight if isinstance(weight, Tracked) else None, bias if isinstance(bias, Tracked) else None)
+    return (_numbers(weight), None if bias is None else _numbers(bias)), origins
 
 
 def _numbers(t: Tensor) -> Tensor:
@@ -176,7 +182,7 @@ class RecordedLayerNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eps: float,
-        tracked: tuple[Tracked | None, Tracked | None],
+        tracked: Origins,
         layout: Layout,
     ) -> Tensor:
         """x: (*lead, d)."""
@@ -215,11 +221,10 @@ def layer_norm(
     if isinstance(x, Tracked) or len(normalized_shape) != 1 or weight is None:
         return None
     layout = call.layout(x)
-    if layout is None or any(t is not None and not isinstance(t, Tracked) and t.requires_grad for t in (weight, bias)):
+    found = _sorted(weight, bias)
+    if layout is None or found is None:
         return None
-    tracked = tuple(t if isinstance(t, Tracked) else None for t in (weight, bias))
-    plain = (_numbers(weight), None if bias is None else _numbers(bias))
-    return RecordedLayerNorm.apply(x, *plain, eps, tracked, layout)  # type: ignore[no-any-return, no-untyped-call]
+    return RecordedLayerNorm.apply(x, *found[0], eps, found[1], layout)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @operation(F.rms_norm)
@@ -250,7 +255,7 @@ class RecordedConv(torch.autograd.Function):
         bias: Tensor | None,
         geometry: dict[str, Any],
         groups: int,
-        tracked: tuple[Tracked | None, Tracked | None],
+        tracked: Origins,
         layout: Layout,
     ) -> Tensor:
         """x: (rows, c, H, W)."""
@@ -296,12 +301,40 @@ def conv2d(
     if isinstance(x, Tracked) or isinstance(padding, str) or x.dim() != 4:
         return None
     layout = call.layout(x, feature_dims=3)
-    if layout is None or any(t is not None and not isinstance(t, Tracked) and t.requires_grad for t in (weight, bias)):
-        return None
-    tracked = tuple(t if isinstance(t, Tracked) else None for t in (weight, bias))
-    plain = (_numbers(weight), None if bias is None else _numbers(bias))
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-    return RecordedConv.apply(x, *plain, geometry, groups, tracked, layout)  # type: ignore[no-any-return, no-untyped-call]
+    return None if layout is None else _recorded_conv(x, weight, bias, geometry, groups, layout)
+
+
+@operation(F.conv1d)
+def conv1d(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """As `conv2d`, of one line. x: (rows, c, length)."""
+    if isinstance(x, Tracked) or isinstance(padding, str) or x.dim() != 3:
+        return None
+    layout = call.layout(x, feature_dims=2)
+    if layout is None:
+        return None
+    line = {"stride": (1, stride), "padding": (0, padding), "dilation": (1, dilation)}
+    geometry = {name: (first, *rest) if isinstance(rest, tuple) else (first, rest) for name, (first, rest) in line.items()}
+    out = _recorded_conv(x.unsqueeze(2), derived(torch.unsqueeze, weight, 2), bias, geometry, groups, layout)
+    return None if out is None else out.squeeze(2)
+
+
+def _recorded_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any], groups: int, layout: Layout
+) -> Tensor | None:
+    found = _sorted(weight, bias)
+    if found is None:
+        return None
+    return RecordedConv.apply(x, *found[0], geometry, groups, found[1], layout)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # --- everything else ------------------------------------------------------------------------------------------------------
@@ -320,6 +353,18 @@ def broadcast(call: Call, *args: Any, **kwargs: Any) -> Any:
     if torch.broadcast_shapes(*(t.shape for t in (*before, *call.data))) != layout.lead:
         before = call.tracked
     return call.run(*((t, per_item(b, layout)) for t, b in zip(call.tracked, before, strict=True)))
+
+
+@operation(F.scaled_dot_product_attention)
+def attention(call: Call, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """A trained bias, added to the logits: each row gets a copy of its own. query: (rows, heads, queries, d)."""
+    if not isinstance(attn_mask, Tracked) or len(call.tracked) > 1 or query.dim() != 4 or attn_mask.dim() > 4:
+        return None
+    layout = call.layout(query)
+    if layout is None or call.dims(attn_mask) != ():
+        return None
+    logits = Layout(layout.units, (*query.shape[:3], key.shape[2]), layout.dims)
+    return call.run((attn_mask, per_item(attn_mask, logits)))
 
 
 class RecordedOperation(torch.autograd.Function):

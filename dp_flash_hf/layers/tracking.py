@@ -88,11 +88,11 @@ class Tracked(Tensor):
         return None if rest or left or rows == 0 else (start, start + rows)
 
 
-def transposed(x: Tensor) -> Tensor:
-    """The transpose of a matrix, tracked if that is."""
+def derived(func: Callable[..., Any], x: Any, *args: Any) -> Any:
+    """func(x, *args), tracked if x is."""
     if not isinstance(x, Tracked):
-        return x.mT
-    return Tracked.of(x.plain.mT, x.recorder, _How(torch.transpose, (x, -1, -2), {}, None, None))
+        return func(x, *args)
+    return Tracked.of(func(x.plain, *args), x.recorder, _How(func, (x, *args), {}, None, None))
 
 
 class Call:

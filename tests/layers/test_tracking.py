@@ -65,6 +65,11 @@ def _query_over_the_text(s: Any, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(s.m.expand(len(x), -1, -1), x, x)
 
 
+def _attention(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    heads = x.unflatten(-1, (2, 3)).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads, heads, *args, **kwargs)
+
+
 FOLLOWED: dict[str, Use] = {
     "product": lambda s, x: x @ s.m,
     "product_transposed": lambda s, x: F.linear(x, s.m.T),
@@ -105,6 +110,8 @@ FOLLOWED: dict[str, Use] = {
     "first_token": _first_token,
     "query_over_the_text": _query_over_the_text,
     "added_in_place": _added_in_place,
+    "bias_of_logits": lambda s, x: _attention(x, s.m[: x.shape[1], : x.shape[1]]),
+    "bias_of_the_heads": lambda s, x: _attention(x, attn_mask=s.stack[:2, : x.shape[1], : x.shape[1]]),
     "prelu": lambda s, x: F.prelu(x.mT, s.v),
     "bilinear": lambda s, x: F.bilinear(x, x, s.stack, s.v[:3]),
     "group_norm": lambda s, x: F.group_norm(x.mT, 2, s.v, s.v * 2),
@@ -189,7 +196,7 @@ def test_under_checkpointing_and_autocast(use: str) -> None:
     [
         lambda s, x: x * F.dropout(s.v, 0.5, True),
         lambda s, x: x * F.rrelu(-s.v.abs(), training=True),
-        lambda s, x: F.scaled_dot_product_attention(x, x, x, s.m[:4, :4], dropout_p=0.5),
+        lambda s, x: F.scaled_dot_product_attention(x @ s.m, x, s.m.expand(len(x), -1, -1)[:, :4], dropout_p=0.5),
     ],
 )
 def test_random_functions_of_parameters_are_left_to_single_units(use: Use) -> None:
