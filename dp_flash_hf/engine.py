@@ -592,7 +592,7 @@ def _disturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, who
         if "label" in name and masked:
             counts = (value != IGNORED).flatten(1).sum(1)
             row = int(counts.argmax())
-            if 1 < int(counts[row]) and int(counts.sum()) < value.numel():  # some models need one label in every row
+            if int(counts[row]) > 1 and int(counts.sum()) < value.numel():  # some models need one label in every row
                 out[name] = value.clone()
                 out[name][(row, *(value[row] != IGNORED).nonzero()[-1])] = IGNORED
         elif value.is_floating_point():

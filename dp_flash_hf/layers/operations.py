@@ -274,7 +274,7 @@ class RecordedConv(torch.autograd.Function):
         w, b = ctx.tracked
         if w is not None:
             patches = F.unfold(x.to(g.dtype), weight.shape[2:], **ctx.geometry)  # (rows, c h w, H' W')
-            if ctx.groups == 1 and w.rows is not None:
+            if ctx.groups == 1 and w.rows is not None and w.plain.is_contiguous():
                 w.recorder.linear(w.parameters[0], patches.mT, outputs, layout, w.rows)
             else:
                 grouped = upcast(patches).unflatten(1, (ctx.groups, -1)), upcast(g.flatten(2)).unflatten(1, (ctx.groups, -1))

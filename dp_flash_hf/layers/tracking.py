@@ -137,7 +137,7 @@ class Call:
 
     def dims(self, x: Tensor) -> tuple[int, ...] | None:
         """Dimensions of an argument that run over items, () if it is the same for all; None if that is not certain."""
-        if isinstance(x, Tracked) and x.how is None:
+        if _is_frozen(x) or (isinstance(x, Tracked) and x.how is None):
             return ()
         if self.recorder.units.is_single:
             return ()

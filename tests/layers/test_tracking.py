@@ -113,6 +113,7 @@ FOLLOWED: dict[str, Use] = {
     "bias_of_logits": lambda s, x: _attention(x, s.m[: x.shape[1], : x.shape[1]]),
     "bias_of_the_heads": lambda s, x: _attention(x, attn_mask=s.stack[:2, : x.shape[1], : x.shape[1]]),
     "prelu": lambda s, x: F.prelu(x.mT, s.v),
+    "convolution_by_a_permuted_weight": lambda s, x: F.conv2d(x[:, None], s.stack[:, None].transpose(2, 3), padding=2),
     "bilinear": lambda s, x: F.bilinear(x, x, s.stack, s.v[:3]),
     "group_norm": lambda s, x: F.group_norm(x.mT, 2, s.v, s.v * 2),
     "layer_norm_of_parameters": lambda s, x: x + F.layer_norm(s.table[: x.shape[1]], (D,), s.v, s.v.exp()),
@@ -136,6 +137,19 @@ def test_followed(use: str, shape: tuple[int, ...]) -> None:
         for parameter, gradient in zip(model.parameters(), reached, strict=True):
             parameter.requires_grad_(gradient is not None)
         assert how(model, torch.randn(shape, dtype=torch.float64), strategy=strategy, tolerance=1e-10) == "fast"
+
+
+@pytest.mark.parametrize("use", ["bilinear", "low_rank", "einsum_of_three", "baddbmm", "stacked", "group_norm"])
+def test_beside_frozen_parameters(use: str) -> None:
+    for frozen in ("v", "m", "stack", "table"):
+        model = Uses(FOLLOWED[use])
+        getattr(model, frozen).requires_grad_(False)
+        used = torch.autograd.grad(
+            model(torch.randn(3, 4, D).double()).sum() + sum(0 * p.sum() for p in model.parameters()),
+            [p for p in model.parameters() if p.requires_grad],
+        )
+        if any(g.any() for g in used):
+            assert how(model, torch.randn(3, 4, D, dtype=torch.float64), tolerance=1e-10) == "fast"
 
 
 @pytest.mark.parametrize("use", NOT_FOLLOWED)
