@@ -80,7 +80,7 @@ def run(private: PrivateLoop, optimizer: Any) -> int:
         {"collate_fn": hf.DataCollatorWithFlattening()},  # type: ignore[no-untyped-call]
         {"loss_fn": lambda model, batch: model(**batch).loss},
     ],
-    ids=str,
+    ids=lambda changes: " ".join(changes) or "none",
 )
 def test_the_sums_are_those_of_the_callback(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Seen] = []
