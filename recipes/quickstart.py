@@ -6,7 +6,6 @@ model starts from random weights. One docstring in sixteen is held out, to measu
 
 from __future__ import annotations
 
-import ast
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from rich.progress import track
 from transformers import (
     AutoModelForCausalLM,
     ByT5Tokenizer,
@@ -27,7 +25,7 @@ from transformers import (
 
 from dp_flash_hf import DPCallback, PrivacyConfig
 from dp_flash_hf.cli import run
-from dp_flash_hf.recipes.common import leaving_nothing_behind, read_options, save
+from dp_flash_hf.recipes.common import docstrings, leaving_nothing_behind, read_options, save
 
 EVERY = 16  # one docstring in this many is held out
 
@@ -46,17 +44,7 @@ class Model:
 
 def read_docstrings() -> list[str]:
     """The docstrings of the standard library, in the order of files and lines."""
-    library = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "site-packages", "dist-packages"}
-    sources = sorted(path for path in library.rglob("*.py") if not skipped.intersection(path.relative_to(library).parts))
-    texts = []
-    for path in track(sources, "reading docstrings", disable=not sys.stderr.isatty()):
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = ast.get_docstring(node)
-                if text:
-                    texts.append(text)
-    return texts
+    return docstrings(Path(sysconfig.get_path("stdlib")))
 
 
 def main(overrides: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     ByT5Tokenizer,
@@ -31,6 +32,7 @@ from dp_flash_hf.recipes import common
 
 FOLDER = Path(dp_flash_hf.__file__).parent / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+PUBLIC = {"pretrain_tiny"}  # recipes that train on public text, without privacy
 SMALL = ["report_to=none", "save_strategy=no", "disable_tqdm=true", "use_cpu=true", "target_delta=1e-3"]
 
 
@@ -70,7 +72,16 @@ def test_first_comment_is_a_command_and_an_override_that_work(name: str, monkeyp
         assert any(getattr(new, key, None) != getattr(old, key, None) for old, new in zip(plain, changed, strict=True)), key
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_what_is_not_private_says_so_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (*_, args) = _options(name, [], monkeypatch)
+    assert args.output_dir == f"runs/{name}"
+    module = importlib.import_module(f"dp_flash_hf.recipes.{name}")
+    assert "WITHOUT privacy" in (module.__doc__ or "").partition("\n")[0]
+    assert "NOT private" in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1]
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - PUBLIC))
 def test_yaml_is_flat_and_private(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, privacy, args = _options(name, [], monkeypatch)
     assert privacy.target_epsilon == 8
@@ -186,6 +197,17 @@ def test_a_refused_setup_leaves_no_folder_but_keeps_what_was_there(tmp_path: Pat
         with pytest.raises(ValueError, match="refused"):
             refused(folder)
     assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+def test_docstrings_come_from_what_parses_and_is_no_test(tmp_path: Path) -> None:
+    for name, text in {
+        "a": '"""One."""\nclass B:\n    """Two."""\n',
+        "b": "{{ template }} not python",
+        "tests/c": '"""No."""',
+    }.items():
+        (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(text)
+    assert common.docstrings(tmp_path) == ["One.", "Two."]
 
 
 # Whole runs.
@@ -368,6 +390,87 @@ def test_sft_cuts_each_row_by_itself() -> None:
     sft_lora = importlib.import_module("dp_flash_hf.recipes.sft_lora")
     rows = Dataset.from_list([{"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]}, {"input_ids": [5], "labels": [5]}])
     assert sft_lora.truncated(rows, 3)[:] == {"input_ids": [[1, 2, 3], [5]], "labels": [[-100, 2, 3], [5]]}
+
+
+def test_sft_holds_prompts_out_and_shows_answers(
+    rows: Path, decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl")
+    table = Dataset.from_csv(str(rows))
+    data = tmp_path / "asked.csv"
+    table.add_column("ask", [f"ask {row // 4}" for row in range(len(table))]).to_csv(data)
+    columns = [f"dataset={data}", "eval_dataset=null", "held_out=0.25", "prompt_column=ask", "max_length=16"]
+    batch = ["per_device_train_batch_size=16", "gradient_accumulation_steps=1", "max_steps=1", "warmup_steps=0"]
+    show = ["samples=2", "max_new_tokens=3"]
+    command = ["train", "sft_lora", f"model={decoder}", f"output_dir={tmp_path / 'run'}", "text_column=text"]
+    cli.main([*command, *columns, *batch, *show, *SMALL])
+    printed = capsys.readouterr().out
+    count = re.search(r"loss per token on (\d+) held-out rows: [\d.]+ before training, [\d.]+ after", printed)
+    assert count
+    assert 0 < int(count[1]) < 64
+    assert int(count[1]) % 4 == 0  # all rows of a prompt, or none
+    assert _report(tmp_path / "run").n_units == 128 - int(count[1])
+    prompts = re.findall(r"^prompt: (ask \d+)$", printed, re.MULTILINE)
+    assert len(set(prompts)) == printed.count("before training: ") == printed.count("after training: ") == 2
+
+    cli.main([*command, *columns, *batch, *SMALL, "private=false", f"output_dir={tmp_path / 'not'}"])
+    assert "NOT private" in capsys.readouterr().out
+    assert not (tmp_path / "not" / "report.json").exists()
+    with pytest.raises(SystemExit):
+        cli.main([*command, *columns, *batch, *SMALL, "samples=2", "held_out=0"])
+    assert "samples: " in capsys.readouterr().err
+
+
+def test_rows_are_held_out_by_their_own_value_alone() -> None:
+    pytest.importorskip("trl")
+    sft_lora = importlib.import_module("dp_flash_hf.recipes.sft_lora")
+    rows = Dataset.from_dict({"ask": [f"ask {row // 2}" for row in range(2000)]})
+    learnt, apart = sft_lora.held_out_apart(rows, "ask", 0.1)
+    assert not set(learnt["ask"]) & set(apart["ask"])
+    assert len(learnt) + len(apart) == 2000
+    assert 120 < len(apart) < 280
+    (_, fewer) = sft_lora.held_out_apart(rows.select(range(1000)), "ask", 0.1)
+    assert fewer["ask"] == [ask for ask in apart["ask"] if ask in set(fewer["ask"])]
+
+
+def test_a_model_of_public_text_is_one_to_start_from(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain_tiny = importlib.import_module("dp_flash_hf.recipes.pretrain_tiny")
+    monkeypatch.setattr(pretrain_tiny, "docstrings", lambda folder: [f"Return the {i}." for i in range(2000)])
+    (tmp_path / "notes.txt").write_text("A text of one's own, ünusual too.")
+    public = [f"texts=[{tmp_path / 'notes.txt'}, {rows}]", "packages=false", "vocab_size=300"]
+    size = ["hidden_size=16", "num_layers=1", "num_heads=2", "max_length=32", "max_steps=2", "warmup_steps=0"]
+    model = tmp_path / "tiny"
+    command = ["train", "pretrain_tiny", f"output_dir={model}", "report_to=none", "use_cpu=true", "disable_tqdm=true"]
+    cli.main([*command, *public, *size])
+    printed = capsys.readouterr().out
+    assert "NOT private" in printed
+    assert "2129 texts" in printed
+    assert re.search(r"loss per token on \d+ held-out blocks: \d", printed)
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert "NOT private" in card
+    assert "installed packages" not in card
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer.decode(tokenizer("never seen: Ω\n")["input_ids"]) == "never seen: Ω\n"
+    assert AutoModelForCausalLM.from_pretrained(model).config.vocab_size == len(tokenizer) == 300
+
+    pytest.importorskip("trl")
+    columns = [f"dataset={rows}", "eval_dataset=null", "prompt_column=category", "max_length=32"]
+    batch = ["per_device_train_batch_size=16", "gradient_accumulation_steps=2", "max_steps=1", "warmup_steps=0"]
+    cli.main(
+        ["train", "sft_lora", f"model={model}", f"output_dir={tmp_path / 'run'}", "text_column=text", *columns, *batch, *SMALL]
+    )
+    assert _report(tmp_path / "run").private
+
+
+def test_pretraining_reads_installed_packages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain_tiny = importlib.import_module("dp_flash_hf.recipes.pretrain_tiny")
+    monkeypatch.setattr(pretrain_tiny, "docstrings", lambda folder: [f"In {folder.name}.", "In both."])
+    texts = pretrain_tiny.read_texts(pretrain_tiny.Options())
+    assert texts[1] == "In both."
+    assert texts.count("In both.") == texts.count("In site-packages.") == 1
+    assert any("differential" in text.lower() for text in texts[2:])  # the description of a package
 
 
 @pytest.mark.parametrize("prompt", ["prompt", "null"])
