@@ -580,7 +580,7 @@ def _disturbed(noise: Sequence[float], module: nn.Module, args: Any, output: Any
 
 
 def _disturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, whole: bool = True) -> dict[str, Any]:
-    """Inputs with noise; if masked, with one token of the first row masked and one label of the last ignored.
+    """Inputs with noise; if masked, with one token of a row masked and one label ignored, whatever the tensors are called.
 
     A router acts on the first, a model that drops padding on the second, a head for labelled positions only on the third.
     whole: whether whole numbers get noise too; they may stand for places in a table.
@@ -589,20 +589,27 @@ def _disturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, who
     for name, value in batch.items():
         if not isinstance(value, Tensor) or value.dim() < 2:
             continue
-        if "label" in name and masked:
-            counts = (value != IGNORED).flatten(1).sum(1)
-            row = int(counts.argmax())
-            if int(counts[row]) > 1 and int(counts.sum()) < value.numel():  # some models need one label in every row
-                out[name] = value.clone()
-                out[name][(row, *(value[row] != IGNORED).nonzero()[-1])] = IGNORED
-        elif value.is_floating_point():
+        if value.is_floating_point():
             noisy = _with_noise(noise, value)
             out[name] = noisy if whole else torch.where(value == value.round(), value, noisy)
-        elif name.endswith("attention_mask") and masked and value.dim() == 2 and value[0].any():
-            answers = [batch[place][0] for place in ("start_positions", "end_positions") if place in batch]
-            free = [at for at in value[0].nonzero().flatten().tolist() if all(at != int(answer) for answer in answers)]
-            out[name] = value.clone()
-            out[name][0, free[-1:]] = 0
+        elif masked and bool((value == IGNORED).any()):
+            out[name] = _without_last(value, value != IGNORED, IGNORED)
+        elif masked and bool(((value == 0) | (value == 1)).all()):
+            answers = [batch[place] for place in ("start_positions", "end_positions") if place in batch]
+            counted = value.bool()
+            for answer in answers:
+                counted[torch.arange(len(answer)), answer] = False
+            out[name] = _without_last(value, counted, 0)
+    return out
+
+
+def _without_last(value: Tensor, counted: Tensor, instead: int) -> Tensor:
+    """A copy in which the last counted number of the row with most of them is another: some models need one in every row."""
+    counts = counted.flatten(1).sum(1)
+    row = int(counts.argmax())
+    out = value.clone()
+    if int(counts[row]) > 1:
+        out[(row, *counted[row].nonzero()[-1])] = instead
     return out
 
 

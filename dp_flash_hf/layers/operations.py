@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -79,28 +80,28 @@ def record_bias(bias: Tracked, g: Tensor, layout: Layout) -> None:
 
 
 @operation(F.linear)
-def linear(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """x W^T + b. x: (*lead, d), weight: (p, d)."""
-    layout = None if isinstance(x, Tracked) or weight.dim() != 2 else call.layout(x)
-    return None if layout is None else _recorded(x, weight, bias, layout)
+def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """input W^T + b. input: (*lead, d), weight: (p, d)."""
+    layout = None if isinstance(input, Tracked) or weight.dim() != 2 else call.layout(input)
+    return None if layout is None else _recorded(input, weight, bias, layout)
 
 
 @operation("matmul", "__matmul__", "mm")
-def matmul(call: Call, x: Tensor, weight: Tensor) -> Tensor | None:
-    """x W. x: (*lead, d), weight: (d, p)."""
-    if isinstance(x, Tracked) or weight.dim() != 2 or x.dim() < 2:
+def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor | None:
+    """input W. input: (*lead, d), other: (d, p)."""
+    if isinstance(input, Tracked) or other.dim() != 2 or input.dim() < 2:
         return None
-    layout = call.layout(x)
-    return None if layout is None else _recorded(x, derived(torch.transpose, weight, -1, -2), None, layout)
+    layout = call.layout(input)
+    return None if layout is None else _recorded(input, derived(torch.transpose, other, -1, -2), None, layout)
 
 
 @operation("addmm")
-def addmm(call: Call, bias: Tensor, x: Tensor, weight: Tensor, **scales: Any) -> Tensor | None:
-    """b + x W. x: (rows, d), weight: (d, p)."""
-    if scales or isinstance(x, Tracked) or bias.dim() != 1 or (not isinstance(bias, Tracked) and bias.requires_grad):
+def addmm(call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Tensor | None:
+    """b + mat1 W. mat1: (rows, d), mat2: (d, p)."""
+    if scales or isinstance(mat1, Tracked) or input.dim() != 1 or (not isinstance(input, Tracked) and input.requires_grad):
         return None
-    layout = call.layout(x)
-    return None if layout is None else _recorded(x, derived(torch.transpose, weight, -1, -2), bias, layout)
+    layout = call.layout(mat1)
+    return None if layout is None else _recorded(mat1, derived(torch.transpose, mat2, -1, -2), input, layout)
 
 
 def _recorded(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor | None:
@@ -144,21 +145,23 @@ class RecordedEmbedding(torch.autograd.Function):
 @operation(F.embedding)
 def embedding(
     call: Call,
-    ids: Tensor,
-    table: Tensor,
+    input: Tensor,
+    weight: Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor | None:
-    """table[ids]. ids: (*lead,), table: (V, d)."""
-    if max_norm is not None or scale_grad_by_freq or not isinstance(table, Tracked) or table.how is not None:
-        return None  # scale_grad_by_freq counts ids over all units
-    layout = call.layout(ids, feature_dims=0)
+    """weight[input]. input: (*lead,), weight: (V, d)."""
+    if max_norm is not None or scale_grad_by_freq or not isinstance(weight, Tracked) or weight.how is not None:
+        return None  # scale_grad_by_freq counts input over all units
+    layout = call.layout(input, feature_dims=0)
     if layout is None:
         return None
-    return RecordedEmbedding.apply(table.plain, ids, padding_idx, table, layout)  # type: ignore[no-any-return, no-untyped-call]
+    if padding_idx is not None:
+        padding_idx %= len(weight.plain)
+    return RecordedEmbedding.apply(weight.plain, input, padding_idx, weight, layout)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @operation("__getitem__")
@@ -166,7 +169,12 @@ def getitem(call: Call, table: Tensor, ids: Any) -> Tensor | None:
     """table[ids] with whole numbers ids (*lead,), table: (V, d)."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or table.dim() != 2:
         return None
-    return embedding(call, ids, table) if isinstance(table, Tracked) and table.how is None else None
+    if not isinstance(table, Tracked) or table.how is not None:
+        return None
+    layout = call.layout(ids, feature_dims=0)
+    if layout is None:
+        return None
+    return RecordedEmbedding.apply(table.plain, ids % len(table.plain), None, table, layout)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # --- normalisation --------------------------------------------------------------------------------------------------------
@@ -211,34 +219,34 @@ class RecordedLayerNorm(torch.autograd.Function):
 @operation(F.layer_norm)
 def layer_norm(
     call: Call,
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """Layer norm over the last dimension. x: (*lead, d)."""
-    if isinstance(x, Tracked) or len(normalized_shape) != 1 or weight is None:
+    """Layer norm over the last dimension. input: (*lead, d)."""
+    if isinstance(input, Tracked) or len(normalized_shape) != 1 or weight is None:
         return None
-    layout = call.layout(x)
+    layout = call.layout(input)
     found = _sorted(weight, bias)
     if layout is None or found is None:
         return None
-    return RecordedLayerNorm.apply(x, *found[0], eps, found[1], layout)  # type: ignore[no-any-return, no-untyped-call]
+    return RecordedLayerNorm.apply(input, *found[0], eps, found[1], layout)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @operation(F.rms_norm)
 def rms_norm(
-    call: Call, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    call: Call, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor | None:
-    """RMS norm over the last dimension. x: (*lead, d)."""
-    if isinstance(x, Tracked) or len(normalized_shape) != 1 or not isinstance(weight, Tracked):
+    """RMS norm over the last dimension. input: (*lead, d)."""
+    if isinstance(input, Tracked) or len(normalized_shape) != 1 or not isinstance(weight, Tracked):
         return None
-    layout = call.layout(x)
+    layout = call.layout(input)
     if layout is None:
         return None
-    spread = Layout(layout.units, (*layout.lead, x.shape[-1]), layout.dims)
-    return F.rms_norm(x, normalized_shape, None, eps) * per_item(weight, spread)
+    spread = Layout(layout.units, (*layout.lead, input.shape[-1]), layout.dims)
+    return F.rms_norm(input, normalized_shape, None, eps) * per_item(weight, spread)
 
 
 # --- convolutions ---------------------------------------------------------------------------------------------------------
@@ -289,7 +297,7 @@ class RecordedConv(torch.autograd.Function):
 @operation(F.conv2d)
 def conv2d(
     call: Call,
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -297,18 +305,18 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """Convolution with zero padding given as numbers. x: (rows, c, H, W)."""
-    if isinstance(x, Tracked) or isinstance(padding, str) or x.dim() != 4:
+    """Convolution with zero padding given as numbers. input: (rows, c, H, W)."""
+    if isinstance(input, Tracked) or isinstance(padding, str) or input.dim() != 4:
         return None
-    layout = call.layout(x, feature_dims=3)
+    layout = call.layout(input, feature_dims=3)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-    return None if layout is None else _recorded_conv(x, weight, bias, geometry, groups, layout)
+    return None if layout is None else _recorded_conv(input, weight, bias, geometry, groups, layout)
 
 
 @operation(F.conv1d)
 def conv1d(
     call: Call,
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -316,15 +324,15 @@ def conv1d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """As `conv2d`, of one line. x: (rows, c, length)."""
-    if isinstance(x, Tracked) or isinstance(padding, str) or x.dim() != 3:
+    """As `conv2d`, of one line. input: (rows, c, length)."""
+    if isinstance(input, Tracked) or isinstance(padding, str) or input.dim() != 3:
         return None
-    layout = call.layout(x, feature_dims=2)
+    layout = call.layout(input, feature_dims=2)
     if layout is None:
         return None
     line = {"stride": (1, stride), "padding": (0, padding), "dilation": (1, dilation)}
     geometry = {name: (first, *rest) if isinstance(rest, tuple) else (first, rest) for name, (first, rest) in line.items()}
-    out = _recorded_conv(x.unsqueeze(2), derived(torch.unsqueeze, weight, 2), bias, geometry, groups, layout)
+    out = _recorded_conv(input.unsqueeze(2), derived(torch.unsqueeze, weight, 2), bias, geometry, groups, layout)
     return None if out is None else out.squeeze(2)
 
 
@@ -352,7 +360,11 @@ def broadcast(call: Call, *args: Any, **kwargs: Any) -> Any:
     before = [unexpanded(t) for t in call.tracked]
     if torch.broadcast_shapes(*(t.shape for t in (*before, *call.data))) != layout.lead:
         before = call.tracked
-    return call.run(*((t, per_item(b, layout)) for t, b in zip(call.tracked, before, strict=True)))
+    out = call.run(*((t, per_item(b, layout)) for t, b in zip(call.tracked, before, strict=True)))
+    wide = [x.dtype for x in (*call.data, *(t.plain for t in call.tracked)) if x.dim() and x.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, wide, wide[0]) if wide else out.dtype
+    # A scalar does not widen the result; expanded, it does.
+    return out.to(dtype) if any(t.dim() == 0 for t in call.tracked) and out.dtype != dtype else out
 
 
 @operation(F.scaled_dot_product_attention)

@@ -11,6 +11,7 @@ engine finds it there.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -27,6 +28,7 @@ from dp_flash_hf.units import Units
 
 # Of their second argument they take the shape or the dtype, and no number.
 _AS_ANOTHER = {"expand_as", "view_as", "reshape_as", "type_as"}
+_HOOKS = {"register_hook", "retain_grad"}
 
 
 class _How(NamedTuple):
@@ -42,19 +44,20 @@ class _How(NamedTuple):
 class Tracked(Tensor):
     """A parameter that is being trained (`how` is None), or what was computed of such parameters alone.
 
-    plain: the same numbers as autograd knows them.
+    plain: the same numbers as autograd knows them. version: how often they had been changed in place, through whatever view,
+    when they were what `how` says.
     """
 
     recorder: Recorder
     plain: Tensor
     how: _How | None
-    spoiled: bool  # changed in place: no longer what `how` says
+    version: int
 
     @staticmethod
     def of(plain: Tensor, recorder: Recorder, how: _How | None = None) -> Tracked:
         """Track these numbers. A use that goes unnoticed still leaves autograd's gradient on the parameter."""
         tracked: Tracked = plain.as_subclass(Tracked)
-        tracked.recorder, tracked.plain, tracked.how, tracked.spoiled = recorder, plain, how, False
+        tracked.recorder, tracked.plain, tracked.how, tracked.version = recorder, plain, how, plain._version
         return tracked
 
     @classmethod
@@ -217,9 +220,10 @@ def record(tracked: Any, gradients: Tensor) -> None:
     recorder, how = tracked.recorder, tracked.how
     if how is None:
         recorder.per_unit(tracked.plain, gradients)
-    elif how.func is F.embedding and isinstance(how.args[1], Tracked) and how.args[1].how is None and len(how.args) <= 3:
+    elif how.func is F.embedding and len(how.args) in (2, 3) and not how.kwargs and how.args[1].how is None:
         # A lookup for all rows: as many rows of the table for every unit, not whole tables.
         ids, table, padding_idx = (*how.args, None)[:3]
+        padding_idx = None if padding_idx is None else padding_idx % len(table.plain)
         units, n = recorder.units, ids.numel()
         layout = Layout(Units.rows(units.n), (units.n, n), (0,))
         recorder.embedding(table.plain, ids.reshape(1, n).expand(units.n, n), gradients.flatten(1, -2), layout, padding_idx)
@@ -249,8 +253,10 @@ def chain(tracked: Tracked, gradients: Tensor) -> dict[nn.Parameter, Tensor]:
     except RuntimeError:  # an operation that vmap cannot batch
         each = [torch.autograd.grad(again, list(leaves.values()), g, retain_graph=True) for g in wanted]
         found = tuple(torch.stack(own) for own in zip(*each, strict=True))
-    # Autograd hands out broadcast views, to which nothing could be added.
-    return {p: g.to(torch.promote_types(g.dtype, torch.float32)).contiguous() for p, g in zip(leaves, found, strict=True)}
+    # Autograd hands out broadcast views, and one tensor for several parameters, to which nothing could be added.
+    wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in found]
+    copied = [g.clone(memory_format=torch.contiguous_format) for g in wide]
+    return dict(zip(leaves, copied, strict=True))
 
 
 def _rebuild(tracked: Tracked, leaves: dict[nn.Parameter, Tensor], made: dict[int, Tensor]) -> Tensor:
@@ -313,25 +319,31 @@ def rules_for(func: Callable[..., Any]) -> list[Rule]:
 
 def _dispatch(call: Call) -> Any:
     recorder = call.recorder
-    if recorder.phase == "idle" or not torch.is_grad_enabled() or any(t.spoiled for t in call.tracked):
+    if recorder.phase == "idle" or not torch.is_grad_enabled() or any(t.plain._version != t.version for t in call.tracked):
         return call.run()
     if changes_its_argument(call.func) and isinstance(call.args[0], Tracked):
-        call.args[0].spoiled = True
+        return call.run()
+    if getattr(call.func, "__name__", "") in _HOOKS:
+        call.tracked[0].version = -1  # what it asks for happens in autograd only
         return call.run()
     if getattr(call.func, "__name__", "") in _AS_ANOTHER:
         return _derived(call) if isinstance(call.args[0], Tracked) else call.run()
     if not call.data:
         return _derived(call)
     layouts, units = recorder.layouts, recorder.units
-    known = not units.is_single and all(layouts.is_shared((call.site, i), _lead(x)) for i, x in enumerate(call.data))
+    # Data that need a gradient come from parameters in a way that was not followed: as a constant, they would lose it.
+    known = not units.is_single and all(
+        not x.requires_grad and layouts.is_shared((call.site, i), _lead(x)) for i, x in enumerate(call.data)
+    )
     if recorder.phase == "learn":
         return _derived(call) if known else _learn(call)
     if known:
         return _derived(call)
     for rule in rules_for(call.func):
-        out = rule(call, *call.args, **call.kwargs)
-        if out is not None:
-            return out
+        if rule.__code__.co_flags & inspect.CO_VARKEYWORDS or call.kwargs.keys() <= set(rule.__code__.co_varnames):
+            out = rule(call, *call.args, **call.kwargs)
+            if out is not None:
+                return out
     return call.run()
 
 
@@ -347,7 +359,8 @@ def _derived(call: Call) -> Any:
         return value
 
     if isinstance(out, (tuple, list)):
-        return type(out)(track(value, i) for i, value in enumerate(out)) if type(out) in (tuple, list) else out
+        kind: Any = type(out)  # of torch.return_types, perhaps, which take one sequence
+        return kind([track(value, i) for i, value in enumerate(out)])
     return track(out, None)
 
 
