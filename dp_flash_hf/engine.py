@@ -345,6 +345,9 @@ class ClippingEngine:
                         layouts.restart()
                         forward(_disturbed_inputs(noise, batch, masked=masked, whole=False))
                     _remove(hooks)
+                if units.kind == "rows":
+                    layouts.shorten()
+                    forward(_shortened(batch, units))
                 return layouts.settle()
         finally:
             _remove(hooks)
@@ -600,6 +603,28 @@ def _disturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, who
             for answer in answers:
                 counted[torch.arange(len(answer)), answer] = False
             out[name] = _without_last(value, counted, 0)
+    return out
+
+
+def _shortened(batch: Batch, units: Units) -> dict[str, Any]:
+    """The first row with one token less, in whatever way inputs say so; a model that sorts or drops by it moves the others."""
+    out = dict(batch)
+    if "start_positions" in batch:  # an answer must stay inside its text
+        return out
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.dim() == 0 or len(value) != units.n_items:
+            continue
+        first = value[0]
+        if value.dim() == 1:
+            if "label" not in name and "position" not in name and int(first) > 1:
+                out[name] = value.clone()
+                out[name][0] -= 1
+            continue
+        lowest = int(value.min())
+        counted = first > lowest if lowest <= 0 else torch.ones_like(first, dtype=torch.bool)
+        if "position" not in name and int(counted.sum()) > 1:
+            out[name] = value.clone()
+            out[name][(0, *counted.nonzero()[-1])] = min(lowest, 0)
     return out
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dp_flash_hf.kernels.ghost_norm import upcast
 from dp_flash_hf.units import Units
 
+Pass = Literal["observe", "compare", "disturb", "shorten"]
 Site = tuple[Hashable, int]  # where inputs come by, and how many leading dimensions they have
 
 
@@ -164,7 +165,7 @@ class Layouts:
         self._lengths: set[tuple[int, ...]] = set()
         self._length: tuple[int, ...] = ()
         # While learning: the batch, the items of the present pass, what each call saw of the whole batch, and calls met so far.
-        self._pass: Literal["observe", "compare", "disturb"] = "observe"
+        self._pass: Pass = "observe"
         self._whole = Units.rows(0)
         self._items = torch.zeros(0, dtype=torch.long)
         self._seen: dict[Hashable, list[Tensor]] = {}
@@ -238,6 +239,11 @@ class Layouts:
             self._undisturbed = set(self._seen)
         self._start("disturb", torch.arange(self._whole.n_items))
 
+    def shorten(self) -> None:
+        """... then the whole batch with its first row made shorter: all others have to stay where they are, ..."""
+        self._end_pass()
+        self._start("shorten", torch.arange(1, self._whole.n_items))
+
     def restart(self) -> None:
         """The present pass begins again."""
         self._start(self._pass, self._items)
@@ -281,9 +287,14 @@ class Layouts:
         if number >= len(seen) or seen[number].dim() != x.dim():
             self._refuse(site)
             self._found[(site, x.dim())] = None
-        elif self._pass == "disturb":
-            if seen[number].shape != x.shape:
+        elif seen[number].shape != x.shape and self._pass != "compare":
+            self._refuse(site)
+        elif self._pass == "shorten":
+            place = self._found.get((site, x.dim()))
+            if place is not None and not _same(self._others(x, place), self._others(seen[number], place)):
                 self._refuse(site)
+        elif self._pass == "disturb":
+            pass
         else:
             key, place = (site, x.dim()), self._place(x, seen[number])
             old = self._found.setdefault(key, place)
@@ -292,7 +303,7 @@ class Layouts:
             else:
                 old.proofs |= place.proofs
 
-    def _start(self, kind: Literal["observe", "compare", "disturb"], items: Tensor) -> None:
+    def _start(self, kind: Pass, items: Tensor) -> None:
         self._pass, self._items = kind, items
         self._met = {}
 
@@ -304,6 +315,14 @@ class Layouts:
                     self._refuse(site)
             if self._pass == "disturb":
                 self._undisturbed -= self._met.keys()
+
+    def _others(self, x: Tensor, place: Place) -> Tensor:
+        """What stands at `place` for all items but the first."""
+        if not place.dims:
+            return x
+        x = x.movedim(place.dims, tuple(range(len(place.dims)))).flatten(0, len(place.dims) - 1)
+        others: Tensor = x.unflatten(0, (self._whole.n_items, -1))[1:]
+        return others
 
     def _refuse(self, site: Hashable) -> None:
         for seen in self._seen.get(site, []):

@@ -254,6 +254,64 @@ def test_tables_looked_up_once_for_all_rows(how: str, rows: int, length: int) ->
     assert outcome(Positions(SHARED_TABLES[how]), {"ids": torch.randint(0, 12, (rows, length))}) == "fast"
 
 
+class Sorted(nn.Module):
+    """Rows in the order of their lengths, inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.out = nn.Embedding(12, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def order(self, lengths: Tensor) -> Tensor:
+        return lengths.argsort(descending=True, stable=True)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        order = self.order(lengths)
+        summed = torch.tanh(self.inner(self.table(ids[order]))).sum(1)
+        out: Tensor = self.out(summed)[order.argsort()]
+        return out
+
+
+class SortedByMask(Sorted):
+    def order(self, lengths: Tensor) -> Tensor:
+        return super().order(lengths.sum(1))
+
+
+class Compacted(nn.Module):
+    """Drops padding by the ids themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = nn.Embedding(12, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        kept = ids != 0
+        out = torch.zeros(*ids.shape, WIDTH, dtype=self.table.weight.dtype)
+        out[kept] = torch.tanh(self.inner(self.table(ids)[kept]))
+        return out
+
+
+def _lengths(*lengths: int) -> Batch:
+    return {"ids": torch.randint(1, 12, (len(lengths), 6)), "lengths": torch.tensor(lengths)}
+
+
+def _mask(*lengths: int) -> Batch:
+    batch = _lengths(*lengths)
+    return {"ids": batch["ids"], "some_mask": (torch.arange(6) < batch["lengths"].unsqueeze(1)).long()}
+
+
+def _ids(*lengths: int) -> Batch:
+    batch = _mask(*lengths)
+    return {"ids": batch["ids"] * batch["some_mask"]}
+
+
+def test_rows_that_move_or_are_dropped_by_their_length() -> None:
+    """The first batch does not show it: all texts are equally long."""
+    assert outcome(Sorted(), _lengths(6, 6, 6), _lengths(4, 6, 5)) == "unit by unit"
+    assert outcome(SortedByMask(), _mask(6, 6, 6), _mask(4, 6, 5)) == "unit by unit"
+    assert outcome(Compacted(), _ids(5, 5), _ids(4, 6)) == "unit by unit"
+    assert outcome(Compacted(), _ids(5, 5, 5, 5), _ids(3, 5, 7, 5)) == "unit by unit"
+
+
 class TokensMoved(nn.Module):
     """Transposes, or turns upside down, the rows of tokens."""
 
