@@ -28,6 +28,7 @@ class Uses(nn.Module):
         self.stack, self.table = nn.Parameter(torch.randn(3, D, D)), nn.Parameter(torch.randn(9, D))
         self.use = use
         self.double()
+        self.hidden = [self.v]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.use(self, x)
@@ -112,6 +113,13 @@ FOLLOWED: dict[str, Use] = {
     "added_in_place": _added_in_place,
     "bias_of_logits": lambda s, x: _attention(x, s.m[: x.shape[1], : x.shape[1]]),
     "bias_of_the_heads": lambda s, x: _attention(x, attn_mask=s.stack[:2, : x.shape[1], : x.shape[1]]),
+    "by_its_largest": lambda s, x: F.linear(x, s.m / s.m.abs().max(1, keepdim=True).values),
+    "orthogonal": lambda s, x: F.linear(x, torch.linalg.qr(s.m).Q * s.v),
+    "sorted": lambda s, x: x * s.v.sort().values,
+    "sum_used_twice": lambda s, x: F.linear(torch.tanh(F.linear(x, s.m + s.stack[0])), s.m + s.stack[0]),
+    "lookup_padded_at_the_end": lambda s, x: F.embedding((x[..., 0] > 0).long() * 8, s.table, padding_idx=-1) * x,
+    "lookup_from_the_end": lambda s, x: s.table[-1 - (x[..., 0] > 0).long()] * x,
+    "by_name": lambda s, x: torch.matmul(F.linear(input=x, weight=s.m, bias=s.v), other=s.m),
     "prelu": lambda s, x: F.prelu(x.mT, s.v),
     "convolution_by_a_permuted_weight": lambda s, x: F.conv2d(x[:, None], s.stack[:, None].transpose(2, 3), padding=2),
     "bilinear": lambda s, x: F.bilinear(x, x, s.stack, s.v[:3]),
@@ -125,7 +133,29 @@ FOLLOWED: dict[str, Use] = {
     "sequence_first": lambda s, x: (x.transpose(0, 1) @ s.m + s.v).transpose(0, 1),
     "scattered": lambda s, x: x + torch.gather(s.table.expand(len(x), -1, -1), 1, (x > 0).long()),
 }
-NOT_FOLLOWED: dict[str, Use] = {"stored": _stored, "changed_in_place": _changed_in_place}
+
+
+def _view_changed(s: Any, x: Tensor) -> Tensor:
+    positions = F.embedding(torch.arange(x.shape[1]), s.table)
+    positions[:, :2].mul_(0.5)
+    return x + positions
+
+
+def _hooked(s: Any, x: Tensor) -> Tensor:
+    matrix = s.m * 1.0
+    if matrix.requires_grad:
+        matrix.register_hook(lambda g: g * 0.1)
+    return F.linear(x, matrix)
+
+
+NOT_FOLLOWED: dict[str, Use] = {
+    "stored": _stored,
+    "changed_in_place": _changed_in_place,
+    "changed_in_place_and_times_another": lambda s, x: x * ((s.v * 2).add_(1) * s.m[0]),
+    "through_a_view": _view_changed,
+    "hooked": _hooked,
+    "beside_a_hidden_one": lambda s, x: x * (s.v * vars(s)["hidden"][0]),
+}
 
 
 @pytest.mark.parametrize("shape", [(3, 4, D), (D, D, D), (1, 4, D)], ids=str)
@@ -154,6 +184,7 @@ def test_beside_frozen_parameters(use: str) -> None:
 
 @pytest.mark.parametrize("use", NOT_FOLLOWED)
 def test_not_followed_and_exact(use: str) -> None:
+    """Least of all where it would be taken for a constant."""
     assert how(Uses(NOT_FOLLOWED[use]), torch.randn(3, 4, D, dtype=torch.float64)) == "unit by unit"
 
 
@@ -219,6 +250,23 @@ def test_random_functions_of_parameters_are_left_to_single_units(use: Use) -> No
     engine = ClippingEngine(model, max_grad_norm=1.0)
     with pytest.warns(UserWarning, match="no rule covers how the model uses [vm]"):
         engine.backward(lambda batch: model(batch["x"]).sum(), {"x": torch.randn(3, 4, D, dtype=torch.float64)})
+
+
+def test_a_scalar_does_not_widen_the_result() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = nn.Linear(D, D, dtype=torch.bfloat16), nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.inner(x) * self.scale
+            assert out.dtype == torch.bfloat16
+            return out
+
+    model = Scaled()
+    engine = ClippingEngine(model, max_grad_norm=1.0, strategy="bookkeeping")
+    engine.backward(lambda b: model(b["x"]).float().square().sum(), {"x": torch.randn(3, 4, D, dtype=torch.bfloat16)})
+    assert grads(model).keys() == {"inner.weight", "inner.bias", "scale"}
 
 
 def test_outside_an_engine_nothing_is_tracked() -> None:
