@@ -341,13 +341,17 @@ class ClippingEngine:
                     hooks = [module.register_forward_hook(disturb) for module in self._attached]
                     try:
                         forward(_disturbed_inputs(noise, batch, masked=masked))
-                    except IndexError:
+                    except (ValueError, IndexError, RuntimeError):  # a number that stood for a place, a mark for a picture
                         layouts.restart()
-                        forward(_disturbed_inputs(noise, batch, masked=masked, whole=False))
+                        forward(_disturbed_inputs(noise, batch, masked=False, whole=False))
                     _remove(hooks)
-                if units.kind == "rows":
-                    layouts.shorten()
-                    forward(_shortened(batch, units))
+                layouts.shorten()
+                for names in ({*batch}, {name for name in batch if "ids" not in name}) if units.kind == "rows" else ():
+                    try:
+                        forward(_shortened(batch, units, names))
+                        break
+                    except (ValueError, IndexError, RuntimeError):  # a text without its end, say, is not always allowed
+                        layouts.restart()
                 return layouts.settle()
         finally:
             _remove(hooks)
@@ -606,25 +610,29 @@ def _disturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, who
     return out
 
 
-def _shortened(batch: Batch, units: Units) -> dict[str, Any]:
-    """The first row with one token less, in whatever way inputs say so; a model that sorts or drops by it moves the others."""
+def _shortened(batch: Batch, units: Units, names: set[str]) -> dict[str, Any]:
+    """The first row with one token less, in whatever way the inputs of these names say so.
+
+    A model that sorts rows by it, or drops what is not counted, then moves the others.
+    """
     out = dict(batch)
     if "start_positions" in batch:  # an answer must stay inside its text
         return out
-    for name, value in batch.items():
+    for name in names:
+        value = batch[name]
         if not isinstance(value, Tensor) or value.is_floating_point() or value.dim() == 0 or len(value) != units.n_items:
             continue
-        first = value[0]
         if value.dim() == 1:
-            if "label" not in name and "position" not in name and int(first) > 1:
+            if "label" not in name and "position" not in name and int(value[0]) > 1:
                 out[name] = value.clone()
                 out[name][0] -= 1
             continue
-        lowest = int(value.min())
-        counted = first > lowest if lowest <= 0 else torch.ones_like(first, dtype=torch.bool)
-        if "position" not in name and int(counted.sum()) > 1:
+        lowest = min(int(value.min()), 0)
+        counted = value[0] > lowest
+        marks = lowest < 0 or bool((value <= 1).all()) or (name.endswith("input_ids") and bool((value == 0).any()))
+        if marks and int(counted.sum()) > 1:
             out[name] = value.clone()
-            out[name][(0, *counted.nonzero()[-1])] = min(lowest, 0)
+            out[name][(0, *counted.nonzero()[-1])] = lowest
     return out
 
 

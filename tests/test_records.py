@@ -283,10 +283,10 @@ class Compacted(nn.Module):
         super().__init__()
         self.table, self.inner = nn.Embedding(12, WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        kept = ids != 0
-        out = torch.zeros(*ids.shape, WIDTH, dtype=self.table.weight.dtype)
-        out[kept] = torch.tanh(self.inner(self.table(ids)[kept]))
+    def forward(self, input_ids: Tensor) -> Tensor:
+        kept = input_ids != 0
+        out = torch.zeros(*input_ids.shape, WIDTH, dtype=self.table.weight.dtype)
+        out[kept] = torch.tanh(self.inner(self.table(input_ids)[kept]))
         return out
 
 
@@ -301,7 +301,7 @@ def _mask(*lengths: int) -> Batch:
 
 def _ids(*lengths: int) -> Batch:
     batch = _mask(*lengths)
-    return {"ids": batch["ids"] * batch["some_mask"]}
+    return {"input_ids": batch["ids"] * batch["some_mask"]}
 
 
 def test_rows_that_move_or_are_dropped_by_their_length() -> None:
