@@ -37,6 +37,7 @@ from dp_flash_hf.noise import add_gaussian_noise_, fresh_generator
 from dp_flash_hf.units import IGNORED
 
 BASELINE = "non-private"
+TEXTS = 32  # with --padding-free: enough for a long one among them
 # Tokens of the 10,003 training queries of BANKING77 (Casanueva et al. 2020, arXiv 2003.04807), in those of a BERT tokenizer:
 # 33 evenly spaced quantiles.
 BANKING77 = (

@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="speed and memory beside non-private training and Opacus")
     bench.add_argument("--preset", choices=("cpu", "cuda"), default="cpu", help="model, batch and lengths (default: cpu)")
     bench.add_argument("--lengths", type=_whole_numbers, help="tokens per row, comma-separated (default: the preset's)")
-    bench.add_argument("--batch", type=_whole, help="rows of the physical batch (default: the preset's)")
+    bench.add_argument("--batch", type=_whole, help="rows of the physical batch (default: the preset's; 32 texts)")
     bench.add_argument("--layers", type=_whole, help="decoder layers (default: the preset's)")
     bench.add_argument("--width", type=_whole, help="hidden size, a multiple of 64 (default: the preset's)")
     bench.add_argument("--vocabulary", type=_whole, help="tokens that the head tells apart (default: the preset's)")
@@ -331,6 +331,8 @@ def _bench(options: argparse.Namespace) -> None:
 
     names = ("lengths", "batch", "layers", "width", "vocabulary", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.padding_free:
+        given.setdefault("batch", bench.TEXTS)
     bench.print_table(replace(bench.PRESETS[options.preset], **given), repeats=options.repeats, on_texts=options.padding_free)
 
 
