@@ -101,10 +101,11 @@ class Layout:
         if self.whole:
             out[self.units.last] = g
             return out
-        (dim,) = self.dims
+        sizes = [self.lead[dim] for dim in self.dims]
+        owner = self.units.of_item.repeat_interleave(math.prod(sizes) // self.units.n_items).to(g.device).view(sizes)
+        owner = owner.view([size if dim in self.dims else 1 for dim, size in enumerate(g.shape)])
         for unit in range(self.units.n):
-            rows = self._rows_of(unit).to(g.device)
-            out[unit].index_copy_(dim, rows, g.index_select(dim, rows))
+            out[unit] = torch.where(owner == unit, g, 0.0)
         return out
 
     def _rows_of(self, unit: int) -> Tensor:
@@ -133,9 +134,12 @@ class Place:
 
     def allows(self, rows: int, length: int) -> bool:
         """Whether an item may have so many rows in a batch of this length."""
-        if any((rows,) == proven for _, proven in self.proofs):
-            return True
-        return self.proven_at(length) and all(rows * met == proven * length for met, (proven,) in self.proofs)
+        if any(met == length for met, _ in self.proofs):
+            return (length, (rows,)) in self.proofs
+        return self.proven_at(length) and (
+            all(proven == rows for _, (proven,) in self.proofs)
+            or all(rows * met == proven * length for met, (proven,) in self.proofs)
+        )
 
     def allows_shape(self, shape: tuple[int, ...], length: int) -> bool:
         """Whether an input that is the same for all items may have this shape: one met before, sizes that are lengths apart."""

@@ -12,6 +12,9 @@ import pytest
 import torch
 import transformers
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined, so before any is imported
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -20,6 +23,12 @@ transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where Triton kernels run: on a GPU as they are, else on CPU tensors in Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -66,11 +66,12 @@ def attach(module: nn.Module, recorder: Recorder) -> None:
     original, rule = type(module), rule_for(module)
     key = (original, rule)
     if key not in _CLASSES:
-        bases: tuple[type, ...] = (_Tracking, original)
-        if rule is not None:
-            bases = (_Tracking, *((rule,) if original in rule.__mro__ else (rule, original)))
-            if issubclass(rule, nn.Module) and original not in rule.__mro__:
-                bases = (_Tracking, original, rule)
+        bases: tuple[type, ...] = (original,)
+        if rule is not None and original in rule.__mro__:
+            bases = (rule,)
+        elif rule is not None:  # a subclass's own forward comes before the rule, and calls it; a mixin comes first
+            bases = (original, rule) if issubclass(rule, nn.Module) else (rule, original)
+        bases = (_Tracking, *bases)
         _CLASSES[key] = type(original.__name__, bases, {"__module__": original.__module__, "_dp_original": original})
     setattr(module, _ATTRIBUTE, recorder)
     module.__class__ = _CLASSES[key]

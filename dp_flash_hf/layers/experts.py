@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_flash_hf.kernels.ghost_norm import upcast
-from dp_flash_hf.layers.tracking import Tracked, record
+from dp_flash_hf.layers.tracking import Tracked, once, record
 from dp_flash_hf.layouts import Layout
 from dp_flash_hf.records import Recorder
 
@@ -64,6 +64,7 @@ class RecordedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """g: (rows, p)."""
+        once(ctx)
         x, weight = ctx.saved_tensors
         w, b = ctx.tracked
         route, n = ctx.route, ctx.layout.units.n

@@ -17,6 +17,7 @@ from dp_flash_hf.layers.tracking import (
     autocast_dtype,
     changes_its_argument,
     derived,
+    once,
     operation,
     per_item,
     record,
@@ -48,6 +49,7 @@ class RecordedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """g: (*lead, p)."""
+        once(ctx)
         x, weight = ctx.saved_tensors
         w, b = ctx.tracked
         if w is not None:
@@ -137,6 +139,7 @@ class RecordedEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
         """g: (*lead, d)."""
+        once(ctx)
         (ids,) = ctx.saved_tensors
         ctx.tracked.recorder.embedding(ctx.tracked.plain, ids, g, ctx.layout, ctx.padding_idx)
         return (None,) * 5
@@ -204,6 +207,7 @@ class RecordedLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """g: (*lead, d)."""
+        once(ctx)
         x, mean, rstd, weight = ctx.saved_tensors
         w, b = ctx.tracked
         if w is not None:
@@ -276,6 +280,7 @@ class RecordedConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """g: (rows, p, H', W')."""
+        once(ctx)
         x, weight = ctx.saved_tensors
         outputs = g.flatten(2).mT  # (rows, H' W', p)
         layout = Layout(ctx.layout.units, tuple(outputs.shape[:2]), ctx.layout.dims)
@@ -294,8 +299,8 @@ class RecordedConv(torch.autograd.Function):
         return (conv2d_input(x.shape, weight.to(g.dtype), g, **ctx.geometry, groups=ctx.groups), *(None,) * 6)
 
 
-@operation(F.conv2d)
-def conv2d(
+@operation(F.conv1d, F.conv2d)
+def conv(
     call: Call,
     input: Tensor,
     weight: Tensor,
@@ -305,44 +310,21 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """Convolution with zero padding given as numbers. input: (rows, c, H, W)."""
-    if isinstance(input, Tracked) or isinstance(padding, str) or input.dim() != 4:
+    """Convolution, zeros as padding. input: (rows, c, H, W), or (rows, c, length), a picture of one line."""
+    line = call.func is F.conv1d
+    if isinstance(input, Tracked) or isinstance(padding, str) or input.dim() != (3 if line else 4):
         return None
-    layout = call.layout(input, feature_dims=3)
+    layout = call.layout(input, feature_dims=input.dim() - 1)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-    return None if layout is None else _recorded_conv(input, weight, bias, geometry, groups, layout)
-
-
-@operation(F.conv1d)
-def conv1d(
-    call: Call,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor | None:
-    """As `conv2d`, of one line. input: (rows, c, length)."""
-    if isinstance(input, Tracked) or isinstance(padding, str) or input.dim() != 3:
-        return None
-    layout = call.layout(input, feature_dims=2)
-    if layout is None:
-        return None
-    line = {"stride": (1, stride), "padding": (0, padding), "dilation": (1, dilation)}
-    geometry = {name: (first, *rest) if isinstance(rest, tuple) else (first, rest) for name, (first, rest) in line.items()}
-    out = _recorded_conv(input.unsqueeze(2), derived(torch.unsqueeze, weight, 2), bias, geometry, groups, layout)
-    return None if out is None else out.squeeze(2)
-
-
-def _recorded_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any], groups: int, layout: Layout
-) -> Tensor | None:
+    if line:
+        single = {"stride": 1, "padding": 0, "dilation": 1}
+        geometry = {name: (single[name], *(v if isinstance(v, tuple) else (v,))) for name, v in geometry.items()}
+        input, weight = input.unsqueeze(2), derived(torch.unsqueeze, weight, 2)
     found = _sorted(weight, bias)
-    if found is None:
+    if layout is None or found is None:
         return None
-    return RecordedConv.apply(x, *found[0], geometry, groups, found[1], layout)  # type: ignore[no-any-return, no-untyped-call]
+    out: Tensor = RecordedConv.apply(input, *found[0], geometry, groups, found[1], layout)  # type: ignore[no-untyped-call]
+    return out.squeeze(2) if line else out
 
 
 # --- everything else ------------------------------------------------------------------------------------------------------
@@ -386,12 +368,13 @@ class RecordedOperation(torch.autograd.Function):
     def forward(ctx: Any, call: Call, layouts: list[Layout | None], out: Tensor, plain: Tensor, *data: Tensor) -> Tensor:
         """out: the result. layouts: of call.tensors, and of `out`. plain: some numbers that require a gradient."""
         ctx.save_for_backward(*data)
-        ctx.call, ctx.layouts, ctx.autocast = call, layouts, autocast_dtype(plain.device)
+        ctx.call, ctx.layouts, ctx.autocast = call.emptied(), layouts, autocast_dtype(plain.device)
         return out.clone()  # it may be a view, which nobody could change in place
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """g: as the result."""
+        once(ctx)
         call, units = ctx.call, ctx.call.recorder.units
         *layouts, out_layout = ctx.layouts
         out_whole = Layout(units, (), ())

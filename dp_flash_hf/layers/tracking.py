@@ -102,7 +102,8 @@ class Call:
     """One call of a torch function with at least one tracked tensor among its arguments."""
 
     def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.func, self.args, self.kwargs = func, args, kwargs
+        self.func = func
+        self.args, self.kwargs = _replaced(lambda value: value, args, kwargs)  # the caller may go on with its lists
         self.tensors = list({id(t): t for t in _tensors(args, kwargs)}.values())  # each once, however often it is passed
         self.tracked = [t for t in self.tensors if isinstance(t, Tracked)]
         self.data = [t for t in self.tensors if not isinstance(t, Tracked) and not _is_frozen(t)]
@@ -117,8 +118,13 @@ class Call:
                 return new[id(value)]
             return value.plain if isinstance(value, Tracked) else value
 
-        args, kwargs = _map(swap, self.args), {name: _map(swap, (value,))[0] for name, value in self.kwargs.items()}
+        args, kwargs = _replaced(swap, self.args, self.kwargs)
         return self.func(*args, **kwargs)
+
+    def emptied(self) -> Call:
+        """The same call with tensors of no numbers for its data, in the same order, so that it keeps none of them alive."""
+        hollow = {id(x): torch.empty_like(x, device="meta", requires_grad=False) for x in self.data}
+        return Call(self.func, *_replaced(lambda value: hollow.get(id(value), value), self.args, self.kwargs))
 
     def run_once(self) -> tuple[Any, bool]:
         """The function's result, and whether it drew random numbers, so that it cannot be repeated, as backward would."""
@@ -198,6 +204,7 @@ class _PerItem(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
+        once(ctx)
         tracked, layout = ctx.tracked, ctx.layout
         own = tuple(dim - len(layout.lead) + tracked.dim() for dim in layout.dims)
         if any(dim >= 0 and tracked.shape[dim] > 1 for dim in own):  # the rows of a unit are already its own
@@ -206,6 +213,16 @@ class _PerItem(torch.autograd.Function):
             gradients = Layout(layout.units, tuple(g.shape), layout.dims).sums(g)
         record(tracked, gradients.reshape(layout.units.n, *tracked.shape))
         return (None,) * 4
+
+
+def once(ctx: Any) -> None:
+    """Raise PrivacyError where a backward pass comes by for the second time: what it recorded would count twice."""
+    if getattr(ctx, "recorded", False):
+        raise PrivacyError(
+            "gradients were taken twice through one forward pass, as for a saliency or a penalty, and would be recorded twice; "
+            "use engine.backward(loss_fn, batch) with strategy='auto'"
+        )
+    ctx.recorded = True
 
 
 def unexpanded(tracked: Tracked) -> Tracked:
@@ -268,8 +285,9 @@ def _rebuild(tracked: Tracked, leaves: dict[nn.Parameter, Tensor], made: dict[in
         def swap(value: Any) -> Any:
             return _rebuild(value, leaves, made) if isinstance(value, Tracked) else value
 
+        args, kwargs = _replaced(swap, args, kwargs)
         with _autocast(tracked.device, autocast):
-            out = func(*_map(swap, args), **{name: _map(swap, (value,))[0] for name, value in kwargs.items()})
+            out = func(*args, **kwargs)
         made[id(tracked)] = out if part is None else out[part]
     return made[id(tracked)]
 
@@ -340,7 +358,8 @@ def _dispatch(call: Call) -> Any:
     if known:
         return _derived(call)
     for rule in rules_for(call.func):
-        if rule.__code__.co_flags & inspect.CO_VARKEYWORDS or call.kwargs.keys() <= set(rule.__code__.co_varnames):
+        code = rule.__code__
+        if code.co_flags & inspect.CO_VARKEYWORDS or call.kwargs.keys() <= set(code.co_varnames[: code.co_argcount]):
             out = rule(call, *call.args, **call.kwargs)
             if out is not None:
                 return out
@@ -389,8 +408,11 @@ def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
             yield from (v for v in value if isinstance(v, Tensor))
 
 
-def _map(f: Callable[[Any], Any], args: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(type(v)(f(x) for x in v) if type(v) in (list, tuple) else f(v) for v in args)
+def _replaced(f: Callable[[Any], Any], args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def within(value: Any) -> Any:
+        return type(value)(f(x) for x in value) if type(value) in (list, tuple) else f(value)
+
+    return tuple(map(within, args)), {name: within(value) for name, value in kwargs.items()}
 
 
 def _random_state(device: torch.device) -> Tensor:
