@@ -15,35 +15,31 @@ package and refuse what this implementation can do (Llama 4's chunks beyond one 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from dp_flash_hf import patching
+from dp_flash_hf.attention_implementations import Pattern, Segment, Segments, Sight, causal_mask, compute
 from dp_flash_hf.errors import UnsupportedError, invalid
-from dp_flash_hf.kernels import reference
 
 NAMES = ("dp_flash", "dp_attention")
 
 # Keyword arguments of transformers that change what attention computes, and that nothing below implements.
 _UNHANDLED = ("block_indices", "sinks", "cache", "block_table", "head_mask")
-
-Sight = Literal["all", "causal", "mask", "nothing"]
 
 # Model types that extend their mask by additive terms, which a bool mask silently turns around.
 _ADDS_TO_ITS_MASK = ("deepseek_v4",)
@@ -51,17 +47,6 @@ _ADDS_TO_ITS_MASK = ("deepseek_v4",)
 _WANTED = "_dp_flash_wanted"
 # Model types that cannot do without a mask: those that do not support torch's SDPA by themselves, found while models are built.
 ALWAYS_MASKED: set[str] = set()
-
-
-class _Segment(NamedTuple):
-    """Consecutive queries of one row and the only keys they may see."""
-
-    queries: int
-    keys: int
-    sight: Sight
-
-
-Segments = list[list[_Segment]]  # per row, in order, covering it
 
 
 def dp_flash_attention(
@@ -147,12 +132,12 @@ def dp_flash_attention(
             raise UnsupportedError(
                 "a sliding window that is not causal comes as a mask, or not at all; pass a 4-D attention_mask"
             )
-        mask = _causal_mask(n_keys, query.device, window=sliding_window)[None, None]
+        mask = causal_mask(n_keys, query.device, window=sliding_window)[None, None]
     if indices is not None:
         picked = torch.zeros(indices.shape[0], 1, n_queries, n_keys, dtype=torch.bool, device=query.device)
         picked.scatter_(-1, indices.long()[:, None], True)
         if mask is None and causal:
-            mask = _causal_mask(n_keys, query.device)[None, None]
+            mask = causal_mask(n_keys, query.device)[None, None]
         mask = picked if mask is None else mask & picked
 
     layout = _Layout(None, None, None, 0)
@@ -176,15 +161,15 @@ def dp_flash_attention(
                     "under which these see each other; separate them in the mask, or give position_ids that do not restart"
                 )
             sight: Sight = "mask" if mask is not None else "causal" if causal else "all"
-            segments = [[_Segment(n, n, sight) for n in row] for row in restarts] * (len(query) // len(restarts))
+            segments = tuple(tuple(Segment(n, n, sight) for n in row) for row in restarts) * (len(query) // len(restarts))
 
     if layout.unseen is not None:
         key, value = key.masked_fill(layout.unseen, 0), value.masked_fill(layout.unseen, 0)
     if layout.blind is not None:
         query = query.masked_fill(layout.blind, 0)
-    output = _IMPLEMENTATIONS[_implementation](
+    output = compute(
         *(query, key, value, segments),
-        _Pattern(
+        Pattern(
             mask=mask,
             causal=causal and mask is None,
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -266,35 +251,7 @@ def status(model: nn.Module) -> str:
     return "called" if any(getattr(module, "_dp_flash_ran", False) for module in model.modules()) else why or "not called yet"
 
 
-@contextlib.contextmanager
-def use(implementation: Literal["sdpa", "reference"]) -> Iterator[None]:
-    """Within the context, dp_flash attention is computed by `sdpa` (torch; the default) or `reference` (the slow oracle)."""
-    global _implementation
-    if implementation not in _IMPLEMENTATIONS:
-        raise invalid(
-            "implementation", expected=f"one of {', '.join(_IMPLEMENTATIONS)}", actual=implementation, remedy="choose one"
-        )
-    before, _implementation = _implementation, implementation
-    try:
-        yield
-    finally:
-        _implementation = before
-
-
 # --- what a call asks for -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pattern:
-    """Which keys a query sees, and how its logits become weights; the same for every segment."""
-
-    mask: Tensor | None  # 4-D; bool, or float to be added
-    causal: bool  # up to the diagonal; only without a mask
-    scale: float
-    dropout: float
-    softcap: float | None
-    sinks: Tensor | None
-    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -303,7 +260,7 @@ class _Layout:
 
     unseen: Tensor | None  # (B, 1, K, 1), True at keys no query sees; None if there are none
     blind: Tensor | None  # (B, 1, Q, 1), True at queries that see no key; None if there are none
-    segments: Segments | None  # None if no row holds two blocks
+    segments: Segments | None  # None if a row is not made of blocks of queries and the keys they see
     reach: int  # how far behind itself a query sees at most; for Q == K
 
 
@@ -312,33 +269,58 @@ def _layout_of_mask(mask: Tensor) -> _Layout:
     seen, sees = sight.any(1), sight.any(2)
     unseen = None if bool(seen.all()) else ~seen[:, None, :, None]
     blind = None if bool(sees.all()) else ~sees[:, None, :, None]
+    constant = bool((mask == sight[:, None, :1]).all())
     if sight.shape[1] != sight.shape[2]:
-        return _Layout(unseen, blind, None, 0)
+        return _Layout(unseen, blind, _segments_of_keys(seen, sight.shape[1]) if constant else None, 0)
 
     size = sight.shape[1]
     place = torch.arange(size, device=mask.device).expand_as(sees)
     bits = sight.to(torch.uint8)
     first = torch.where(sees, bits.argmax(-1), place)
+    reach = int((place - first).max())
+    if constant:
+        return _Layout(unseen, blind, _segments_of_keys(seen, size), reach)
     last = torch.where(sees, size - 1 - bits.flip(-1).argmax(-1), place)
     # A block starts where nobody from here on looks back across, and nobody before looks ahead across.
     looks_back = first.flip(-1).cummin(-1).values.flip(-1)
     looks_ahead = last.cummax(-1).values
     starts = looks_back >= place
     starts[:, 1:] &= looks_ahead[:, :-1] < place[:, 1:]
+    # What a mask without holes would be, block by block, and whether a query's sight is that.
+    block = starts.cumsum(1)
+    behind = place[:, :, None] - place[:, None, :]
+    full = block[:, :, None] == block[:, None, :]
+    sights = [full, full & (behind >= 0), full & (behind >= 0) & (behind <= reach)]
+    agrees = [(mask == one[:, None]).all(3).all(1) for one in sights]
+
     rows = []
-    for row, (is_start, can_see) in enumerate(zip(starts.tolist(), sees.tolist(), strict=True)):
+    for is_start, can_see, *agree in torch.stack([starts, sees, *agrees], 1).tolist():
         edges = [i for i, start in enumerate(is_start) if start and (can_see[i] or i == 0 or can_see[i - 1])] + [size]
-        rows.append([_Segment(b - a, b - a, _sight(mask[row], a, b) if can_see[a] else "nothing") for a, b in pairwise(edges)])
-    packed = any(sum(part.sight != "nothing" for part in parts) > 1 for parts in rows)
-    return _Layout(unseen, blind, rows if packed else None, int((place - first).max()))
+        rows.append(tuple(_block(a, b, can_see, agree, reach + 1) for a, b in pairwise(edges)))
+    return _Layout(unseen, blind, tuple(rows), reach)
 
 
-def _sight(mask: Tensor, start: int, stop: int) -> Sight:
-    """How the block [start, stop) of one row's mask (H, S, S) can be said without a mask."""
-    block = mask[:, start:stop, start:stop]
-    if bool(block.all()):
-        return "all"
-    return "causal" if bool((block == _causal_mask(stop - start, mask.device)).all()) else "mask"
+def _block(start: int, stop: int, can_see: list[bool], agrees: list[list[bool]], window: int) -> Segment:
+    """What the block [start, stop) of one row's mask says; agrees: whether each query sees all, all behind, or a window."""
+    length = stop - start
+    if not can_see[start]:
+        return Segment(length, length, "nothing")
+    all_of_it, causal, windowed = (all(agree[start:stop]) for agree in agrees)
+    if all_of_it or causal:
+        return Segment(length, length, "all" if all_of_it else "causal")
+    return Segment(length, length, "mask", window if windowed else None)
+
+
+def _segments_of_keys(seen: Tensor, queries: int) -> Segments | None:
+    """Rows whose queries all see the same keys (B, K), if these follow one another."""
+    rows = []
+    for row in seen.tolist():
+        first, count = row.index(True) if any(row) else 0, sum(row)
+        if not all(row[first : first + count]):
+            return None
+        after = len(row) - first - count
+        rows.append((Segment(0, first, "nothing"), Segment(queries, count, "all"), Segment(0, after, "nothing")))
+    return tuple(rows)
 
 
 def _segments_of_ends(
@@ -362,7 +344,7 @@ def _segments_of_ends(
         if starts.issuperset(ends_q):  # the mask is at least as fine, and already known block by block
             return blocks
     sight: Sight = "mask" if masked else "causal" if causal else "all"
-    return [[_Segment(q, k, sight) for q, k in lengths]]
+    return (tuple(Segment(q, k, sight) for q, k in lengths),)
 
 
 def _restarts(position_ids: Tensor) -> Tensor:
@@ -392,12 +374,7 @@ def _crosses_restarts(mask: Tensor | None, position_ids: Tensor) -> bool:
 def _mask_of_padding(padding: Tensor, causal: bool) -> Tensor:
     real = padding.to(torch.bool)
     mask = real[:, None, None, :]
-    return mask & _causal_mask(real.shape[1], real.device) & real[:, None, :, None] if causal else mask
-
-
-def _causal_mask(size: int, device: torch.device, window: int | None = None) -> Tensor:
-    mask = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-    return mask if window is None else mask.triu(1 - window)
+    return mask & causal_mask(real.shape[1], real.device) & real[:, None, :, None] if causal else mask
 
 
 def _to_list(tensor: Tensor) -> list[int]:
@@ -418,175 +395,6 @@ def once(tensor: Tensor, work: Callable[..., _T], *args: Any) -> _T:
         known[work, args] = (tensor._version, work(tensor, *args))
     result: _T = known[work, args][1]
     return result
-
-
-# --- how it is computed ---------------------------------------------------------------------------------------------------
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: _Pattern) -> Tensor:
-    """(B, H, Q, E) by torch: one call for separate rows; for packed rows one per segment, or one varlen call on a GPU."""
-    if segments is None:
-        return _rows(query, key, value, pattern)
-    sights = {part.sight for parts in segments for part in parts} - {"nothing"}
-    if sights in ({"all"}, {"causal"}) and _varlen_takes(query, value, pattern):
-        return _varlen(query, key, value, segments, pattern.scale, causal=sights == {"causal"})
-    # split and cat, not slices: their backward only copies, so no gradient of one segment is added to another's.
-    return torch.cat(
-        [
-            _row(q, k, v, segments, b, pattern)
-            for b, (q, k, v) in enumerate(zip(*(torch.split(x, 1) for x in (query, key, value)), strict=True))
-        ]
-    )
-
-
-def _row(query: Tensor, key: Tensor, value: Tensor, segments: Segments, row: int, pattern: _Pattern) -> Tensor:
-    """(1, H, Q, E): the segments of one row, each by itself."""
-    parts = segments[row]
-    queries, keys = [part.queries for part in parts], [part.keys for part in parts]
-    pieces = torch.split(query, queries, 2), torch.split(key, keys, 2), torch.split(value, keys, 2)
-    outputs = []
-    q0 = k0 = 0
-    for part, q, k, v in zip(parts, *pieces, strict=True):
-        span = (slice(q0, q0 + part.queries), slice(k0, k0 + part.keys))
-        q0, k0 = span[0].stop, span[1].stop
-        if part.sight == "nothing" or part.keys == 0:
-            outputs.append(q.new_zeros(*q.shape[:3], v.shape[-1], dtype=v.dtype))
-            continue
-        mask = _cut(pattern.mask, row, span) if part.sight == "mask" else None
-        bias = _cut(pattern.bias, row, span)
-        outputs.append(_rows(q, k, v, replace(pattern, mask=mask, causal=part.sight == "causal", bias=bias)))
-    return torch.cat(outputs, 2)
-
-
-def _cut(table: Tensor | None, row: int, span: tuple[slice, slice]) -> Tensor | None:
-    """The entries of a (B or 1, H or 1, Q or 1, K) table for one row and one segment."""
-    if table is None:
-        return None
-    row = row if table.shape[0] > 1 else 0
-    return table[row : row + 1, :, span[0] if table.shape[2] > 1 else slice(None), span[1]]
-
-
-def _rows(query: Tensor, key: Tensor, value: Tensor, pattern: _Pattern) -> Tensor:
-    """Attention of separate rows; within a row only the pattern stands between tokens."""
-    groups = query.shape[1] // key.shape[1]
-    mask, causal, bias = pattern.mask, pattern.causal and query.shape[2] > 1, pattern.bias
-    explicit = pattern.softcap is not None or pattern.sinks is not None
-    if causal and (explicit or bias is not None):
-        mask, causal = _causal_mask(key.shape[2], key.device), False
-    # Torch's fused kernels read shared key heads in place, but not together with a mask.
-    shared = mask is None and bias is None and not explicit and key.shape[-1] == value.shape[-1] <= 256
-    if groups > 1 and not shared:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if explicit:
-        return _explicit(query, key, value, mask, pattern)
-    if bias is not None:
-        bias = bias.to(query.dtype)
-        if mask is not None:
-            bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-        mask = bias
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, pattern.dropout, causal, scale=pattern.scale, enable_gqa=groups > 1 and shared
-    )
-
-
-def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pattern: _Pattern) -> Tensor:
-    """Attention by its formula, for what torch's fused kernels do not offer: soft-capped logits and sinks."""
-    logits = torch.matmul(query, key.transpose(-1, -2)) * pattern.scale
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    if pattern.softcap is not None:
-        logits = pattern.softcap * torch.tanh(logits / pattern.softcap)
-    if pattern.bias is not None:
-        logits = logits + pattern.bias
-    if mask is not None:
-        # The lowest number, not -inf, which would make the softmax of a query that sees nothing NaN.
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
-    if pattern.sinks is not None:
-        sinks = pattern.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        logits = torch.cat([logits, sinks], -1)
-    weights = torch.softmax(logits, -1)[..., : key.shape[2]]
-    if mask is not None and mask.dtype == torch.bool:
-        weights = weights.masked_fill(~mask, 0)
-    return torch.matmul(F.dropout(weights, pattern.dropout).to(value.dtype), value)
-
-
-def _varlen_takes(query: Tensor, value: Tensor, pattern: _Pattern) -> bool:
-    """Whether torch's varlen kernel can do this call: half precision on CUDA, and nothing but scaled logits."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] == value.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-        and pattern.dropout == 0
-        and pattern.softcap is None
-        and pattern.sinks is None
-        and pattern.bias is None
-        and _varlen_kernel() is not None
-    )
-
-
-@functools.cache
-def _varlen_kernel() -> Callable[..., Any] | None:
-    """Torch's attention over packed rows, where it has one that takes causal and grouped-query calls (since torch 2.12)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # absent before torch 2.10, and slow to import
-    except ImportError:
-        return None
-    return varlen_attn if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
-
-
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, *, causal: bool) -> Tensor:
-    parts = [part for row in segments for part in row]
-    queries, keys = [part.queries for part in parts], [part.keys for part in parts]
-    ends_q, ends_k = (
-        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device) for lengths in (queries, keys)
-    )
-    flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    kernel = _varlen_kernel()
-    assert kernel is not None
-    output = kernel(
-        *(flat_q, flat_k, flat_v, ends_q, ends_k, max(queries), max(keys)),
-        scale=scale,
-        window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=query.shape[1] > key.shape[1],
-    )
-    assert isinstance(output, Tensor)  # a tuple only if asked for more
-    return output.view(query.shape[0], query.shape[2], *output.shape[1:]).transpose(1, 2)
-
-
-def _reference(query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: _Pattern) -> Tensor:
-    """The float64 oracle, one query at a time. Raises UnsupportedError with dropout, which has no one right answer."""
-    if pattern.dropout:
-        raise UnsupportedError('the "reference" implementation has no dropout; set the attention dropout to 0')
-    bias, mask = pattern.bias, pattern.mask
-    if mask is not None and mask.dtype != torch.bool:
-        bias, mask = mask if bias is None else bias + mask, None
-    rows = []
-    for b in range(query.shape[0]):
-        parts = segments[b] if segments else [_Segment(query.shape[2], key.shape[2], "mask")]
-        row = slice(b, b + 1)
-        rows.append(
-            reference.attention(
-                *(query[row], key[row], value[row]),
-                causal=mask is None and (pattern.causal or any(part.sight == "causal" for part in parts)),
-                mask=mask if mask is None or len(mask) == 1 else mask[row],
-                cu_seqlens_q=[0, *accumulate(part.queries for part in parts)],
-                cu_seqlens_k=[0, *accumulate(part.keys for part in parts)],
-                scale=pattern.scale,
-                softcap=pattern.softcap,
-                sinks=pattern.sinks,
-                bias=bias if bias is None or len(bias) == 1 else bias[row],
-            )
-        )
-    return torch.cat(rows).to(value.dtype)
-
-
-# A later kernel goes here under its name.
-_IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments | None, _Pattern], Tensor]] = {
-    "sdpa": _sdpa,
-    "reference": _reference,
-}
-_implementation: str = "sdpa"
 
 
 # --- what Transformers has to be taught -----------------------------------------------------------------------------------

@@ -257,8 +257,6 @@ def _plan(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> None:
     import torch
 
-    import dp_flash_hf.attention
-
     table = _table("what", "here")
     table.add_row("python", platform.python_version())
     for package in _PACKAGES:
@@ -268,11 +266,16 @@ def _doctor(options: argparse.Namespace) -> None:
         capability = f"sm_{properties.major}{properties.minor}"
         table.add_row(f"cuda:{index}", f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB")
     table.add_row("cpu", f"{torch.get_num_threads()} threads")
-    table.add_row("attention", f'attn_implementation="dp_flash" runs as {dp_flash_hf.attention._implementation}')
+    kernels = "torch; Triton for soft-caps, sinks and masks" if torch.cuda.is_available() and _has("triton") else "torch"
+    table.add_row("attention", f'attn_implementation="dp_flash" is computed by {kernels}')
     table.add_row("strategy", "bookkeeping; microbatch for models with parameters that no rule covers (see --model)")
     _print(table)
     if options.model is not None:
         _print(_trial(options.model, options.task, options.length))
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _version(package: str) -> str:

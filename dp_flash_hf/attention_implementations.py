@@ -1,0 +1,356 @@
+"""How dp_flash attention is computed: by torch, by this library's Triton kernels, or by the slow oracle.
+
+`compute` takes the implementation that `use` asked for, which runs or raises; without it, the one that `choose` picks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dp_flash_hf.errors import UnsupportedError, invalid
+from dp_flash_hf.kernels import reference
+
+if TYPE_CHECKING:
+    from dp_flash_hf.kernels.attention import SegmentTable
+
+Sight = Literal["all", "causal", "mask", "nothing"]
+
+
+class Segment(NamedTuple):
+    """Consecutive queries of one row and the only keys they may see.
+
+    sight: "mask" where only the mask says it all. window: the mask says no more than: up to the diagonal, this many keys.
+    """
+
+    queries: int
+    keys: int
+    sight: Sight
+    window: int | None = None
+
+
+Segments = tuple[tuple[Segment, ...], ...]  # per row, in order, covering it
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys a query sees, and how its logits become weights; the same for every segment."""
+
+    mask: Tensor | None  # 4-D; bool, or float to be added
+    causal: bool  # up to the diagonal; only without a mask
+    scale: float
+    dropout: float
+    softcap: float | None
+    sinks: Tensor | None
+    bias: Tensor | None
+
+
+def causal_mask(size: int, device: torch.device, window: int | None = None) -> Tensor:
+    """(size, size) bool, True up to the diagonal, and there for the last `window` keys."""
+    mask = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    return mask if window is None else mask.triu(1 - window)
+
+
+Implementation = Literal["sdpa", "triton", "reference"]
+
+
+@contextlib.contextmanager
+def use(implementation: Implementation) -> Iterator[None]:
+    """Within the context, dp_flash attention is computed by this implementation, which runs or raises UnsupportedError.
+
+    `sdpa`: torch. `triton`: this library's kernels (`kernels.attention`), on CUDA devices. `reference`: the slow oracle.
+    Without it, `choose` decides.
+    """
+    global _asked_for
+    if implementation not in get_args(Implementation):
+        raise invalid(
+            "implementation",
+            expected=f"one of {', '.join(get_args(Implementation))}",
+            actual=implementation,
+            remedy="choose one",
+        )
+    before, _asked_for = _asked_for, implementation
+    try:
+        yield
+    finally:
+        _asked_for = before
+
+
+_asked_for: Implementation | None = None
+
+
+def choose(query: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> Implementation:
+    """Who computes this call: whom `use` asked for; else torch, unless it would form all weights where the kernels need not.
+
+    That is on CUDA devices with soft-capped logits, sinks, or a mask that `segments` say in fewer words. Which of the two is
+    faster where torch's fused kernels take the call has not been measured yet.
+    """
+    if _asked_for is not None:
+        return _asked_for
+    forms_weights = pattern.softcap is not None or pattern.sinks is not None or pattern.mask is not None
+    if query.is_cuda and forms_weights and not _varlen_does(query, value, segments, pattern):
+        return "triton" if _triton_lacks(query, value, segments, pattern) is None else "sdpa"
+    return "sdpa"
+
+
+def compute(query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> Tensor:
+    """Attention of query (B, H, Q, D) over key (B, G, K, D) and value (B, G, K, E), as `choose` says: (B, H, Q, E) like value.
+
+    segments: what the rows consist of, where that is known; rows of several are computed one by one.
+    Raises UnsupportedError if the implementation asked for does not offer what the call needs.
+    """
+    implementations = {"sdpa": _sdpa, "triton": _triton, "reference": _reference}
+    return implementations[choose(query, value, segments, pattern)](query, key, value, segments, pattern)
+
+
+def _is_packed(segments: Segments | None) -> TypeGuard[Segments]:
+    return segments is not None and any(sum(part.sight != "nothing" for part in parts) > 1 for parts in segments)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> Tensor:
+    """(B, H, Q, E) by torch: one call for separate rows; for packed rows one per segment, or one varlen call on a GPU."""
+    if not _is_packed(segments):
+        return _rows(query, key, value, pattern)
+    if _varlen_does(query, value, segments, pattern):
+        return _varlen(query, key, value, segments, pattern.scale, causal=_sights(segments) == {"causal"})
+    # split and cat, not slices: their backward only copies, so no gradient of one segment is added to another's.
+    return torch.cat(
+        [
+            _row(q, k, v, segments, b, pattern)
+            for b, (q, k, v) in enumerate(zip(*(torch.split(x, 1) for x in (query, key, value)), strict=True))
+        ]
+    )
+
+
+def _row(query: Tensor, key: Tensor, value: Tensor, segments: Segments, row: int, pattern: Pattern) -> Tensor:
+    """(1, H, Q, E): the segments of one row, each by itself."""
+    parts = segments[row]
+    queries, keys = [part.queries for part in parts], [part.keys for part in parts]
+    pieces = torch.split(query, queries, 2), torch.split(key, keys, 2), torch.split(value, keys, 2)
+    outputs = []
+    q0 = k0 = 0
+    for part, q, k, v in zip(parts, *pieces, strict=True):
+        span = (slice(q0, q0 + part.queries), slice(k0, k0 + part.keys))
+        q0, k0 = span[0].stop, span[1].stop
+        if part.sight == "nothing" or part.keys == 0:
+            outputs.append(q.new_zeros(*q.shape[:3], v.shape[-1], dtype=v.dtype))
+            continue
+        mask = _cut(pattern.mask, row, span) if part.sight == "mask" else None
+        bias = _cut(pattern.bias, row, span)
+        outputs.append(_rows(q, k, v, replace(pattern, mask=mask, causal=part.sight == "causal", bias=bias)))
+    return torch.cat(outputs, 2)
+
+
+def _cut(table: Tensor | None, row: int, span: tuple[slice, slice]) -> Tensor | None:
+    """The entries of a (B or 1, H or 1, Q or 1, K) table for one row and one segment."""
+    if table is None:
+        return None
+    row = row if table.shape[0] > 1 else 0
+    return table[row : row + 1, :, span[0] if table.shape[2] > 1 else slice(None), span[1]]
+
+
+def _rows(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
+    """Attention of separate rows; within a row only the pattern stands between tokens."""
+    groups = query.shape[1] // key.shape[1]
+    mask, causal, bias = pattern.mask, pattern.causal and query.shape[2] > 1, pattern.bias
+    explicit = pattern.softcap is not None or pattern.sinks is not None
+    if causal and (explicit or bias is not None):
+        mask, causal = causal_mask(key.shape[2], key.device), False
+    # Torch's fused kernels read shared key heads in place, but not together with a mask.
+    shared = mask is None and bias is None and not explicit and key.shape[-1] == value.shape[-1] <= 256
+    if groups > 1 and not shared:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if explicit:
+        return _explicit(query, key, value, mask, pattern)
+    if bias is not None:
+        bias = bias.to(query.dtype)
+        if mask is not None:
+            bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+        mask = bias
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, pattern.dropout, causal, scale=pattern.scale, enable_gqa=groups > 1 and shared
+    )
+
+
+def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pattern: Pattern) -> Tensor:
+    """Attention by its formula, for what torch's fused kernels do not offer: soft-capped logits and sinks."""
+    logits = torch.matmul(query, key.transpose(-1, -2)) * pattern.scale
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if pattern.softcap is not None:
+        logits = pattern.softcap * torch.tanh(logits / pattern.softcap)
+    if pattern.bias is not None:
+        logits = logits + pattern.bias
+    if mask is not None:
+        # The lowest number, not -inf, which would make the softmax of a query that sees nothing NaN.
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+    if pattern.sinks is not None:
+        sinks = pattern.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sinks], -1)
+    weights = torch.softmax(logits, -1)[..., : key.shape[2]]
+    if mask is not None and mask.dtype == torch.bool:
+        weights = weights.masked_fill(~mask, 0)
+    return torch.matmul(F.dropout(weights, pattern.dropout).to(value.dtype), value)
+
+
+def _sights(segments: Segments) -> set[Sight]:
+    return {part.sight for parts in segments for part in parts} - {"nothing"}
+
+
+def _varlen_does(query: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> bool:
+    """Whether torch's varlen kernel does this call: packed rows in half precision on CUDA, and nothing but scaled logits."""
+    return (
+        _is_packed(segments)
+        and _sights(segments) in ({"all"}, {"causal"})
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and pattern.dropout == 0
+        and pattern.softcap is None
+        and pattern.sinks is None
+        and pattern.bias is None
+        and _varlen_kernel() is not None
+    )
+
+
+@functools.cache
+def _varlen_kernel() -> Callable[..., Any] | None:
+    """Torch's attention over packed rows, where it has one that takes causal and grouped-query calls (since torch 2.12)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # absent before torch 2.10, and slow to import
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, *, causal: bool) -> Tensor:
+    parts = [part for row in segments for part in row]
+    queries, keys = [part.queries for part in parts], [part.keys for part in parts]
+    ends_q, ends_k = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device) for lengths in (queries, keys)
+    )
+    flat_q, flat_k, flat_v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    kernel = _varlen_kernel()
+    assert kernel is not None
+    output = kernel(
+        *(flat_q, flat_k, flat_v, ends_q, ends_k, max(queries), max(keys)),
+        scale=scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=query.shape[1] > key.shape[1],
+    )
+    assert isinstance(output, Tensor)  # a tuple only if asked for more
+    return output.view(query.shape[0], query.shape[2], *output.shape[1:]).transpose(1, 2)
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> Tensor:
+    """The float64 oracle, one query at a time. Raises UnsupportedError with dropout, which has no one right answer."""
+    if pattern.dropout:
+        raise UnsupportedError('the "reference" implementation has no dropout; set the attention dropout to 0')
+    bias, mask = pattern.bias, pattern.mask
+    if mask is not None and mask.dtype != torch.bool:
+        bias, mask = mask if bias is None else bias + mask, None
+    rows = []
+    for b in range(query.shape[0]):
+        parts = segments[b] if _is_packed(segments) else [Segment(query.shape[2], key.shape[2], "mask")]
+        row = slice(b, b + 1)
+        rows.append(
+            reference.attention(
+                *(query[row], key[row], value[row]),
+                causal=mask is None and (pattern.causal or any(part.sight == "causal" for part in parts)),
+                mask=mask if mask is None or len(mask) == 1 else mask[row],
+                cu_seqlens_q=[0, *accumulate(part.queries for part in parts)],
+                cu_seqlens_k=[0, *accumulate(part.keys for part in parts)],
+                scale=pattern.scale,
+                softcap=pattern.softcap,
+                sinks=pattern.sinks,
+                bias=bias if bias is None or len(bias) == 1 else bias[row],
+            )
+        )
+    return torch.cat(rows).to(value.dtype)
+
+
+def _triton(query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> Tensor:
+    """This library's kernels."""
+    lacking = _triton_lacks(query, value, segments, pattern)
+    if lacking is not None:
+        raise UnsupportedError(f'the "triton" implementation of attention does not take {lacking}; use "sdpa"')
+    from dp_flash_hf.kernels.attention import SegmentTable, flash_attention
+
+    causal, window = pattern.causal, None
+    if segments is None:
+        table = SegmentTable.whole(len(query), query.shape[2], key.shape[2], query.device)
+    else:
+        table = _table(segments, query.device)
+        parts = _long_parts(segments)
+        causal = any(part.sight != "all" for part in parts)
+        window = max((part.window for part in parts if part.window is not None), default=None)
+    return flash_attention(
+        *(query, key, value),
+        segments=table,
+        causal=causal,
+        window=window,
+        scale=pattern.scale,
+        softcap=pattern.softcap,
+        sinks=pattern.sinks,
+        dropout=pattern.dropout,
+        # From torch's generator, so that gradient checkpointing, which sets it back, drops the same weights again.
+        dropout_key=tuple(torch.randint(2**32, (2,)).tolist()) if pattern.dropout else None,
+    )
+
+
+def _triton_lacks(query: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> str | None:
+    """What the Triton kernels cannot do of this call, in words."""
+    if not _has_triton() or not (query.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return "this device (it needs Triton and CUDA)"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32) or max(query.shape[-1], value.shape[-1]) > 256:
+        return f"{query.dtype} with heads of {query.shape[-1]} and {value.shape[-1]} numbers"
+    if pattern.bias is not None or (pattern.mask is not None and pattern.mask.dtype != torch.bool):
+        return "numbers added to the logits"
+    if segments is None:
+        return None if pattern.mask is None else "a mask of this form"
+    parts = _long_parts(segments)
+    windows = {part.window for part in parts if part.window is not None}
+    # Under one window, a segment that is no longer than it is just causal.
+    fits = all(part.sight == "all" for part in parts) or (
+        len(windows) <= 1
+        and all(part.sight == "causal" or part.window is not None for part in parts)
+        and all(part.queries <= window for part in parts if part.window is None for window in windows)
+    )
+    return None if fits else "a mask of this form"
+
+
+def _long_parts(segments: Segments) -> list[Segment]:
+    """Segments in which it matters what a query sees: for one query and one key, all is also up to the diagonal."""
+    return [part for parts in segments for part in parts if part.sight != "nothing" and (part.queries > 1 or part.keys > 1)]
+
+
+@functools.lru_cache(maxsize=64)  # all layers of a forward ask for the same one
+def _table(segments: Segments, device: torch.device) -> SegmentTable:
+    from dp_flash_hf.kernels.attention import SegmentTable
+
+    rows = []
+    for row, parts in enumerate(segments):
+        q0 = k0 = 0
+        for part in parts:
+            if part.sight != "nothing":
+                rows.append((row, q0, part.queries, k0, part.keys))
+            q0, k0 = q0 + part.queries, k0 + part.keys
+    columns = torch.tensor(rows, dtype=torch.int32).view(-1, 5).to(device).T.contiguous()
+    return SegmentTable(*columns, max(row[2] for row in rows), max(row[4] for row in rows))
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
