@@ -1,0 +1,237 @@
+"""Flash attention over segments, in Triton: exact, forward and backward, with the DP mechanism of privatised attention inside.
+
+Memory is linear in the length (Dao 2023, arXiv:2307.08691, with the online softmax of Milakov and Gimelshein 2018,
+arXiv:1805.02867). Nothing outside a segment is ever read into a product, so that not even a NaN crosses between units, and
+nothing is added atomically: the same call gives the same bits again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dp_flash_hf.errors import UnsupportedError, invalid
+
+LARGEST_HEAD = 256  # wider accumulators do not fit the registers of any GPU
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class SegmentTable(NamedTuple):
+    """Which queries see which keys: those of a segment see keys of that segment, and nothing else; the rest gives zero.
+
+    All tensors are int32 (n,) on the device of the attention. Segments of one row overlap neither in queries nor in keys.
+    """
+
+    row: Tensor  # of the batch
+    q_start: Tensor
+    q_length: Tensor
+    k_start: Tensor
+    k_length: Tensor
+    max_queries: int  # at least the largest q_length
+    max_keys: int  # at least the largest k_length
+    everything: bool = False  # whether every query and every key lies in a segment: nothing has to be cleared first
+
+    @classmethod
+    def whole(cls, batch: int, n_queries: int, n_keys: int, device: torch.device | str) -> SegmentTable:
+        """Every row of the batch is one segment."""
+        row = torch.arange(batch, dtype=torch.int32, device=device)
+        zero = torch.zeros_like(row)
+        return cls(row, zero, zero + n_queries, zero, zero + n_keys, n_queries, n_keys, everything=True)
+
+    @classmethod
+    def from_lengths(
+        cls, q_lengths: Tensor, k_lengths: Tensor | None = None, *, max_queries: int, max_keys: int | None = None
+    ) -> SegmentTable:
+        """Rows padded at their end: q_lengths (B,) and k_lengths (B,), by default the same, count what is real."""
+        q_length = q_lengths.to(torch.int32)
+        k_length = q_length if k_lengths is None else k_lengths.to(torch.int32)
+        row = torch.arange(len(q_length), dtype=torch.int32, device=q_length.device)
+        zero = torch.zeros_like(row)
+        return cls(row, zero, q_length, zero, k_length, max_queries, max_queries if max_keys is None else max_keys)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_q: Tensor, cu_k: Tensor, max_queries: int, max_keys: int) -> SegmentTable:
+        """Segments packed one after another into row 0, with boundaries 0 = c_0 <= ... <= c_n, (n + 1,) each."""
+        q, k = cu_q.to(torch.int32), cu_k.to(torch.int32)
+        return cls(torch.zeros_like(q[:-1]), q[:-1], q.diff(), k[:-1], k.diff(), max_queries, max_keys)
+
+
+class Release(NamedTuple):
+    """What privatised attention does besides: value rows are clipped per head, and noise is added to the output.
+
+    The result is a Gaussian mechanism. What an output row holds besides noise has at most norm C (1 + eps), with eps that of
+    the value's dtype (attention weights are rounded to it before they meet the values), whatever the input: where it would be
+    infinite or NaN it is 0.
+    """
+
+    clip_norms: Tensor  # float32 (G,): value rows of a key/value head are scaled down to at most this norm
+    noise_std: Tensor  # float32 (H,), per query head; 0 is allowed
+    key: tuple[
+        int, ...
+    ]  # 32-bit words, never used before: 2 for Philox, 8 for ChaCha20 (unpredictable to whoever knows some noise)
+
+
+class Pattern(NamedTuple):
+    """What all kernels of one call have to know besides tensors."""
+
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+    dropout: float
+    dropout_key: tuple[int, ...]  # empty without dropout
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    segments: SegmentTable,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_key: Sequence[int] | None = None,
+    release: Release | None = None,
+) -> Tensor:
+    """Attention within segments, `reference.attention` in Triton; differentiable once in query, key, value and sinks.
+
+    Args:
+        query: (B, H, Q, D) float32, float16 or bfloat16, D <= 256; any strides (made contiguous along D if it is not).
+        key: (B, G, K, D), H a multiple of G; query head h reads key head h // (H // G).
+        value: (B, G, K, E), E <= 256; all three of one dtype.
+        segments: see there.
+        causal: query i of a segment sees its keys j <= i + n_k - n_q (the last query sees the last key).
+        window: with `causal`, only the last `window` keys up to the diagonal; without, those less than `window` away from it.
+        scale: of the logits; D ** -0.5 by default.
+        softcap: logits s become softcap * tanh(s / softcap).
+        sinks: (H,) any floating dtype: one more logit per query, without a value.
+        dropout: probability of dropping an attention weight; the others are divided by 1 - dropout.
+        dropout_key: two 32-bit words; backward draws the same mask from it again.
+        release: the mechanism of privatised attention. Its noise is a constant to the gradient; clipping is differentiated.
+
+    Returns:
+        (B, H, Q, E) in the value's dtype, laid out as (B, Q, H, E).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, dropout without a key.
+        UnsupportedError: heads beyond 256, other dtypes, dropout together with a release.
+    """
+    _check(query, key, value, segments, sinks, release)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    pattern = Pattern(causal, window, scale, softcap, dropout, tuple(dropout_key or ()) if dropout else ())
+    _check_pattern(pattern, release)
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
+        output: Tensor = _FlashAttention.apply(query, key, value, sinks, segments, pattern, release)
+        return output
+    from dp_flash_hf.kernels import attention_forward
+
+    return attention_forward.forward(query, key, value, sinks, segments, pattern, release, keep=False).output
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        segments: SegmentTable,
+        pattern: Pattern,
+        release: Release | None,
+    ) -> Tensor:
+        from dp_flash_hf.kernels import attention_forward
+
+        result = attention_forward.forward(query, key, value, sinks, segments, pattern, release, keep=True)
+        clip_norms = None if release is None else release.clip_norms
+        ctx.save_for_backward(query, key, value, sinks, result.clean, result.lse, result.factors, clip_norms)
+        ctx.segments, ctx.pattern = segments, pattern
+        return result.output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from dp_flash_hf.kernels import attention_backward
+
+        grad = grad if grad.stride(3) == 1 else grad.contiguous()
+        grads = attention_backward.backward(grad, *ctx.saved_tensors, ctx.segments, ctx.pattern, ctx.needs_input_grad)
+        return *grads, None, None, None
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, segments: SegmentTable, sinks: Tensor | None, release: Release | None
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise invalid(
+                name, expected="4 dimensions", actual=tuple(tensor.shape), remedy="give (batch, heads, length, head dim)"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise UnsupportedError(f"{name}: {tensor.dtype} is not one of {_DTYPES}; use another attention implementation")
+        if not 0 < tensor.shape[3] <= LARGEST_HEAD:
+            raise UnsupportedError(
+                f"{name}: heads of {tensor.shape[3]} are not 1 to {LARGEST_HEAD} wide; use another implementation"
+            )
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise invalid(
+                name, expected=f"{query.dtype} on {query.device}", actual=(tensor.dtype, tensor.device), remedy="convert it"
+            )
+    batch, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
+    if key.shape[0] != batch or key.shape[3] != dim or kv_heads == 0 or heads % kv_heads:
+        expected = f"({batch}, a number of heads dividing {heads}, length, {dim})"
+        raise invalid("key", expected=expected, actual=tuple(key.shape), remedy="check the head layout")
+    if value.shape[:3] != key.shape[:3]:
+        raise invalid("value", expected=(*key.shape[:3], "any"), actual=tuple(value.shape), remedy="give a value for every key")
+    _check_vector("sinks", sinks, heads, query.device)
+    for name, tensor in zip(segments._fields[:5], segments[:5], strict=True):
+        if tensor.dtype != torch.int32 or tensor.shape != segments.row.shape or tensor.device != query.device:
+            actual = (tensor.dtype, tuple(tensor.shape), tensor.device)
+            raise invalid(
+                f"segments.{name}", expected=f"int32 (n,) on {query.device}", actual=actual, remedy="use a constructor"
+            )
+    if release is not None:
+        _check_vector("release.clip_norms", release.clip_norms, kv_heads, query.device, torch.float32)
+        _check_vector("release.noise_std", release.noise_std, heads, query.device, torch.float32)
+        _check_key("release.key", release.key, (2, 8))
+
+
+def _check_pattern(pattern: Pattern, release: Release | None) -> None:
+    if pattern.window is not None and pattern.window < 1:
+        raise invalid("window", expected=">= 1", actual=pattern.window, remedy="give None for no window")
+    if not 0 < pattern.scale < math.inf:
+        raise invalid("scale", expected="> 0 and finite", actual=pattern.scale, remedy="put the sign into the queries")
+    if pattern.softcap is not None and not pattern.softcap > 0:
+        raise invalid("softcap", expected="> 0", actual=pattern.softcap, remedy="give None for no soft-cap")
+    if not 0 <= pattern.dropout < 1:
+        raise invalid("dropout", expected="0 <= dropout < 1", actual=pattern.dropout, remedy="give the probability of dropping")
+    if pattern.dropout:
+        if release is not None:
+            raise UnsupportedError("dropout together with a release: a scaled-up weight breaks the bound; use dropout=0")
+        _check_key("dropout_key", pattern.dropout_key, (2,))
+
+
+def _check_vector(name: str, tensor: Tensor | None, size: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    if tensor is None:
+        return
+    fits = tensor.dtype == dtype if dtype is not None else tensor.is_floating_point()
+    if tensor.shape != (size,) or tensor.device != device or not fits:
+        expected = f"{dtype or 'a floating dtype'} ({size},) on {device}"
+        raise invalid(name, expected=expected, actual=(tensor.dtype, tuple(tensor.shape), tensor.device), remedy="one per head")
+
+
+def _check_key(name: str, key: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    if len(key) not in sizes or not all(0 <= word < 2**32 for word in key):
+        expected = f"{' or '.join(map(str, sizes))} words of 32 bits"
+        actual = f"{len(key)} words"  # and not which: they are secret
+        raise invalid(name, expected=expected, actual=actual, remedy="draw every word with secrets.randbits(32)")

@@ -1,0 +1,381 @@
+"""Forward pass of flash attention (Triton): one program per segment, query head and tile of queries.
+
+Logits are kept times log2 e, since hardware has 2^x. The running maximum starts at a finite number below every logit, so that a
+query that sees nothing, or only logits of minus infinity, gives zero without a special case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dp_flash_hf.kernels.attention import Pattern, Release, SegmentTable
+from dp_flash_hf.kernels.counter_noise_triton import CHACHA, PHILOX, kept, normals
+
+INTERPRETED: bool = triton.knobs.runtime.interpret  # without a GPU: nothing to measure, and small tiles are the better test
+LOG2E = tl.constexpr(math.log2(math.e))
+LOWEST = tl.constexpr(-1e30)
+
+
+def config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> triton.Config:
+    """Tiles of block_m queries and block_n keys."""
+    return triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=num_warps, num_stages=num_stages)
+
+
+# By head width (the larger of query's and value's, as a power of two) and by whether elements have 4 bytes; the first of each
+# is the one that must build everywhere without spilling registers.
+CONFIGS = {
+    (64, False): [config(128, 64, 4, 3), config(64, 64, 4, 3), config(128, 128, 8, 3), config(64, 32, 4, 3)],
+    (128, False): [config(128, 64, 8, 3), config(128, 128, 8, 2), config(64, 64, 4, 3), config(64, 32, 4, 2)],
+    (256, False): [config(64, 64, 8, 2), config(128, 64, 8, 2), config(64, 32, 4, 2)],
+    (64, True): [config(64, 32, 4, 2), config(32, 32, 4, 2)],
+    (128, True): [config(32, 32, 4, 2), config(64, 32, 8, 2)],
+    (256, True): [config(16, 16, 4, 2), config(32, 16, 8, 2)],
+}
+
+
+def fitting(table: dict[tuple[int, bool], list[triton.Config]], D: int, E: int, wide: bool) -> list[triton.Config]:
+    """The configurations of a table for heads of D and E elements."""
+    return table[max(64, triton.next_power_of_2(max(D, E))), wide]
+
+
+def tuned(table: dict[tuple[int, bool], list[triton.Config]], *also: str) -> Any:
+    """Decorator: pick the fastest of the table's configurations that fit, once per kind of call, and remember it on disk."""
+
+    def prune(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+        return fitting(table, constants["D"], constants["E"], arguments["key_ptr"].dtype == torch.float32)
+
+    every = list({str(c): c for configs in table.values() for c in configs}.values())
+    return triton.autotune(
+        configs=[config(16, 32, 4, 1)] if INTERPRETED else every,
+        key=["length_class", "D", "E", "GROUP", "CAUSAL", "WINDOWED", "SOFTCAPPED", "DROPOUT", *also],
+        prune_configs_by={"early_config_prune": prune},
+        cache_results=True,
+    )
+
+
+# Numbers that vary from call to call, and that no address depends on in a way worth another compilation.
+VARYING = [
+    "max_rows", "length_class", "window", "lse_stride", "factor_stride", "drop_below",
+    "key0", "key1", "key2", "key3", "key4", "key5", "key6", "key7",
+]  # fmt: skip
+
+
+@triton.jit
+def load_rows(base, stride, first, rows, columns, n_rows, WIDTH: tl.constexpr, PADDED: tl.constexpr, CHECKED: tl.constexpr):
+    """Tile of the rows `first + rows` below base; where CHECKED, rows outside 0..n_rows are zeros and are not read."""
+    pointers = base + tl.cast(stride, tl.int64) * first + rows[:, None] * stride + columns[None, :]
+    if CHECKED:
+        inside = ((first + rows >= 0) & (first + rows < n_rows))[:, None] & (columns < WIDTH)[None, :]
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    elif WIDTH != PADDED:
+        tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def visible(i, j, n_q, n_k, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """Whether query i of a segment sees key j; i and j broadcast against each other."""
+    behind = i + n_k - n_q - j
+    seen = (j >= 0) & (j < n_k)
+    if CAUSAL:
+        seen = seen & (behind >= 0)
+    if WINDOWED:
+        seen = seen & (behind < window)
+        if not CAUSAL:
+            seen = seen & (behind > -window)
+    return seen
+
+
+@triton.jit
+def key_tiles(
+    first, n_q, n_k, k_start, window,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(low, left, right, high): tiles of keys that the queries from `first` on see begin at low; those from left to right are
+    seen in full by all of them.
+    """
+    shift = n_k - n_q
+    last = tl.minimum(first + BLOCK_M, n_q) - 1
+    low, full_low, high, full_high = 0, 0, n_k, n_k
+    if WINDOWED:
+        low = tl.maximum(first + shift - window + 1, 0)
+        full_low = tl.maximum(last + shift - window + 1, 0)
+    if CAUSAL:
+        high = tl.minimum(last + shift + 1, n_k)
+        full_high = tl.minimum(first + shift + 1, n_k)
+    elif WINDOWED:
+        high = tl.minimum(last + shift + window, n_k)
+        full_high = tl.minimum(first + shift + window, n_k)
+    if DROPOUT:  # words come in fours of columns; every tile is masked, as the first may begin before the segment
+        low = low - (k_start + low) % 4
+        left = low
+        right = low
+    else:
+        left = low + tl.cdiv(full_low - low, BLOCK_N) * BLOCK_N
+        right = left + tl.maximum(full_high - left, 0) // BLOCK_N * BLOCK_N
+    return low, left, right, high
+
+
+@triton.jit
+def tanh(x):
+    """Absolute error about 1e-7."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+
+
+@triton.jit
+def _attend(
+    total, maximum, weighted, query, key_base, value_base, factor_base, low, high, i, n_q, n_k, window, slope, height,
+    drop_below, key0, key1, row, k_start, plane, k_stride, v_stride,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr, CLIPPED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK_N)
+    for first in range(low, high, BLOCK_N):
+        key = load_rows(key_base, k_stride, first, columns, tl.arange(0, BLOCK_D), n_k, D, BLOCK_D, MASKED)
+        logits = tl.dot(query, key.T, input_precision="ieee")
+        if SOFTCAPPED:
+            logits, unit = tanh(logits * slope), height
+        else:
+            unit = slope
+        if MASKED:
+            seen = visible(i[:, None], (first + columns)[None, :], n_q, n_k, window, CAUSAL, WINDOWED)
+            logits = tl.where(seen, logits, -float("inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1) * unit)
+        weights = tl.exp2(logits * unit - new_maximum[:, None])
+        shrink = tl.exp2(maximum - new_maximum)
+        total = total * shrink + tl.sum(weights, 1)
+        weighted = weighted * shrink[:, None]
+        maximum = new_maximum
+        if DROPOUT:
+            keep = kept(key0, key1, row, k_start + first, plane, drop_below, BLOCK_M, BLOCK_N)
+            weights = tl.where(keep, weights, 0.0)
+        if CLIPPED:
+            if MASKED:
+                factors = tl.load(factor_base + first + columns, mask=first + columns < n_k, other=0.0)
+            else:
+                factors = tl.load(factor_base + first + columns)
+            weights = weights * factors[None, :]
+        value = load_rows(value_base, v_stride, first, columns, tl.arange(0, BLOCK_E), n_k, E, BLOCK_E, MASKED)
+        weighted = tl.dot(weights.to(value.dtype), value, weighted, input_precision="ieee")
+    return total, maximum, weighted
+
+
+@tuned(CONFIGS, "NOISE")
+@triton.jit(do_not_specialize=VARYING)
+def attention_forward_kernel(
+    query_ptr, key_ptr, value_ptr, output_ptr, clean_ptr, lse_ptr, sinks_ptr, factors_ptr, std_ptr,
+    row_ptr, q_start_ptr, q_length_ptr, k_start_ptr, k_length_ptr,
+    max_rows, length_class, heads, window, slope, height, drop_below, kept_scale,
+    key0, key1, key2, key3, key4, key5, key6, key7,
+    q_row, q_head, q_stride, k_row, k_head, k_stride, v_row, v_head, v_stride, o_row, o_head, o_stride,
+    lse_stride, factor_stride,
+    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr, NOISE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Output, log2-sum-exp2 of the logits (sink included) and, if asked for, the output without noise of one tile of queries.
+
+    slope and height: logits in base 2 are slope * q.k, or height * tanh(slope * q.k). max_rows: of queries in a segment.
+    NOISE: 0, PHILOX or CHACHA. Pointers may be None (lse_ptr and clean_ptr: not kept).
+    """
+    tiles = tl.cdiv(max_rows, BLOCK_M)
+    pid = tl.program_id(0)
+    head = pid // tiles % heads
+    segment = pid // tiles // heads
+    first = pid % tiles * BLOCK_M
+    if CAUSAL:
+        first = (tiles - 1) * BLOCK_M - first  # those with the most keys begin first
+    n_q = tl.load(q_length_ptr + segment)
+    if first >= n_q:
+        return
+    n_k = tl.load(k_length_ptr + segment)
+    batch_row = tl.load(row_ptr + segment).to(tl.int64)
+    q_start = tl.load(q_start_ptr + segment)
+    k_start = tl.load(k_start_ptr + segment)
+    plane = batch_row * heads + head
+    kv_head = (head // GROUP).to(tl.int64)
+
+    rows = tl.arange(0, BLOCK_M)
+    i = first + rows
+    query_base = query_ptr + batch_row * q_row + head.to(tl.int64) * q_head + q_start.to(tl.int64) * q_stride
+    key_base = key_ptr + batch_row * k_row + kv_head * k_head + k_start.to(tl.int64) * k_stride
+    value_base = value_ptr + batch_row * v_row + kv_head * v_head + k_start.to(tl.int64) * v_stride
+    query = load_rows(query_base, q_stride, first, rows, tl.arange(0, BLOCK_D), n_q, D, BLOCK_D, True)
+    CLIPPED: tl.constexpr = factors_ptr is not None
+    factor_base = factors_ptr
+    if CLIPPED:
+        factor_base = factors_ptr + (batch_row * (heads // GROUP) + kv_head) * factor_stride + k_start
+
+    if sinks_ptr is None:
+        maximum = tl.full([BLOCK_M], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        maximum = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E, LOWEST)
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    weighted = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    low, left, right, high = key_tiles(first, n_q, n_k, k_start, window, CAUSAL, WINDOWED, DROPOUT, BLOCK_M, BLOCK_N)
+    if WINDOWED and not DROPOUT:
+        total, maximum, weighted = _attend(
+            total, maximum, weighted, query, key_base, value_base, factor_base, low, tl.minimum(left, high), i, n_q, n_k,
+            window, slope, height, drop_below, key0, key1, q_start + i, k_start, plane, k_stride, v_stride,
+            D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    if not DROPOUT:
+        total, maximum, weighted = _attend(
+            total, maximum, weighted, query, key_base, value_base, factor_base, left, right, i, n_q, n_k,
+            window, slope, height, drop_below, key0, key1, q_start + i, k_start, plane, k_stride, v_stride,
+            D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    total, maximum, weighted = _attend(
+        total, maximum, weighted, query, key_base, value_base, factor_base, right, high, i, n_q, n_k,
+        window, slope, height, drop_below, key0, key1, q_start + i, k_start, plane, k_stride, v_stride,
+        D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    output = weighted * (kept_scale / total)[:, None]
+    columns = tl.arange(0, BLOCK_E)
+    offsets = batch_row * o_row + head.to(tl.int64) * o_head + (q_start + first).to(tl.int64) * o_stride
+    tile = offsets + rows[:, None] * o_stride + columns[None, :]
+    inside = (i < n_q)[:, None] & (columns < E)[None, :]
+    if CLIPPED:
+        output = tl.where(tl.abs(output) < float("inf"), output, 0.0)
+    if clean_ptr is not None:
+        tl.store(clean_ptr + tile, output.to(clean_ptr.dtype.element_ty), mask=inside)
+    if NOISE:
+        z = normals(key0, key1, key2, key3, key4, key5, key6, key7, q_start + i, plane, NOISE, BLOCK_M, BLOCK_E)
+        output += z * tl.load(std_ptr + head)
+    tl.store(output_ptr + tile, output.to(output_ptr.dtype.element_ty), mask=inside)
+    if lse_ptr is not None:
+        lse = tl.where(empty, float("inf"), maximum + tl.log2(total))
+        tl.store(lse_ptr + plane * lse_stride + q_start + i, lse, mask=i < n_q)
+
+
+@triton.jit
+def value_factors_kernel(
+    value_ptr, norms_ptr, factors_ptr,
+    row_ptr, k_start_ptr, k_length_ptr,
+    max_rows, kv_heads, v_row, v_head, v_stride, factor_stride,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of each value row in a segment, min(1, C / |v|), so that clipping costs attention one multiplication per weight."""
+    tiles = tl.cdiv(max_rows, BLOCK_N)
+    pid = tl.program_id(0)
+    kv_head = (pid // tiles % kv_heads).to(tl.int64)
+    segment = pid // tiles // kv_heads
+    first = pid % tiles * BLOCK_N
+    n_k = tl.load(k_length_ptr + segment)
+    if first >= n_k:
+        return
+    batch_row = tl.load(row_ptr + segment).to(tl.int64)
+    k_start = tl.load(k_start_ptr + segment)
+    rows = tl.arange(0, BLOCK_N)
+    base = value_ptr + batch_row * v_row + kv_head * v_head + k_start.to(tl.int64) * v_stride
+    value = load_rows(base, v_stride, first, rows, tl.arange(0, BLOCK_E), n_k, E, BLOCK_E, True).to(tl.float32)
+    norm = tl.sqrt(tl.sum(value * value, 1))
+    limit = tl.load(norms_ptr + kv_head)
+    factor = tl.where(norm > limit, limit / norm, 1.0)
+    out = factors_ptr + (batch_row * kv_heads + kv_head) * factor_stride + k_start + first + rows
+    tl.store(out, factor, mask=first + rows < n_k)
+
+
+class Result(NamedTuple):
+    """What forward returns, and keeps for backward."""
+
+    output: Tensor  # (B, H, Q, E)
+    clean: Tensor | None  # the same without noise: noise may be so large that subtracting it again would lose all digits
+    lse: Tensor | None  # (B, H, Q) float32: log2 of the sum of 2^logit, sink included; infinite where a query sees nothing
+    factors: Tensor | None  # (B, G, K) float32: clip factors of the value rows
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    segments: SegmentTable,
+    pattern: Pattern,
+    release: Release | None,
+    *,
+    keep: bool,
+) -> Result:
+    """Launch the kernels; arguments as checked by `flash_attention`. `keep`: whether backward will follow."""
+    batch, heads, n_queries = query.shape[:3]
+    kv_heads, n_keys, dim_v = key.shape[1], key.shape[2], value.shape[3]
+    empty = torch.empty if segments.everything else torch.zeros
+    output = empty(batch, n_queries, heads, dim_v, dtype=value.dtype, device=value.device).transpose(1, 2)
+    clean = output if release is None else torch.zeros_like(output)
+    lse = torch.full((batch, heads, n_queries), math.inf, device=query.device) if keep else None
+    factors, generator, std, words = None, 0, None, pattern.dropout_key
+    with torch.cuda.device_of(query):
+        if release is not None:
+            generator = (PHILOX if len(release.key) == 2 else CHACHA).value
+            std, words = release.noise_std.contiguous(), release.key
+            factors = torch.ones(batch, kv_heads, n_keys, device=value.device)
+            if tiles := len(segments.row) * kv_heads * triton.cdiv(segments.max_keys, 32):
+                value_factors_kernel[(tiles,)](
+                    value, release.clip_norms.contiguous(), factors,
+                    segments.row, segments.k_start, segments.k_length,
+                    segments.max_keys, kv_heads, *value.stride()[:3], n_keys,
+                    E=dim_v, BLOCK_E=triton.next_power_of_2(dim_v), BLOCK_N=32,
+                )  # fmt: skip
+        if len(segments.row) * heads * segments.max_queries:
+            attention_forward_kernel[grid(segments, heads, "BLOCK_M", segments.max_queries)](
+                query, key, value, output, clean if keep and release is not None else None, lse, sinks, factors, std,
+                *segments[:5],
+                *sizes(segments.max_queries, heads, pattern), *signed(words),
+                *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
+                n_queries, n_keys,
+                **constants(query, key, value, pattern), NOISE=generator,
+            )  # fmt: skip
+    return Result(output, clean if keep else None, lse, factors)
+
+
+def grid(segments: SegmentTable, heads: int, block: str, max_rows: int) -> Any:
+    """One program per segment, head and tile of at most max_rows rows."""
+    return lambda meta: (len(segments.row) * heads * triton.cdiv(max_rows, meta[block]),)
+
+
+def sizes(max_rows: int, heads: int, pattern: Pattern) -> tuple[float, ...]:
+    """The arguments max_rows to kept_scale, which forward and backward share."""
+    if pattern.softcap is None:
+        slope, height = pattern.scale * LOG2E.value, 0.0
+    else:
+        slope, height = pattern.scale / pattern.softcap, pattern.softcap * LOG2E.value
+    drop_below = min(round(pattern.dropout * 2**32), 2**32 - 1)
+    window = 0 if pattern.window is None else min(pattern.window, 2**30)
+    length_class = triton.next_power_of_2(max_rows)  # lengths of one class are tuned together
+    return max_rows, length_class, heads, window, slope, height, signed([drop_below])[0], 1.0 / (1.0 - pattern.dropout)
+
+
+def signed(words: Sequence[int]) -> list[int]:
+    """Eight int32 with the bits of at most eight 32-bit words."""
+    padded = [*words, *[0] * (8 - len(words))]
+    return [word - 2**32 if word >= 2**31 else word for word in padded]
+
+
+def constants(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> dict[str, Any]:
+    """The arguments that kernels are compiled for."""
+    dim, dim_v = query.shape[3], value.shape[3]
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "D": dim,
+        "E": dim_v,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_E": max(16, triton.next_power_of_2(dim_v)),
+        "CAUSAL": pattern.causal,
+        "WINDOWED": pattern.window is not None,
+        "SOFTCAPPED": pattern.softcap is not None,
+        "DROPOUT": pattern.dropout > 0,
+    }
