@@ -11,6 +11,8 @@ see nothing) is zeroed for the same reason.
 
 `dp_attention` is the same thing under a name without "flash": some models treat any name with that word as the flash-attn
 package and refuse what this implementation can do (Llama 4's chunks beyond one chunk, HRM's prefix masks, ESM-C's chains).
+
+A module on which `privatize` put a site releases a noised output of clipped values instead; see `Site`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import transformers
@@ -37,6 +39,7 @@ from transformers.masking_utils import sdpa_mask
 from dp_flash_hf import patching
 from dp_flash_hf.errors import UnsupportedError, invalid
 from dp_flash_hf.kernels import reference
+from dp_flash_hf.kernels.counter_noise import normals
 
 NAMES = ("dp_flash", "dp_attention")
 
@@ -62,6 +65,39 @@ class _Segment(NamedTuple):
 
 
 Segments = list[list[_Segment]]  # per row, in order, covering it
+
+
+class Release(NamedTuple):
+    """What privatised attention does besides."""
+
+    clip_norms: Tensor  # float32 (G,), per key/value head: value rows are scaled to at most this norm
+    noise_std: Tensor  # float32 (H,), per query head; 0 is allowed
+    key: tuple[int, ...]  # of the noise; 2 words: Philox; 8: ChaCha20
+
+
+class Call(NamedTuple):
+    """What a privatised module is about to compute."""
+
+    query: Tensor  # (B, H, Q, D)
+    key: Tensor  # (B, G, K, D)
+    value: Tensor  # (B, G, K, E)
+    segments: Segments | None  # per row of the batch
+    blind: Tensor | None  # (B or 1, 1, Q, 1), True at queries that see no key
+    pattern: _Pattern
+    picked: bool  # whether an indexer chose the keys
+
+
+class Site(Protocol):
+    """What makes a module private: its attribute `SITE`, put there by `privatize`."""
+
+    def open(self, call: Call) -> tuple[Release, float | None] | Tensor:
+        """Account a call, before it is computed: how to release it, and its soft-cap. Or the output to return instead of any.
+
+        Raises UnsupportedError for a call whose sensitivity is not known.
+        """
+
+
+SITE = "_dp_flash_site"
 
 
 def dp_flash_attention(
@@ -182,19 +218,25 @@ def dp_flash_attention(
         key, value = key.masked_fill(layout.unseen, 0), value.masked_fill(layout.unseen, 0)
     if layout.blind is not None:
         query = query.masked_fill(layout.blind, 0)
-    output = _IMPLEMENTATIONS[_implementation](
-        *(query, key, value, segments),
-        _Pattern(
-            mask=mask,
-            causal=causal and mask is None,
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            dropout=dropout,
-            softcap=softcap,
-            sinks=s_aux,
-            bias=position_bias,
-        ),
+    pattern = _Pattern(
+        mask=mask,
+        causal=causal and mask is None,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        softcap=softcap,
+        sinks=s_aux,
+        bias=position_bias,
     )
-    if layout.blind is not None:  # some backends average over all keys instead
+    site: Site | None = getattr(module, SITE, None)
+    if site is None:
+        output = _IMPLEMENTATIONS[_implementation](query, key, value, segments, pattern)
+    else:
+        opened = site.open(Call(query, key, value, segments, layout.blind, pattern, indices is not None))
+        if isinstance(opened, Tensor):
+            return opened.transpose(1, 2).contiguous(), None
+        release, softcap = opened
+        output = _released(query, key, value, segments, replace(pattern, softcap=softcap), release)
+    if layout.blind is not None:  # some backends average over all keys instead; noise there would say nothing
         output = output.masked_fill(layout.blind, 0)
     return output.transpose(1, 2).contiguous(), None
 
@@ -508,6 +550,35 @@ def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pa
     if mask is not None and mask.dtype == torch.bool:
         weights = weights.masked_fill(~mask, 0)
     return torch.matmul(F.dropout(weights, pattern.dropout).to(value.dtype), value)
+
+
+def _released(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: _Pattern, release: Release
+) -> Tensor:
+    """(B, H, Q, E) with noise: of value rows of norm at most C, in float32 at least, with zero for what is not finite.
+
+    So every row before the noise is a convex combination of clipped values, also where a unit holds NaN or infinite numbers.
+    """
+    dtype = value.dtype
+    query, key, value = (finite_rows(at_least_float32(x)) for x in (query, key, value))
+    norms = release.clip_norms.to(value)[:, None, None]
+    value = value * (norms / torch.linalg.vector_norm(value, dim=-1, keepdim=True).clamp(min=norms))
+    if pattern.mask is not None and pattern.mask.is_floating_point():
+        pattern = replace(pattern, mask=pattern.mask.to(query.dtype))
+    with torch.autocast(query.device.type, enabled=False):
+        output = finite_rows(_IMPLEMENTATIONS[_implementation](query, key, value, segments, pattern))
+    noise = normals(release.key, output.shape, output.device, secure=len(release.key) > 2)
+    return (output + release.noise_std[:, None, None] * noise).to(dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, in float32 if it is in half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """`x`, with zero for every vector along the last dimension that is not finite."""
+    return x.masked_fill(~x.isfinite().all(-1, keepdim=True), 0)
 
 
 def _varlen_takes(query: Tensor, value: Tensor, pattern: _Pattern) -> bool:

@@ -65,7 +65,7 @@ def chacha20(key: Sequence[int], counter: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         16 int64 tensors of words.
     """
-    counter = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
+    counter = torch.broadcast_tensors(*counter)
     start = [torch.full_like(counter[0], word) for word in (*_CHACHA_CONSTANTS, *key)] + list(counter)
     x = list(start)
     for _ in range(10):
@@ -116,7 +116,8 @@ def keep_mask(key: Sequence[int], shape: Sequence[int], p: float, device: torch.
     """
     if not 0 <= p <= 1:
         raise invalid("p", expected="a probability", actual=p, remedy="give the share of weights to drop")
-    return _words(key, shape, device, False, DROPOUT) >= round(p * 2**32)
+    kept: Tensor = _words(key, shape, device, False, DROPOUT) >= round(p * 2**32)
+    return kept
 
 
 def _words(key: Sequence[int], shape: Sequence[int], device: torch.device | str, secure: bool, stream: int) -> Tensor:
@@ -130,5 +131,5 @@ def _words(key: Sequence[int], shape: Sequence[int], device: torch.device | str,
     block = torch.arange(-(-columns // per_block), device=device)
     row = torch.arange(rows, device=device)[:, None]
     plane = torch.arange(batch * heads, device=device)[:, None, None]
-    words = generator(key, (block, row, plane, torch.full_like(block, stream)))
-    return torch.stack(words, -1).flatten(-2)[..., :columns].unflatten(0, (batch, heads))
+    words = torch.stack(generator(key, (block, row, plane, torch.full_like(block, stream))), -1)
+    return words.flatten(-2)[..., :columns].reshape(batch, heads, rows, columns)
