@@ -11,6 +11,8 @@ see nothing) is zeroed for the same reason.
 
 `dp_attention` is the same thing under a name without "flash": some models treat any name with that word as the flash-attn
 package and refuse what this implementation can do (Llama 4's chunks beyond one chunk, HRM's prefix masks, ESM-C's chains).
+
+A module on which `privatize` put a site releases a noised output of clipped values instead; see `Site`.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import transformers
@@ -35,6 +37,7 @@ from transformers.masking_utils import sdpa_mask
 from dp_flash_hf import patching
 from dp_flash_hf.attention_implementations import Pattern, Segment, Segments, Sight, causal_mask, compute
 from dp_flash_hf.errors import UnsupportedError, invalid
+from dp_flash_hf.kernels.attention import Release
 
 NAMES = ("dp_flash", "dp_attention")
 
@@ -47,6 +50,31 @@ _ADDS_TO_ITS_MASK = ("deepseek_v4",)
 _WANTED = "_dp_flash_wanted"
 # Model types that cannot do without a mask: those that do not support torch's SDPA by themselves, found while models are built.
 ALWAYS_MASKED: set[str] = set()
+
+
+class Call(NamedTuple):
+    """What a privatised module is about to compute."""
+
+    query: Tensor  # (B, H, Q, D)
+    key: Tensor  # (B, G, K, D)
+    value: Tensor  # (B, G, K, E)
+    segments: Segments | None  # per row of the batch
+    blind: Tensor | None  # (B or 1, 1, Q, 1), True at queries that see no key
+    pattern: Pattern
+    picked: bool  # whether an indexer chose the keys
+
+
+class Site(Protocol):
+    """What makes a module private: its attribute `SITE`, put there by `privatize`."""
+
+    def open(self, call: Call) -> tuple[Release, float | None] | Tensor:
+        """Account a call, before it is computed: how to release it, and its soft-cap. Or the output to return instead of any.
+
+        Raises UnsupportedError for a call whose sensitivity is not known.
+        """
+
+
+SITE = "_dp_flash_site"
 
 
 def dp_flash_attention(
@@ -142,7 +170,7 @@ def dp_flash_attention(
 
     layout = _Layout(None, None, None, 0)
     if mask is not None and mask.dtype == torch.bool and n_queries > 1:  # for one (decoding), copying the keys costs too much
-        layout = once(mask, _layout_of_mask)
+        layout = once(mask, _layout_of_mask, n_queries)
     if attention_mask is not None and causal and square and sliding_window is not None and layout.reach >= sliding_window:
         raise UnsupportedError(
             f"{type(module).__name__} has a sliding window of {sliding_window} that its attention mask ignores, so whether it "
@@ -167,19 +195,25 @@ def dp_flash_attention(
         key, value = key.masked_fill(layout.unseen, 0), value.masked_fill(layout.unseen, 0)
     if layout.blind is not None:
         query = query.masked_fill(layout.blind, 0)
-    output = compute(
-        *(query, key, value, segments),
-        Pattern(
-            mask=mask,
-            causal=causal and mask is None,
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            dropout=dropout,
-            softcap=softcap,
-            sinks=s_aux,
-            bias=position_bias,
-        ),
+    pattern = Pattern(
+        mask=mask,
+        causal=causal and mask is None,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        softcap=softcap,
+        sinks=s_aux,
+        bias=position_bias,
     )
-    if layout.blind is not None:  # some backends average over all keys instead
+    site: Site | None = getattr(module, SITE, None)
+    release = None
+    if site is not None:
+        opened = site.open(Call(query, key, value, segments, layout.blind, pattern, indices is not None))
+        if isinstance(opened, Tensor):
+            return opened.transpose(1, 2).contiguous(), None
+        release, softcap = opened
+        pattern = replace(pattern, softcap=softcap)
+    output = compute(query, key, value, segments, pattern, release)
+    if layout.blind is not None:  # some backends average over all keys instead; noise there would say nothing
         output = output.masked_fill(layout.blind, 0)
     return output.transpose(1, 2).contiguous(), None
 
@@ -264,14 +298,14 @@ class _Layout:
     reach: int  # how far behind itself a query sees at most; for Q == K
 
 
-def _layout_of_mask(mask: Tensor) -> _Layout:
+def _layout_of_mask(mask: Tensor, n_queries: int) -> _Layout:
     sight = mask.any(1)
     seen, sees = sight.any(1), sight.any(2)
     unseen = None if bool(seen.all()) else ~seen[:, None, :, None]
     blind = None if bool(sees.all()) else ~sees[:, None, :, None]
     constant = bool((mask == sight[:, None, :1]).all())
     if sight.shape[1] != sight.shape[2]:
-        return _Layout(unseen, blind, _segments_of_keys(seen, sight.shape[1]) if constant else None, 0)
+        return _Layout(unseen, blind, _segments_of_keys(seen, n_queries) if constant else None, 0)
 
     size = sight.shape[1]
     place = torch.arange(size, device=mask.device).expand_as(sees)

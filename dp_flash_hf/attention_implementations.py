@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard, get_args
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +21,8 @@ from torch.nn import functional as F
 
 from dp_flash_hf.errors import UnsupportedError, invalid
 from dp_flash_hf.kernels import reference
-
-if TYPE_CHECKING:
-    from dp_flash_hf.kernels.attention import SegmentTable
+from dp_flash_hf.kernels.attention import Release, SegmentTable, flash_attention
+from dp_flash_hf.kernels.counter_noise import normals
 
 Sight = Literal["all", "causal", "mask", "nothing"]
 
@@ -90,28 +89,39 @@ def use(implementation: Implementation) -> Iterator[None]:
 _asked_for: Implementation | None = None
 
 
-def choose(query: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> Implementation:
+def choose(
+    query: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern, release: Release | None = None
+) -> Implementation:
     """Who computes this call: whom `use` asked for; else torch, unless it would form all weights where the kernels need not.
 
-    That is on CUDA devices with soft-capped logits, sinks, or a mask that `segments` say in fewer words. Which of the two is
-    faster where torch's fused kernels take the call has not been measured yet.
+    That is on CUDA devices with soft-capped logits, sinks, or a mask that `segments` say in fewer words; and a release, whose
+    clipping and noise the kernels do on the way. Which of the two is faster where torch's fused kernels take the call has not
+    been measured yet.
     """
     if _asked_for is not None:
         return _asked_for
-    forms_weights = pattern.softcap is not None or pattern.sinks is not None or pattern.mask is not None
+    forms_weights = any(x is not None for x in (pattern.softcap, pattern.sinks, pattern.mask, release))
     if query.is_cuda and forms_weights and not _varlen_does(query, value, segments, pattern):
         return "triton" if _triton_lacks(query, value, segments, pattern) is None else "sdpa"
     return "sdpa"
 
 
-def compute(query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> Tensor:
+def compute(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern, release: Release | None = None
+) -> Tensor:
     """Attention of query (B, H, Q, D) over key (B, G, K, D) and value (B, G, K, E), as `choose` says: (B, H, Q, E) like value.
 
     segments: what the rows consist of, where that is known; rows of several are computed one by one.
+    release: clip the values and add noise, as privatised attention does.
     Raises UnsupportedError if the implementation asked for does not offer what the call needs.
     """
-    implementations = {"sdpa": _sdpa, "triton": _triton, "reference": _reference}
-    return implementations[choose(query, value, segments, pattern)](query, key, value, segments, pattern)
+    chosen = choose(query, value, segments, pattern, release)
+    if chosen == "triton":
+        return _triton(query, key, value, segments, pattern, release)
+    by_torch = _reference if chosen == "reference" else _sdpa
+    if release is None:
+        return by_torch(query, key, value, segments, pattern)
+    return _released(by_torch, query, key, value, segments, pattern, release)
 
 
 def _is_packed(segments: Segments | None) -> TypeGuard[Segments]:
@@ -281,13 +291,48 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, segments: Segments | N
     return torch.cat(rows).to(value.dtype)
 
 
-def _triton(query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> Tensor:
+def _released(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments | None,
+    pattern: Pattern,
+    release: Release,
+) -> Tensor:
+    """(B, H, Q, E) with noise: of value rows of norm at most C, in float32 at least, with zero for what is not finite.
+
+    So every row before the noise is a convex combination of clipped values, also where a unit holds NaN or infinite numbers.
+    """
+    dtype = value.dtype
+    query, key, value = (finite_rows(at_least_float32(x)) for x in (query, key, value))
+    norms = release.clip_norms.to(value)[:, None, None]
+    value = value * (norms / torch.linalg.vector_norm(value, dim=-1, keepdim=True).clamp(min=norms))
+    if pattern.mask is not None and pattern.mask.is_floating_point():
+        pattern = replace(pattern, mask=pattern.mask.to(query.dtype))
+    with torch.autocast(query.device.type, enabled=False):
+        output = finite_rows(attend(query, key, value, segments, pattern))
+    noise = normals(release.key, output.shape, output.device, secure=len(release.key) > 2)
+    return (output + release.noise_std[:, None, None] * noise).to(dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, in float32 if it is in half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """`x`, with zero for every vector along the last dimension that is not finite."""
+    return x.masked_fill(~x.isfinite().all(-1, keepdim=True), 0)
+
+
+def _triton(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern, release: Release | None
+) -> Tensor:
     """This library's kernels."""
     lacking = _triton_lacks(query, value, segments, pattern)
     if lacking is not None:
         raise UnsupportedError(f'the "triton" implementation of attention does not take {lacking}; use "sdpa"')
-    from dp_flash_hf.kernels.attention import SegmentTable, flash_attention
-
     causal, window = pattern.causal, None
     if segments is None:
         table = SegmentTable.whole(len(query), query.shape[2], key.shape[2], query.device)
@@ -307,6 +352,8 @@ def _triton(query: Tensor, key: Tensor, value: Tensor, segments: Segments | None
         dropout=pattern.dropout,
         # From torch's generator, so that gradient checkpointing, which sets it back, drops the same weights again.
         dropout_key=tuple(torch.randint(2**32, (2,)).tolist()) if pattern.dropout else None,
+        # Weights are rounded to the values' dtype before they meet them: with norms so much smaller, C still holds.
+        release=release and release._replace(clip_norms=release.clip_norms / (1 + torch.finfo(value.dtype).eps)),
     )
 
 
@@ -338,17 +385,16 @@ def _long_parts(segments: Segments) -> list[Segment]:
 
 @functools.lru_cache(maxsize=64)  # all layers of a forward ask for the same one
 def _table(segments: Segments, device: torch.device) -> SegmentTable:
-    from dp_flash_hf.kernels.attention import SegmentTable
-
     rows = []
-    for row, parts in enumerate(segments):
+    for number, parts in enumerate(segments):
         q0 = k0 = 0
         for part in parts:
             if part.sight != "nothing":
-                rows.append((row, q0, part.queries, k0, part.keys))
+                rows.append((number, q0, part.queries, k0, part.keys))
             q0, k0 = q0 + part.queries, k0 + part.keys
-    columns = torch.tensor(rows, dtype=torch.int32).view(-1, 5).to(device).T.contiguous()
-    return SegmentTable(*columns, max(row[2] for row in rows), max(row[4] for row in rows))
+    row, q_start, queries, k_start, keys = torch.tensor(rows, dtype=torch.int32).view(-1, 5).to(device).T.contiguous()
+    most_queries, most_keys = (max((span[which] for span in rows), default=0) for which in (2, 4))
+    return SegmentTable(row, q_start, queries, k_start, keys, most_queries, most_keys)
 
 
 @functools.cache

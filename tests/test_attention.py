@@ -56,9 +56,9 @@ def run(qkv: list[Tensor], mask: Tensor | None = None, causal: bool = True, **kw
     return out.transpose(1, 2)  # (B, H, Q, E), as the oracle has it
 
 
-def assert_same(ours: Tensor, oracle: Tensor, inputs: list[Tensor]) -> None:
+def assert_same(ours: Tensor, oracle: Tensor, inputs: list[Tensor], eps: float = EPS64) -> None:
     """Equal outputs and gradients. Errors are those of sums of at most 64 products of numbers below 8, one after another."""
-    atol = 64 * 8 * EPS64
+    atol = 64 * 8 * eps
     torch.testing.assert_close(ours, oracle, rtol=0, atol=atol)
     seed = torch.randn(ours.shape, dtype=ours.dtype)
     grads = [torch.autograd.grad(out, inputs, seed, retain_graph=True) for out in (ours, oracle)]
@@ -186,6 +186,80 @@ def test_cross_attention() -> None:
     cuts = torch.tensor([0, 3, 4]), torch.tensor([0, 2, 7])
     oracle = reference.attention(*packed, cu_seqlens_q=[0, 3, 4], cu_seqlens_k=[0, 2, 7])
     assert_same(run(packed, causal=False, cu_seq_lens_q=cuts[0], cu_seq_lens_k=cuts[1]), oracle, packed)
+
+
+# What the Triton kernels have to recognise in a call: (tensors(), run(), reference.attention()) arguments.
+_UNIT = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2])
+_RESTARTS = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4]])
+FOR_TRITON: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "causal": ({}, {}, {"causal": True}),
+    "all": ({}, {"causal": False}, {}),
+    "padded right": ({}, {"mask": padding([5, S])}, {"causal": True, "lengths": [5, S]}),
+    "padded left": (
+        {},
+        {"mask": padding([5, S], "left")},
+        {"mask": causal_mask(S) & padding([5, S], "left")[:, None, None, :] & padding([5, S], "left")[:, None, :, None]},
+    ),
+    "padded keys": ({}, {"mask": padding([5, S]), "causal": False}, {"mask": padding([5, S])[:, None, None]}),
+    "packed, ends": ({"batch": 1}, {"cu_seq_lens_q": torch.tensor(CUTS)}, {"causal": True, "cu_seqlens_q": CUTS}),
+    "packed, positions": ({"batch": 1}, {"position_ids": _RESTARTS}, {"causal": True, "cu_seqlens_q": CUTS}),
+    "packed, mask": (
+        {},
+        {"mask": ((_UNIT[:, None] == _UNIT) & causal_mask(S))[None, None]},
+        {"causal": True, "cu_seqlens_q": CUTS},
+    ),
+    "window": ({}, {"sliding_window": 3}, {"causal": True, "window": 3}),
+    "window, packed": (
+        {},
+        {"mask": ((_UNIT[:, None] == _UNIT) & causal_mask(S, 3))[None, None]},
+        {"causal": True, "window": 3, "cu_seqlens_q": CUTS},
+    ),
+    "cross": ({"q": 4, "k": 7}, {"causal": False}, {}),
+    "cross, padded": (
+        {"q": 4, "k": 7},
+        {"causal": False, "mask": padding([7, 3], size=7)},
+        {"mask": padding([7, 3], size=7)[:, None, None]},
+    ),
+    "cross, packed": (
+        {"batch": 1, "q": 4, "k": 7},
+        {"causal": False, "cu_seq_lens_q": torch.tensor([0, 3, 4]), "cu_seq_lens_k": torch.tensor([0, 2, 7])},
+        {"cu_seqlens_q": [0, 3, 4], "cu_seqlens_k": [0, 2, 7]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOR_TRITON)
+@pytest.mark.parametrize("name", ["plain", "softcap", "sinks"])
+def test_triton(case: str, name: str, device: str) -> None:
+    pytest.importorskip("triton")
+    sizes, arguments, for_reference = FOR_TRITON[case]
+    qkv, extra = tensors(**sizes), EXTRAS[name]()
+    query, key, value = qkv
+    oracle = reference.attention(query, key, value, **for_reference, **for_oracle(extra))
+
+    def on_device(x: Any) -> Any:
+        return (x.float() if x.is_floating_point() else x).to(device) if isinstance(x, Tensor) else x
+
+    with use("triton"):
+        ours = run([on_device(x) for x in qkv], **{key: on_device(x) for key, x in {**arguments, **extra}.items()})
+    assert_same(ours.double().cpu(), oracle, trainable(qkv, extra), torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"position_bias": torch.zeros(1, H, S, S)}, "added to the logits"),
+        ({"mask": torch.zeros(1, 1, S, S)}, "added to the logits"),
+        ({"mask": torch.arange(S * S).view(1, 1, S, S) % 3 > 0}, "mask of this form"),
+    ],
+    ids=["bias", "float mask", "holes"],
+)
+def test_triton_runs_or_raises(kwargs: dict[str, Any], match: str, device: str) -> None:
+    qkv = [x.detach().float().to(device) for x in tensors()]
+    with use("triton"), pytest.raises(UnsupportedError, match=match):
+        run(qkv, **{key: x.to(device) for key, x in kwargs.items()})
+    with use("triton"), pytest.raises(UnsupportedError, match="float64"):
+        run(tensors())
 
 
 def test_one_query_sees_all_keys() -> None:

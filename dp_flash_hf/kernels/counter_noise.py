@@ -1,0 +1,135 @@
+"""Random numbers that are a function of a key and a place: Philox4x32-10 and ChaCha20, in torch.
+
+Nothing is kept between calls, so nothing can be replayed by a copy, a pickle or a fork: whoever draws a fresh key for every
+use gets fresh numbers, and whoever holds the key gets the same ones again. The Triton kernels compute the same words.
+
+    Philox: key (k0, k1), counter (block, row, plane, stream), 4 words of 32 bits; column c has word c % 4 of block c // 4.
+    ChaCha20: key of 8 words, state words 12 to 15 are (block, row, plane, stream); column c has word c % 16 of block c // 16.
+
+For the element (b, h, i, c) of a (B, H, Q, D) tensor: row = i and plane = b * H + h.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dp_flash_hf.errors import invalid
+
+NOISE, DROPOUT = 0, 1  # streams
+
+_MASK = 0xFFFFFFFF
+_CHACHA_CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)  # "expand 32-byte k"
+_CHACHA_ROUND = (  # the quarter rounds of a column round, then of a diagonal round
+    *((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15)),
+    *((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14)),
+)
+
+
+def fresh_key(*, secure: bool) -> tuple[int, ...]:
+    """A key from the operating system: 8 words of 32 bits for ChaCha20 if `secure`, else 2 for Philox."""
+    return tuple(secrets.randbits(32) for _ in range(8 if secure else 2))
+
+
+def philox(key: Sequence[int], counter: Sequence[Tensor]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011).
+
+    Args:
+        key: 2 words.
+        counter: 4 int64 tensors of words, broadcastable to each other.
+
+    Returns:
+        4 int64 tensors of words.
+    """
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        # A product modulo 2^64 has the right bits also where int64 takes it for negative.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return [c0, c1, c2, c3]
+
+
+def chacha20(key: Sequence[int], counter: Sequence[Tensor]) -> list[Tensor]:
+    """The ChaCha20 block function (RFC 8439, section 2.3).
+
+    Args:
+        key: 8 words.
+        counter: 4 int64 tensors of words, the block counter and the nonce, broadcastable to each other.
+
+    Returns:
+        16 int64 tensors of words.
+    """
+    counter = torch.broadcast_tensors(*counter)
+    start = [torch.full_like(counter[0], word) for word in (*_CHACHA_CONSTANTS, *key)] + list(counter)
+    x = list(start)
+    for _ in range(10):
+        for a, b, c, d in _CHACHA_ROUND:
+            for left, right, turned, bits in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
+                x[left] = x[left] + x[right] & _MASK
+                word = x[turned] ^ x[left]
+                x[turned] = word << bits & _MASK | word >> 32 - bits
+    return [word + first & _MASK for word, first in zip(x, start, strict=True)]
+
+
+def normals(
+    key: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    secure: bool = False,
+    stream: int = NOISE,
+) -> Tensor:
+    """Independent N(0, 1) numbers by Box-Muller from the words of columns 2m and 2m + 1; computed in float32.
+
+    u = (even word + 1/2) / 2^32, r = sqrt(-2 ln u), t = 2 pi (odd word) / 2^32: column 2m is r cos t, column 2m + 1 is r sin t.
+    No number is larger than sqrt(66 ln 2) = 6.76, which a true normal exceeds once in 7e10.
+
+    Args:
+        key: 2 words of 32 bits (Philox), or 8 with `secure` (ChaCha20).
+        shape: (B, H, Q, D).
+        device: where the numbers are computed; the words are the same everywhere, logarithms and sines to their last bit.
+        dtype: of the result.
+        secure: whether to use the cryptographic generator.
+        stream: numbers of different streams are independent under one key.
+
+    Raises ValueError for a key of another length.
+    """
+    batch, heads, rows, columns = shape
+    words = _words(key, (batch, heads, rows, columns + columns % 2), device, secure, stream).float()  # rounded to nearest
+    radius = (-2 * (words[..., 0::2] * 2.0**-32 + 2.0**-33).log()).sqrt()
+    angle = words[..., 1::2] * 2.0**-32 * (2 * math.pi)
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+    return pairs.flatten(-2)[..., :columns].to(dtype)
+
+
+def keep_mask(key: Sequence[int], shape: Sequence[int], p: float, device: torch.device | str = "cpu") -> Tensor:
+    """(B, H, Q, K) bool, each True with probability 1 - round(p 2^32) / 2^32: which attention weights dropout keeps.
+
+    `key` has 2 words: dropout needs no cryptographic generator. Raises ValueError unless 0 <= p <= 1.
+    """
+    if not 0 <= p <= 1:
+        raise invalid("p", expected="a probability", actual=p, remedy="give the share of weights to drop")
+    kept: Tensor = _words(key, shape, device, False, DROPOUT) >= round(p * 2**32)
+    return kept
+
+
+def _words(key: Sequence[int], shape: Sequence[int], device: torch.device | str, secure: bool, stream: int) -> Tensor:
+    """int64 of this shape (B, H, Q, columns): the word that belongs to each element."""
+    n_words = 8 if secure else 2
+    if len(key) != n_words or not all(0 <= word <= _MASK for word in key):
+        raise invalid("key", expected=f"{n_words} words of 32 bits", actual=len(key), remedy="draw one with fresh_key()")
+    generator: Callable[..., list[Tensor]] = chacha20 if secure else philox
+    batch, heads, rows, columns = shape
+    per_block = 16 if secure else 4
+    block = torch.arange(-(-columns // per_block), device=device)
+    row = torch.arange(rows, device=device)[:, None]
+    plane = torch.arange(batch * heads, device=device)[:, None, None]
+    words = torch.stack(generator(key, (block, row, plane, torch.full_like(block, stream))), -1)
+    return words.flatten(-2)[..., :columns].reshape(batch, heads, rows, columns)
