@@ -20,16 +20,19 @@ from torch import Tensor
 
 from dp_flash_hf.kernels.ghost_norm import CANCELLED, HIDDEN
 
-# Launch options by bytes per number. BLOCK: rows on a side of a Gram tile at most, smaller where units are shorter. ROWS: rows
-# taken at once. A tile of 128 x 128 float32 sums, twice (inputs, output gradients), is 128 registers a thread of 8 warps.
+# Launch options by bytes per number, compiled for compute capability 8.0, 9.0 and 10.0 without spills. BLOCK: rows on a side of a
+# Gram tile at most, smaller where units are shorter. Two tiles of 128 x 128 float32 sums (inputs and output gradients) are 128
+# registers a thread of 8 warps; with ROWS or CHUNK of 32, products of float32 numbers spill.
 GRAM_OPTIONS = {
     2: {"BLOCK": 128, "CHUNK": 64, "num_warps": 8, "num_stages": 3},
-    4: {"BLOCK": 64, "CHUNK": 32, "num_warps": 8, "num_stages": 3},
+    4: {"BLOCK": 64, "CHUNK": 16, "num_warps": 8, "num_stages": 3},
 }
 PRODUCT_OPTIONS = {
     2: {"P_BLOCK": 128, "D_BLOCK": 128, "ROWS": 64, "num_warps": 8, "num_stages": 3},
-    4: {"P_BLOCK": 64, "D_BLOCK": 64, "ROWS": 32, "num_warps": 8, "num_stages": 3},
+    4: {"P_BLOCK": 64, "D_BLOCK": 64, "ROWS": 16, "num_warps": 8, "num_stages": 3},
 }
+# Largest blocks where rows do not all begin at 16 bytes: the address of every number is then held in registers.
+OUT_OF_STEP = {2: 64, 4: 32}
 SUM_OPTIONS = {"ROWS": 32, "D_BLOCK": 128, "num_warps": 4, "num_stages": 2}  # of row_sums_kernel and table_rows_kernel
 REDUCE_OPTIONS = {"BLOCK": 256, "num_warps": 4}  # of decide_kernel and settle_kernel
 
@@ -328,9 +331,18 @@ def rowwise(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def fitting(size: int, largest: int) -> int:
-    """The power of two that holds so many, at least 16 (what a matrix unit takes) and at most `largest`."""
-    return min(largest, max(16, triton.next_power_of_2(size)))
+def fitted(choices: dict[int, dict[str, int]], records: Sequence[Tensor], **widths: int) -> dict[str, int]:
+    """Launch options for records (rows, d) and for blocks no wider than what they are of: name of the block, and that width.
+
+    Blocks are powers of two, and at least 16, which is what matrix units take.
+    """
+    size = max(x.element_size() for x in records)
+    options = dict(choices[size])
+    in_step = all(x.data_ptr() % 16 == x.stride(0) % 16 == x.shape[1] % 16 == 0 for x in records)
+    for name, width in widths.items():
+        largest = options[name] if in_step else min(options[name], OUT_OF_STEP[size])
+        options[name] = min(largest, max(16, triton.next_power_of_2(width)))
+    return options
 
 
 def linear_squared_norms(a: Tensor, gs: Sequence[Tensor], sizes: tuple[int, ...], longest_gram: float) -> Tensor:
@@ -347,8 +359,7 @@ def linear_squared_norms(a: Tensor, gs: Sequence[Tensor], sizes: tuple[int, ...]
     norms, bounds = torch.empty(2, n_gs, n_units, device=device)
     if n_units == 0:
         return norms
-    options = dict(GRAM_OPTIONS[max(x.element_size() for x in (a, *gs))])
-    options["BLOCK"] = fitting(max(sizes), options["BLOCK"])
+    options = fitted(GRAM_OPTIONS, [a, *gs], BLOCK=max(sizes))
     tiles = _tiles(sizes, tuple(size > longest_gram for size in sizes), options["BLOCK"], device)
     offsets = unit_offsets(sizes, device)
     n_tiles = len(tiles.rows)
@@ -404,12 +415,9 @@ def unit_gradients(a: Tensor, g: Tensor, sizes: tuple[int, ...], out: Tensor | N
     return out
 
 
-def product_options(a: Tensor, g: Tensor) -> dict[str, int]:
-    """Launch options for tiles of g^T a, narrow where the matrix is. a: (rows, d), g: (rows, p)."""
-    options = dict(PRODUCT_OPTIONS[max(a.element_size(), g.element_size())])
-    options["P_BLOCK"] = fitting(g.shape[1], options["P_BLOCK"])
-    options["D_BLOCK"] = fitting(a.shape[1], options["D_BLOCK"])
-    return options
+def product_options(a: Tensor, g: Tensor, choices: dict[int, dict[str, int]] = PRODUCT_OPTIONS) -> dict[str, int]:
+    """Launch options for tiles of g^T a. a: (rows, d), g: (rows, p)."""
+    return fitted(choices, [a, g], P_BLOCK=g.shape[1], D_BLOCK=a.shape[1])
 
 
 def product_tiles(a: Tensor, g: Tensor) -> int:
