@@ -66,8 +66,7 @@ class LinearUse:
     @property
     def keeps_gradients(self) -> bool:
         """Whether to keep per-unit gradients in place of this."""
-        speed = planner.speed_of(self.a.device, self.a.dtype)
-        return planner.keeps_gradients(self.sizes, self.a.shape[1], self.g.shape[1], self.a.dtype, speed)
+        return planner.keeps_gradients(self.sizes, self.a.shape[1], self.g.shape[1], self.a.dtype)
 
     @property
     def input_key(self) -> tuple[object, ...]:

@@ -1,8 +1,8 @@
 """Sums of per-unit gradients weighted by clip factors, on the GPU (Triton): what `clipped_sum.py` computes with torch.
 
 Factors meet float32 sums of a unit's own rows, never numbers of 16 bits: rounding factor times g would let a unit exceed its
-bound. What a unit of factor 0 holds is not read. Every number of a sum is one program's, which adds in a fixed order: no atomics,
-the same bits every time.
+bound. What a unit of factor 0 holds is not read. Every number of a sum is one program's, which adds in a fixed order: no
+atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -97,9 +97,10 @@ def table_sum_kernel(
     ROWS: tl.constexpr,
     D_BLOCK: tl.constexpr,
 ):
-    """Add to one row of a table the rows g that were looked up there, each times its unit's factor. Grid: (rows, column blocks).
+    """Add to one row of a table the rows g that were looked up there, each times its unit's factor.
 
-    ids: sorted. factors: of each row. The program of a run's first row does the run; the others end at once.
+    ids: sorted. factors: of each row. The program of a run's first row does the run; the others end at once. Grid: (rows, blocks
+    of columns).
     """
     first = tl.program_id(0)
     columns = tl.program_id(1) * D_BLOCK + tl.arange(0, D_BLOCK)
@@ -140,9 +141,7 @@ def _chunks(sizes: tuple[int, ...], rows: int, device: torch.device) -> tuple[Te
     return on_device(device, starts[units] + rows * within, starts[units + 1], units)
 
 
-def add_linear_(
-    out: Tensor, a: Tensor, g: Tensor, factors: Tensor, sizes: tuple[int, ...], *, replace: bool = False
-) -> Tensor:
+def add_linear_(out: Tensor, a: Tensor, g: Tensor, factors: Tensor, sizes: tuple[int, ...], *, replace: bool = False) -> Tensor:
     """out (p, d) float32 += sum_u factors[u] sum_{t in u} g_t a_t^T, or becomes it; the numbers of its rows side by side.
 
     a: (rows, d), g: (rows, p), bfloat16, float16 or float32, in unit order. factors: (units,) float32.

@@ -35,7 +35,7 @@ def _has_triton(device: torch.device) -> bool:
 
 
 def runs_on_triton(*records: Tensor) -> bool:
-    """Whether the Triton kernels take these records: bfloat16, float16 or float32 on an NVIDIA GPU (8.0 or newer), and triton."""
+    """Whether Triton kernels take these records: bfloat16, float16 or float32 on an NVIDIA GPU (8.0 or newer), and triton."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     return all(x.is_cuda and x.dtype in dtypes for x in records) and _has_triton(records[0].device)
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dp_flash_hf.kernels.ghost_norm import CANCELLED, HIDDEN
 
-# Launch options by bytes per number, compiled for compute capability 8.0, 9.0 and 10.0 without spills. BLOCK: rows on a side of a
-# Gram tile at most, smaller where units are shorter. Two tiles of 128 x 128 float32 sums (inputs and output gradients) are 128
+# Launch options by bytes per number, compiled for compute capability 8.0, 9.0 and 10.0 without spills. BLOCK: rows on a side of
+# a Gram tile at most, smaller where units are shorter. Two tiles of 128 x 128 float32 sums (inputs and output gradients) are 128
 # registers a thread of 8 warps; with ROWS or CHUNK of 32, products of float32 numbers spill.
 GRAM_OPTIONS = {
     2: {"BLOCK": 128, "CHUNK": 64, "num_warps": 8, "num_stages": 3},

@@ -37,7 +37,7 @@ def test_linear(sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> None
         out = wide[1:-1]
         assert kernels.add_linear_(out, a, g, factors, sizes) is out
         parts = gradients(a.cpu(), g.cpu(), sizes), gradients(a.cpu().abs(), g.cpu().abs(), sizes)
-        # A sum of n terms rounds by less than n eps / 2 of the sum of their sizes, plus one rounding for each unit and for `out`.
+        # A sum of n terms rounds by less than n eps / 2 of the sum of their sizes; then once for each unit and for `out`.
         allowed = EPS * (max(sizes) + len(sizes) + 2) * (1 + weighted(factors, parts[1]))
         assert bool(((out.double().cpu() - 1 - weighted(factors, parts[0])).abs() <= allowed).all())
         assert bool((wide[[0, -1]] == 1).all())
