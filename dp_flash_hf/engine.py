@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dp_flash_hf import layers
+from dp_flash_hf import layers, planner
 from dp_flash_hf.clipping import clip_factors
 from dp_flash_hf.config import Clipping
 from dp_flash_hf.coupling import BatchGuard, refuse_model
@@ -44,8 +46,8 @@ class ClippingEngine:
     max_grad_norm: C > 0.
     clipping: "flat", "automatic" or "per_layer" (a layer is the module that owns the parameters); see `clipping.clip_factors`.
     strategy: "bookkeeping" (one backward), "two_pass" (two forward and backward passes, least memory), "microbatch" (one unit
-        at a time), or "auto": bookkeeping, and microbatch for models with parameters that no rule covers. All give the same
-        numbers. A strategy asked for by name runs or raises PrivacyError.
+        at a time), or "auto": bookkeeping, and microbatch for models with parameters that no rule covers and for batches for
+        which it is the faster. All give the same numbers. A strategy asked for by name runs or raises PrivacyError.
 
     Raises ValueError for arguments out of range, UnsupportedError for models that couple units (batch normalisation) or have
     nothing to train.
@@ -72,8 +74,13 @@ class ClippingEngine:
         self.dropped_units = 0
         self._sums: dict[nn.Parameter, tuple[Tensor, Tensor, int]] = {}
         self._uncovered: set[nn.Parameter] = set()
+        self._long_units = False  # whether the last batch was computed unit by unit because that is faster
         self._reached: set[nn.Parameter] = set()  # parameters that the last batch's loss depended on
         self._groups = _groups(model, self.parameters, clipping)
+        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        products = [p for p in self.parameters if p.dim() == 2 and p not in tables]
+        self._products = Counter((p.shape[0], p.shape[1]) for p in products)
+        self._others = sum(p.numel() for p in self.parameters) - sum(p.numel() for p in products)
         self._n_groups = len(set(self._groups.values()))
         self._recorder = Recorder(self._groups)
         self._refuse_batch = BatchGuard(model)
@@ -111,7 +118,9 @@ class ClippingEngine:
             return torch.zeros(())
         choose = select or (lambda whole, unit: select_unit(whole, resolved, unit))
         with self._isolated_gradients():
-            if self.strategy == "microbatch" or (self.strategy == "auto" and self._uncovered):
+            if self.strategy == "auto":
+                self._long_units = self._microbatch_is_faster(batch, resolved)
+            if self.strategy == "microbatch" or (self.strategy == "auto" and (self._uncovered or self._long_units)):
                 return self._microbatch(loss_fn, batch, resolved, scale, choose)
             run = self._two_pass if self.strategy == "two_pass" else self._bookkeeping
             try:
@@ -288,7 +297,7 @@ class ClippingEngine:
 
     def forms(self) -> dict[str, str]:
         """How the last batch's gradient norm of each parameter was computed."""
-        if self._uncovered or self.strategy == "microbatch":
+        if self._uncovered or self.strategy == "microbatch" or (self.strategy == "auto" and self._long_units):
             return dict.fromkeys(self.parameters.values(), "microbatch")
         return {name: self._recorder.forms[p] for p, name in self.parameters.items() if p in self._recorder.forms}
 
@@ -358,6 +367,14 @@ class ClippingEngine:
             self._recorder.stop()
 
     # Strategies.
+
+    def _microbatch_is_faster(self, batch: Batch, units: Units) -> bool:
+        """By the planner's model; shapes are all it looks at."""
+        first = next(iter(self.parameters))
+        rows = math.prod(leading_shape(batch)[1:]) if units.kind == "rows" else 1
+        sizes = [size * rows for size in units.sizes if size]
+        speed = planner.speed_of(first.device, first.dtype)
+        return planner.microbatch_is_faster(self._products, self._others, sizes, first.dtype, speed)
 
     def _bookkeeping(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
         self._recorder.start("record", units)

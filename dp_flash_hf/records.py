@@ -7,7 +7,7 @@ arXiv 2210.00038).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,15 +16,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dp_flash_hf import planner
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels.clipped_sum import add_embedding_, add_linear_, add_per_unit_, linear_clipped_sum
 from dp_flash_hf.kernels.ghost_norm import (
-    InputGram,
     embedding_squared_norms,
     hidden_by_rounding,
-    is_uniform,
     linear_squared_norms,
     tied_cross_terms,
+    unit_gradients,
     upcast,
 )
 from dp_flash_hf.layouts import Layout, Layouts
@@ -33,10 +33,6 @@ from dp_flash_hf.units import Units
 # idle: layers behave as without the library. learn: layouts are being learnt, nothing is recorded.
 # record: keep what backward saw. norms: keep norms only. sum: clip factors are known, add to the sums at once.
 Phase = Literal["idle", "learn", "record", "norms", "sum"]
-
-# Per-unit gradients are formed when they are at most this many times larger than the records (inputs and output gradients):
-# forming them costs what the ordinary weight gradient costs and makes the norm and the clipped sum nearly free.
-DENSE_LIMIT = 1.0
 
 
 @contextmanager
@@ -67,6 +63,16 @@ class LinearUse:
     sizes: tuple[int, ...]
     part: tuple[int, int] | None = None
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether to keep per-unit gradients in place of this."""
+        return planner.keeps_gradients(self.sizes, self.a.shape[1], self.g.shape[1], self.a.dtype)
+
+    @property
+    def input_key(self) -> tuple[object, ...]:
+        """Equal for uses of the very same inputs, as those of q, k and v, or gate and up, as long as both are kept."""
+        return self.a.data_ptr(), self.a.shape, self.a.stride(), self.a.dtype, self.sizes
+
     def _own(self, x: Tensor, dim: int) -> Tensor:
         """The view of x that has this use's part of the parameter along `dim`, as (..., p, d)."""
         if self.part is not None:
@@ -75,13 +81,7 @@ class LinearUse:
 
     def add_to_units_(self, gradients: Tensor) -> None:
         """gradients (units, *shape) += this use's per-unit gradients."""
-        a, g = upcast(self.a), upcast(self.g)
-        gradients = self._own(gradients, 1)
-        if is_uniform(self.sizes):
-            gradients.baddbmm_(g.unflatten(0, (len(self.sizes), -1)).mT, a.unflatten(0, (len(self.sizes), -1)))
-            return
-        for out, a_u, g_u in zip(gradients, a.split(self.sizes), g.split(self.sizes), strict=True):
-            out.addmm_(g_u.mT, a_u)
+        unit_gradients(self.a, self.g, self.sizes, self._own(gradients, 1))
 
     def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
         """out (*shape) += sum over units of factors (units,) times the unit's gradient."""
@@ -106,12 +106,12 @@ class EmbeddingUse:
         add_embedding_(out, self.ids, self.g, factors, self.sizes)
 
 
-def row_sums(g: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Rows g (rows, p), in unit order, summed over each unit: (units, p)."""
-    if is_uniform(sizes):
-        sums: Tensor = g.unflatten(0, (len(sizes), -1)).sum(1)
-        return sums
-    return torch.stack([own.sum(0) for own in g.split(sizes)])
+def linear_norms(uses: Sequence[LinearUse]) -> tuple[Tensor, str]:
+    """(uses, units) squared norms of uses that share an input, and how they are computed, in words."""
+    a, gs, sizes = uses[0].a, [use.g for use in uses], uses[0].sizes
+    limit = planner.longest_gram(a.shape[1], [g.shape[1] for g in gs], planner.speed_of(a.device, a.dtype))
+    ways = ("Gram",) * (min(sizes, default=0) <= limit) + ("direct",) * (max(sizes, default=0) > limit)
+    return linear_squared_norms(a, gs, sizes, limit), f"ghost norm ({' and '.join(ways)})"
 
 
 class GradientRecord:
@@ -122,20 +122,14 @@ class GradientRecord:
         self.linear: list[LinearUse] = []
         self.embedding: list[EmbeddingUse] = []
         self.per_unit: Tensor | None = None  # (units, *shape)
+        self.form = ""  # how `squared_norms` last computed them, in words
 
     def add(self, use: LinearUse | EmbeddingUse) -> None:
-        """Keep one more use, as it is or as per-unit gradients, whichever is smaller."""
-        if self.per_unit is None and not self.linear and not self.embedding and isinstance(use, LinearUse):
-            rows, size = len(use.a), self.shape.numel()
-            if (
-                use.part is None
-                and is_uniform(use.sizes)
-                and self.n_units * size <= DENSE_LIMIT * rows * (use.a.shape[1] + use.g.shape[1])
-            ):
-                a, g = upcast(use.a), upcast(use.g)
-                formed = torch.bmm(g.unflatten(0, (self.n_units, -1)).mT, a.unflatten(0, (self.n_units, -1)))
-                self.per_unit = formed.view(self.n_units, *self.shape)
-                return
+        """Keep one more use, as it is or as per-unit gradients, as the planner says."""
+        first = self.per_unit is None and not self._uses
+        if first and isinstance(use, LinearUse) and use.part is None and use.keeps_gradients:
+            self.per_unit = unit_gradients(use.a, use.g, use.sizes).view(self.n_units, *self.shape)
+            return
         if self.per_unit is not None:
             use.add_to_units_(self.per_unit)
         elif isinstance(use, LinearUse):
@@ -151,31 +145,33 @@ class GradientRecord:
         self.linear, self.embedding = [], []
 
     @property
+    def only_linear(self) -> LinearUse | None:
+        """The record's one use, if it is that and a linear one."""
+        return self.linear[0] if self.per_unit is None and len(self.linear) == 1 and not self.embedding else None
+
+    @property
     def _uses(self) -> list[LinearUse | EmbeddingUse]:
         return [*self.linear, *self.embedding]
 
-    @property
-    def form(self) -> str:
-        """How the norm is computed, in words."""
-        if self.per_unit is not None:
-            return "per-unit gradient"
-        return " + ".join(name for name, uses in (("ghost norm", self.linear), ("embedding rows", self.embedding)) if uses)
-
-    def squared_norms(self, gram: InputGram | None = None) -> Tensor:
+    def squared_norms(self) -> Tensor:
         """(units,) squared L2 norms."""
         if self.per_unit is not None:
+            self.form = "per-unit gradient"
             lengths: Tensor = torch.linalg.vector_norm(self.per_unit.reshape(self.n_units, -1), dim=1)
             return lengths.square()
         if any(use.part is not None for use in self.linear):
-            return self._squared_norms_of_parts(gram)
+            return self._squared_norms_of_parts()
         linear, embedding = _merge_linear(self.linear), _merge_embedding(self.embedding)
-        if linear is None or embedding is None:
-            if linear is not None:
-                return linear_squared_norms(linear.a, linear.g, linear.sizes, gram)
-            assert embedding is not None
-            return embedding_squared_norms(embedding.ids, embedding.g, embedding.sizes)
-        head = linear_squared_norms(linear.a, linear.g, linear.sizes, gram)
+        if embedding is None:
+            assert linear is not None
+            (norms,), self.form = linear_norms([linear])
+            return norms
         table = embedding_squared_norms(embedding.ids, embedding.g, embedding.sizes)
+        self.form = "embedding rows"
+        if linear is None:
+            return table
+        (head,), form = linear_norms([linear])
+        self.form = f"{form} + {self.form}"
         cross = tied_cross_terms(linear.a, linear.g, embedding.ids, embedding.g, linear.sizes, embedding.sizes)
         norms = head + table + 2 * cross
         # |x + y|^2 with x close to -y has lost its digits: the gradient itself is formed for such a unit.
@@ -183,7 +179,7 @@ class GradientRecord:
             norms[unit] = self._one_unit(unit).square().sum() + self._hidden(linear, embedding, unit)
         return norms
 
-    def _squared_norms_of_parts(self, gram: InputGram | None) -> Tensor:
+    def _squared_norms_of_parts(self) -> Tensor:
         uses: dict[tuple[int, int], list[LinearUse]] = {}
         for use in self.linear:
             uses.setdefault(use.part or (0, self.shape[0]), []).append(use)
@@ -191,12 +187,13 @@ class GradientRecord:
         if self.embedding or any(stop > start for (_, stop), (start, _) in pairwise(ends)):  # they share numbers
             like = upcast(self.linear[0].g)
             self.add_per_unit(torch.zeros(self.n_units, *self.shape, dtype=like.dtype, device=like.device))
-            return self.squared_norms(gram)
+            return self.squared_norms()
         total: Tensor | int = 0
         for own in uses.values():
             merged = _merge_linear(own)
             assert merged is not None
-            total = total + linear_squared_norms(merged.a, merged.g, merged.sizes, gram)
+            (norms,), self.form = linear_norms([merged])
+            total = total + norms
         assert isinstance(total, Tensor)
         return total
 
@@ -265,7 +262,7 @@ class Recorder:
         self.forms: dict[nn.Parameter, str] = {}  # how the norm of each parameter was last computed
         self._groups = groups
         self._n_groups = max(groups.values(), default=-1) + 1
-        self._gram = InputGram()
+        self._waiting: dict[nn.Parameter, GradientRecord] = {}  # in phase "norms": complete, and the next may share their input
         self._norms: Tensor | None = None
         self._spent: set[nn.Parameter] = set()
         self._factors: Tensor | None = None
@@ -343,13 +340,12 @@ class Recorder:
     ) -> None:
         """Enter a phase for one physical batch. `factors` (units, groups) and `sums` belong to phase "sum"."""
         self.phase, self.units, self.records = phase, units, {}
-        self._norms, self._spent = None, set()
+        self._norms, self._spent, self._waiting = None, set(), {}
         self._factors, self._sums = factors, sums or {}
 
     def stop(self) -> None:
         """Back to idle; every record is dropped."""
         self.start("idle", Units.rows(0))
-        self._gram.clear()
 
     @property
     def reached(self) -> set[nn.Parameter]:
@@ -360,12 +356,26 @@ class Recorder:
     def squared_norms(self, like: Tensor) -> Tensor:
         """(units, groups) squared norms of everything recorded since `start`. like: a tensor giving dtype and device."""
         with full_precision(like.device):
-            for parameter, record in self.records.items():
-                self._add_norms(parameter, record)
+            self._add_norms({**self._waiting, **self.records})
+            self._waiting = {}
         return self._norms if self._norms is not None else like.new_zeros(self.units.n, self._n_groups)
 
-    def _add_norms(self, parameter: nn.Parameter, record: GradientRecord) -> None:
-        squared = record.squared_norms(self._gram)
+    def _add_norms(self, records: dict[nn.Parameter, GradientRecord]) -> None:
+        """Add the norms of these records; layers that share an input are computed together."""
+        sharing: dict[object, list[tuple[nn.Parameter, GradientRecord, LinearUse]]] = {}
+        for parameter, record in records.items():
+            use = record.only_linear
+            if use is None:
+                self._add_squares(parameter, record, record.squared_norms())
+            else:
+                sharing.setdefault(use.input_key, []).append((parameter, record, use))
+        for group in sharing.values():
+            squares, form = linear_norms([use for _, _, use in group])
+            for (parameter, record, _), squared in zip(group, squares, strict=True):
+                record.form = form
+                self._add_squares(parameter, record, squared)
+
+    def _add_squares(self, parameter: nn.Parameter, record: GradientRecord, squared: Tensor) -> None:
         self.forms[parameter] = record.form
         if self._norms is None:
             self._norms = squared.new_zeros(self.units.n, self._n_groups)
@@ -399,5 +409,17 @@ class Recorder:
             record.add(use)
         whole = not isinstance(use, LinearUse) or use.part is None
         if self.phase == "norms" and whole and self.layouts.calls.get(parameter) == 1:  # nothing to come: the records may go
-            self._add_norms(parameter, self.records.pop(parameter))
             self._spent.add(parameter)
+            self._add_when_alone(parameter, self.records.pop(parameter))
+
+    def _add_when_alone(self, parameter: nn.Parameter, record: GradientRecord) -> None:
+        """Add the norms of complete records as soon as no more of their input are coming."""
+        use = record.only_linear
+        if use is None:
+            self._add_norms({parameter: record})
+            return
+        waiting = next(iter(self._waiting.values()), None)
+        if waiting is not None and waiting.only_linear is not None and waiting.only_linear.input_key != use.input_key:
+            self._add_norms(self._waiting)
+            self._waiting = {}
+        self._waiting[parameter] = record

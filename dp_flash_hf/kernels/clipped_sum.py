@@ -1,4 +1,8 @@
-"""Sums of per-unit gradients weighted by clip factors, accumulated in float32 or float64 (torch implementation)."""
+"""Sums of per-unit gradients weighted by clip factors, accumulated in float32 or float64.
+
+Records on a CUDA device in bfloat16, float16 and float32, added to float32 sums, go to `clipped_sum_triton` where triton is
+installed; everything else is computed here with torch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dp_flash_hf.kernels.ghost_norm import is_uniform, upcast
+from dp_flash_hf.kernels.ghost_norm import is_uniform, runs_on_triton, upcast
+
+
+def _takes(out: Tensor, factors: Tensor) -> bool:
+    """Whether the Triton kernels take this sum and these factors."""
+    return out.dtype == factors.dtype == torch.float32 and out.stride(-1) == 1
 
 
 def weighted_rows(x: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -26,12 +35,22 @@ def weighted_rows(x: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def linear_clipped_sum(a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
     """sum_u factors[u] sum_{t in u} g_t a_t^T, (p, d), with a (rows, d) and g (rows, p) in unit order."""
+    if runs_on_triton(a, g) and factors.dtype == torch.float32:
+        from dp_flash_hf.kernels import clipped_sum_triton
+
+        out = torch.empty(g.shape[1], a.shape[1], device=a.device)
+        return clipped_sum_triton.add_linear_(out, a, g, factors, tuple(sizes), replace=True)
     left, right = _weighted(a, g, factors, sizes)
     return left.mT @ right
 
 
 def add_linear_(out: Tensor, a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> None:
     """out (p, d) += `linear_clipped_sum`, without forming it."""
+    if runs_on_triton(a, g) and _takes(out, factors):
+        from dp_flash_hf.kernels import clipped_sum_triton
+
+        clipped_sum_triton.add_linear_(out, a, g, factors, tuple(sizes))
+        return
     left, right = _weighted(a, g, factors, sizes)
     out.addmm_(left.mT, right)
 
@@ -48,11 +67,21 @@ def _weighted(a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> tu
 
 def add_embedding_(out: Tensor, ids: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> None:
     """out (V, d) rows at ids (rows,) += factor of the unit times g (rows, d), in unit order."""
+    if runs_on_triton(g) and _takes(out, factors):
+        from dp_flash_hf.kernels import clipped_sum_triton
+
+        clipped_sum_triton.add_embedding_(out, ids, g, factors, tuple(sizes))
+        return
     out.index_add_(0, ids, weighted_rows(upcast(g), factors, sizes).to(out.dtype))
 
 
 def add_per_unit_(out: Tensor, gradients: Tensor, factors: Tensor) -> None:
     """out (*shape) += sum_u factors[u] gradients[u], with gradients (units, *shape)."""
+    if runs_on_triton(gradients) and gradients.dtype == torch.float32 and _takes(out.view(-1), factors):
+        from dp_flash_hf.kernels import clipped_sum_triton
+
+        clipped_sum_triton.add_per_unit_(out, gradients, factors)
+        return
     for gradient, factor in zip(gradients, factors.tolist(), strict=True):
         if factor != 0.0:
             out.add_(gradient, alpha=factor)

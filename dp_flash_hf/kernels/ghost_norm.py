@@ -1,4 +1,7 @@
-"""Squared norms of per-unit gradients, from what a layer saw and what came back to it (torch implementation).
+"""Squared norms of per-unit gradients, from what a layer saw and what came back to it.
+
+CUDA tensors in bfloat16, float16 and float32 go to `ghost_norm_triton` where triton is installed; everything else, and all that
+has no kernel there, is computed here with torch.
 
 Everything is stored in *unit order*: the rows of unit 0, then those of unit 1, ..., with `sizes[u]` rows for unit u.
 Sums run in float32, or float64 for float64 inputs, whatever the dtype of the records.
@@ -6,7 +9,10 @@ Sums run in float32, or float64 for float64 inputs, whatever the dtype of the re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -18,6 +24,20 @@ SMALLEST_BLOCK = 32
 # Below this fraction of its bound (sum_t |a_t| |g_t|)^2 a Gram sum has cancelled so far that float32 rounding (2^-24 of the
 # bound per term) could hide a norm; such a unit is computed anew from its gradient itself, whose squares cannot cancel.
 CANCELLED = 2.0**-16
+
+HIDDEN = 32  # see `hidden_by_rounding`
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    capable = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)  # bfloat16 in matrix units
+    return capable and find_spec("triton") is not None
+
+
+def runs_on_triton(*records: Tensor) -> bool:
+    """Whether Triton kernels take these records: bfloat16, float16 or float32 on an NVIDIA GPU (8.0 or newer), and triton."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    return all(x.is_cuda and x.dtype in dtypes for x in records) and _has_triton(records[0].device)
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -37,34 +57,8 @@ def hidden_by_rounding(bound: Tensor, rows: int | Tensor) -> Tensor:
     made to cancel would otherwise leave more than C there. rows^(1/2) eps is the usual growth of rounding (Higham and Mary
     2019, doi 10.1137/18M1226312); the factor keeps what is left below 2 % of C.
     """
-    return torch.as_tensor(rows, dtype=bound.dtype, device=bound.device) * (32 * torch.finfo(bound.dtype).eps * bound).square()
-
-
-class InputGram:
-    """Gram matrices of the last inputs asked for: projections that share an input (q, k, v; gate, up) follow one another."""
-
-    def __init__(self) -> None:
-        self._inputs: Tensor | None = None
-        self._gram: Gram | None = None
-
-    def __call__(self, a: Tensor) -> Gram:
-        """a (units, k, d) -> `gram(a)`."""
-        kept = self._inputs
-        if (
-            kept is None
-            or self._gram is None
-            or kept.data_ptr() != a.data_ptr()
-            or kept.shape != a.shape
-            or kept.stride() != a.stride()
-        ):
-            # Holding the inputs themselves keeps their memory from being given to another tensor of the same address.
-            self._inputs, self._gram = a, gram(a)
-        assert self._gram is not None
-        return self._gram
-
-    def clear(self) -> None:
-        """Let go of the tensors."""
-        self._inputs = self._gram = None
+    lost = HIDDEN * torch.finfo(bound.dtype).eps * bound
+    return torch.as_tensor(rows, dtype=bound.dtype, device=bound.device) * lost.square()
 
 
 class Gram(NamedTuple):
@@ -103,40 +97,79 @@ def gram(x: Tensor) -> Gram:
     return Gram([torch.bmm(part, part.mT) for part in parts], below)
 
 
-def linear_squared_norms(a: Tensor, g: Tensor, sizes: Sequence[int], shared: InputGram | None = None) -> Tensor:
-    """||sum_{t in u} g_t a_t^T||_F^2 for every unit u.
+def linear_squared_norms(a: Tensor, gs: Sequence[Tensor], sizes: Sequence[int], longest_gram: float = math.inf) -> Tensor:
+    """||sum_{t in u} g_t a_t^T||_F^2 for every unit u and every output gradient g of layers that share the input a.
 
-    a: (rows, d) inputs, g: (rows, p) output gradients, both in unit order. Returns (units,).
+    a: (rows, d) inputs, gs: (rows, p) output gradients, p as it is in each, all in unit order. Returns (len(gs), units).
+    longest_gram: units of at most so many rows are computed from Gram matrices, longer ones from the gradient itself.
 
     sum_{t,s in u} (a_t . a_s)(g_t . g_s): the ghost norm (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022, arXiv 2110.05679).
     """
-    a, g = upcast(a), upcast(g)
-    if is_uniform(sizes):
-        return _gram_form(a.unflatten(0, (len(sizes), -1)), g.unflatten(0, (len(sizes), -1)), shared)
-    out = torch.zeros(len(sizes), dtype=a.dtype, device=a.device)
-    for unit, (a_u, g_u) in enumerate(zip(a.split(list(sizes)), g.split(list(sizes)), strict=True)):
-        if _gram_is_cheaper(len(a_u), a_u.shape[1], g_u.shape[1]):
-            out[unit] = _gram_form(a_u[None], g_u[None], None)[0] if len(a_u) else 0.0
-        else:
-            out[unit] = _direct_form(a_u, g_u, (a_u.norm(dim=1) * g_u.norm(dim=1)).sum())
+    if runs_on_triton(a, *gs):
+        from dp_flash_hf.kernels import ghost_norm_triton
+
+        return ghost_norm_triton.linear_squared_norms(a, gs, tuple(sizes), longest_gram)
+    a, gs = upcast(a), [upcast(g) for g in gs]
+    if is_uniform(sizes) and sizes[0] <= longest_gram:
+        batch = [g.unflatten(0, (len(sizes), -1)) for g in gs]
+        return _gram_form(a.unflatten(0, (len(sizes), -1)), batch)
+    out = torch.zeros(len(gs), len(sizes), dtype=a.dtype, device=a.device)
+    for unit, (a_u, *gs_u) in enumerate(zip(*(x.split(list(sizes)) for x in (a, *gs)), strict=True)):
+        if 0 < len(a_u) <= longest_gram:
+            out[:, unit] = _gram_form(a_u[None], [g_u[None] for g_u in gs_u])[:, 0]
+        elif len(a_u):
+            out[:, unit] = torch.stack([_direct_form(a_u, g_u, (a_u.norm(dim=1) * g_u.norm(dim=1)).sum()) for g_u in gs_u])
     return out
 
 
-def _gram_is_cheaper(k: int, d: int, p: int) -> bool:
-    return k * (d + p) < d * p
-
-
-def _gram_form(a: Tensor, g: Tensor, shared: InputGram | None) -> Tensor:
-    inputs, outputs = shared(a) if shared is not None else gram(a), gram(g)
-    norms = inputs.dot(outputs, len(a))
-    bound = (inputs.lengths(len(a)) * outputs.lengths(len(a))).sum(1)
-    for unit in (norms < CANCELLED * bound.square()).nonzero().flatten().tolist():
-        norms[unit] = _direct_form(a[unit], g[unit], bound[unit])
-    return norms
+def _gram_form(a: Tensor, gs: Sequence[Tensor]) -> Tensor:
+    inputs = gram(a)
+    lengths = inputs.lengths(len(a))
+    out = []
+    for g in gs:
+        outputs = gram(g)
+        norms, bound = inputs.dot(outputs, len(a)), (lengths * outputs.lengths(len(a))).sum(1)
+        for unit in (norms < CANCELLED * bound.square()).nonzero().flatten().tolist():
+            norms[unit] = _direct_form(a[unit], g[unit], bound[unit])
+        out.append(norms)
+    return torch.stack(out)
 
 
 def _direct_form(a: Tensor, g: Tensor, bound: Tensor) -> Tensor:
     return (g.mT @ a).square().sum() + hidden_by_rounding(bound, len(a))
+
+
+def unit_gradients(a: Tensor, g: Tensor, sizes: Sequence[int], out: Tensor | None = None) -> Tensor:
+    """G_u = sum_{t in u} g_t a_t^T of every unit: (units, p, d), added to `out` where it is given.
+
+    a: (rows, d), g: (rows, p), both in unit order.
+    """
+    if runs_on_triton(a, g) and (out is None or out.dtype == torch.float32):
+        from dp_flash_hf.kernels import ghost_norm_triton
+
+        return ghost_norm_triton.unit_gradients(a, g, tuple(sizes), out)
+    a, g = upcast(a), upcast(g)
+    if is_uniform(sizes):
+        left, right = g.unflatten(0, (len(sizes), -1)).mT, a.unflatten(0, (len(sizes), -1))
+        return torch.bmm(left, right) if out is None else out.baddbmm_(left, right)
+    if out is None:
+        out = torch.zeros(len(sizes), g.shape[1], a.shape[1], dtype=a.dtype, device=a.device)
+    for own, a_u, g_u in zip(out, a.split(list(sizes)), g.split(list(sizes)), strict=True):
+        own.addmm_(g_u.mT, a_u)
+    return out
+
+
+def row_sums(g: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Rows g (rows, p), in unit order, summed over each unit: (units, p). A bias has these for per-unit gradients."""
+    if runs_on_triton(g):
+        from dp_flash_hf.kernels import ghost_norm_triton
+
+        return ghost_norm_triton.row_sums(g, tuple(sizes))
+    g = upcast(g)
+    if is_uniform(sizes):
+        sums: Tensor = g.unflatten(0, (len(sizes), -1)).sum(1)
+        return sums
+    return torch.stack([own.sum(0) for own in g.split(list(sizes))])
 
 
 def embedding_squared_norms(ids: Tensor, g: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -144,6 +177,10 @@ def embedding_squared_norms(ids: Tensor, g: Tensor, sizes: Sequence[int]) -> Ten
 
     ids: LongTensor (rows,), g: (rows, d) output gradients, both in unit order. Returns (units,).
     """
+    if runs_on_triton(g):
+        from dp_flash_hf.kernels import ghost_norm_triton
+
+        return ghost_norm_triton.embedding_squared_norms(ids, g, tuple(sizes))
     g = upcast(g)
     unit = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes))).to(ids.device)
     table_size = int(ids.max()) + 1 if ids.numel() else 1

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from dp_flash_hf.kernels.ghost_norm import upcast
+from dp_flash_hf.kernels.ghost_norm import row_sums, upcast
 from dp_flash_hf.layers.tracking import (
     Call,
     Tracked,
@@ -24,7 +24,7 @@ from dp_flash_hf.layers.tracking import (
     unexpanded,
 )
 from dp_flash_hf.layouts import Layout
-from dp_flash_hf.records import LinearUse, row_sums
+from dp_flash_hf.records import LinearUse
 
 Numbers = tuple[Tensor, Tensor | None]  # of weight and bias
 Origins = tuple[Tracked | None, Tracked | None]
@@ -78,7 +78,7 @@ def record_product(weight: Tracked, a: Tensor, g: Tensor, layout: Layout) -> Non
 
 def record_bias(bias: Tracked, g: Tensor, layout: Layout) -> None:
     """Record y = x + b with b (p,). g: (*lead, p)."""
-    record(bias, row_sums(upcast(layout.arrange(g)), layout.sizes))
+    record(bias, row_sums(layout.arrange(g), layout.sizes))
 
 
 @operation(F.linear)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from dp_flash_hf.kernels.ghost_norm import (
-    InputGram,
     embedding_squared_norms,
     hidden_by_rounding,
     is_uniform,
     linear_squared_norms,
+    row_sums,
     tied_cross_terms,
+    unit_gradients,
     upcast,
 )
 
@@ -42,7 +45,7 @@ def squares(tensors: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_linear(sizes: tuple[int, ...], d: int, p: int, dtype: torch.dtype) -> None:
     a, g = torch.randn(sum(sizes), d).to(dtype), torch.randn(sum(sizes), p).to(dtype)
-    got = linear_squared_norms(a, g, sizes)
+    got = linear_squared_norms(a, [g], sizes)[0]
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert got.shape == (len(sizes),)
     wanted = squares(gradients(a, g, sizes))
@@ -52,16 +55,23 @@ def test_linear(sizes: tuple[int, ...], d: int, p: int, dtype: torch.dtype) -> N
     assert bool(((got.double() - wanted).abs() <= 8 * torch.finfo(got.dtype).eps * bound).all())
 
 
-def test_a_shared_input_gram_changes_nothing() -> None:
-    gram = InputGram()
-    a, b = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
-    square = torch.randn(4, 4, dtype=torch.float64)
-    calls: list[tuple[Tensor, tuple[int, ...]]] = [(a, (4, 4)), (a, (4, 4)), (b, (4, 4)), (a, (2, 2, 2, 2))]
-    calls += [(square, (4,)), (square.mT, (4,)), (square, (4,))]
-    for x, sizes in calls:
-        g = torch.randn(len(x), 3, dtype=torch.float64)
-        torch.testing.assert_close(linear_squared_norms(x, g, sizes, gram), linear_squared_norms(x, g, sizes))
-    gram.clear()
+@pytest.mark.parametrize("sizes", [(4, 4), (5, 0, 3), (40, 90)])
+def test_layers_that_share_an_input(sizes: tuple[int, ...]) -> None:
+    a = torch.randn(sum(sizes), 6, dtype=torch.float64)
+    gs = [torch.randn(sum(sizes), p, dtype=torch.float64) for p in (3, 1, 8)]
+    for longest_gram in (math.inf, 4, 0):  # Gram for all, some, none
+        got = linear_squared_norms(a, gs, sizes, longest_gram)
+        for g, norms in zip(gs, got, strict=True):
+            torch.testing.assert_close(norms, squares(gradients(a, g, sizes)), rtol=1e-11, atol=0.0)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (5, 0, 3)])
+def test_unit_gradients(sizes: tuple[int, ...]) -> None:
+    a, g = torch.randn(sum(sizes), 6, dtype=torch.float64), torch.randn(sum(sizes), 3, dtype=torch.float64)
+    wanted = torch.stack(gradients(a, g, sizes))
+    torch.testing.assert_close(unit_gradients(a, g, sizes), wanted)
+    torch.testing.assert_close(unit_gradients(a, g, sizes, torch.ones_like(wanted)), wanted + 1)
+    torch.testing.assert_close(row_sums(g, sizes), torch.stack([g_u.sum(0) for g_u in g.split(sizes)]))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e5, 1e8])
@@ -72,7 +82,7 @@ def test_a_cancelled_sum_is_never_underestimated(scale: float) -> None:
         for first in range(0, sum(sizes), 2):
             a[first : first + 2] *= scale
             a[first + 1], g[first + 1] = a[first] * (1 + 1e-6 * torch.randn(30)), -g[first]
-        got, wanted = linear_squared_norms(a, g, sizes).double().sqrt(), squares(gradients(a, g, sizes)).sqrt()
+        got, wanted = linear_squared_norms(a, [g], sizes)[0].double().sqrt(), squares(gradients(a, g, sizes)).sqrt()
         bound = torch.stack([x.sum() for x in (a.norm(dim=1) * g.norm(dim=1)).split(sizes)]).double()
         hidden = hidden_by_rounding(bound.float(), torch.tensor(sizes)).double().sqrt()
         assert bool((got >= 0.99 * wanted).all())
