@@ -106,14 +106,6 @@ class EmbeddingUse:
         add_embedding_(out, self.ids, self.g, factors, self.sizes)
 
 
-def row_sums(g: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Rows g (rows, p), in unit order, summed over each unit: (units, p)."""
-    if is_uniform(sizes):
-        sums: Tensor = g.unflatten(0, (len(sizes), -1)).sum(1)
-        return sums
-    return torch.stack([own.sum(0) for own in g.split(sizes)])
-
-
 class GradientRecord:
     """All uses of one parameter in one backward pass: one gradient, so cross terms between its uses count."""
 

@@ -24,6 +24,14 @@ def weighted_rows(x: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
     return weighted.view(x.shape)
 
 
+def row_sums(g: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Rows g (rows, p), in unit order, summed over each unit: (units, p)."""
+    if is_uniform(sizes):
+        sums: Tensor = g.unflatten(0, (len(sizes), -1)).sum(1)
+        return sums
+    return torch.stack([own.sum(0) for own in g.split(list(sizes))])
+
+
 def linear_clipped_sum(a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
     """sum_u factors[u] sum_{t in u} g_t a_t^T, (p, d), with a (rows, d) and g (rows, p) in unit order."""
     left, right = _weighted(a, g, factors, sizes)

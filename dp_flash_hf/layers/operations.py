@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
+from dp_flash_hf.kernels.clipped_sum import row_sums
 from dp_flash_hf.kernels.ghost_norm import upcast
 from dp_flash_hf.layers.tracking import (
     Call,
@@ -24,7 +25,7 @@ from dp_flash_hf.layers.tracking import (
     unexpanded,
 )
 from dp_flash_hf.layouts import Layout
-from dp_flash_hf.records import LinearUse, row_sums
+from dp_flash_hf.records import LinearUse
 
 Numbers = tuple[Tensor, Tensor | None]  # of weight and bias
 Origins = tuple[Tracked | None, Tracked | None]
