@@ -1,7 +1,7 @@
-"""Softmax cross entropy of logits that are never all there: formed in blocks of columns, used, and dropped (torch implementation).
+"""Softmax cross entropy of logits that are never all there: formed in blocks of columns, used, dropped (torch implementation).
 
-The loss and its gradient need one block of logits at a time (Wijmans et al. 2024, arXiv 2411.09009). So do a unit's norm, because
-the squared norm of a matrix is the sum of those of its blocks of rows, and the clipped sum, whose blocks are sums by themselves.
+The loss and its gradient need one block of logits at a time (Wijmans et al. 2024, arXiv 2411.09009). So does a unit's norm, as
+the squared norm of a matrix is the sum of those of its blocks of rows, and so does the clipped sum, block by block.
 
 Sums run in float32, or float64 for float64 inputs. Gradients of logits are rounded to the dtype of the hidden states before
 anything is made of them, so that norms and clipped sums speak of the same numbers.
@@ -40,7 +40,7 @@ class Head(NamedTuple):
 def linear_cross_entropy(hidden: Tensor, head: Head, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """(losses, lse), both (rows,): -log softmax(logits)[label], 0 where the label is ignored, and log sum exp(logits).
 
-    hidden: (rows, d), any floating dtype; the head's numbers are cast to it. labels: int64 (rows,), in [0, V) or `ignore_index`.
+    hidden: (rows, d), any floating dtype; the head's numbers are cast to it. labels: int64 (rows,), below V, or `ignore_index`.
     Raises IndexError for other labels on the CPU; on a GPU the kernel asserts.
     """
     rows, size = len(hidden), len(head.weight)
@@ -178,16 +178,16 @@ def add_cross_entropy_(out: Tensor, g: LogitGradients, factors: Tensor, sizes: t
         add_linear_(out[columns], wide, block, factors, sizes)
 
 
-def head_cross_terms(
-    g: LogitGradients, ids: Tensor, g_rows: Tensor, sizes: Sequence[int], row_sizes: Sequence[int]
-) -> Tensor:
+def head_cross_terms(g: LogitGradients, ids: Tensor, g_rows: Tensor, sizes: Sequence[int], row_sizes: Sequence[int]) -> Tensor:
     """As `ghost_norm.tied_cross_terms`: <G_head, G_embedding>_F of each unit, (units,), for a matrix that is both.
 
     ids: int64 (looked up,), g_rows: (looked up, d), of the embedding, `row_sizes` per unit.
     """
     out = torch.zeros(len(sizes), dtype=upcast(g.hidden).dtype, device=g.hidden.device)
     start = 0
-    for unit, (size, ids_u, rows_u) in enumerate(zip(sizes, ids.split(list(row_sizes)), g_rows.split(list(row_sizes)), strict=True)):
+    for unit, (size, ids_u, rows_u) in enumerate(
+        zip(sizes, ids.split(list(row_sizes)), g_rows.split(list(row_sizes)), strict=True)
+    ):
         rows = slice(start, start := start + size)
         hidden = upcast(g.hidden[rows])
         for some in _blocks(size, len(ids_u)):

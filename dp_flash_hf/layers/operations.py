@@ -12,6 +12,7 @@ from torch.nn.grad import conv2d_input
 
 from dp_flash_hf.kernels.clipped_sum import row_sums
 from dp_flash_hf.kernels.ghost_norm import upcast
+from dp_flash_hf.layers.logits import Numbers, Origins, deferred
 from dp_flash_hf.layers.tracking import (
     Call,
     Tracked,
@@ -26,9 +27,6 @@ from dp_flash_hf.layers.tracking import (
 )
 from dp_flash_hf.layouts import Layout
 from dp_flash_hf.records import LinearUse
-
-Numbers = tuple[Tensor, Tensor | None]  # of weight and bias
-Origins = tuple[Tracked | None, Tracked | None]
 
 # --- products with a matrix -----------------------------------------------------------------------------------------------
 
@@ -86,7 +84,15 @@ def record_bias(bias: Tracked, g: Tensor, layout: Layout) -> None:
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """input W^T + b. input: (*lead, d), weight: (p, d)."""
     layout = None if isinstance(input, Tracked) or weight.dim() != 2 else call.layout(input)
-    return None if layout is None else _recorded(input, weight, bias, layout)
+    found = None if layout is None else _sorted(weight, bias)
+    if layout is None or found is None:
+        return None
+    numbers, origins = found
+
+    def form(x: Tensor) -> Tensor:
+        return RecordedLinear.apply(x, *numbers, origins, layout)  # type: ignore[no-any-return, no-untyped-call]
+
+    return deferred(input, numbers, origins, layout, form)
 
 
 @operation("matmul", "__matmul__", "mm")

@@ -103,7 +103,7 @@ class Call:
 
     def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.func = func
-        self.args, self.kwargs = _replaced(lambda value: value, args, kwargs)  # the caller may go on with its lists
+        self.args, self.kwargs = replaced(lambda value: value, args, kwargs)  # the caller may go on with its lists
         self.tensors = list({id(t): t for t in _tensors(args, kwargs)}.values())  # each once, however often it is passed
         self.tracked = [t for t in self.tensors if isinstance(t, Tracked)]
         self.data = [t for t in self.tensors if not isinstance(t, Tracked) and not _is_frozen(t)]
@@ -118,13 +118,13 @@ class Call:
                 return new[id(value)]
             return value.plain if isinstance(value, Tracked) else value
 
-        args, kwargs = _replaced(swap, self.args, self.kwargs)
+        args, kwargs = replaced(swap, self.args, self.kwargs)
         return self.func(*args, **kwargs)
 
     def emptied(self) -> Call:
         """The same call with tensors of no numbers for its data, in the same order, so that it keeps none of them alive."""
         hollow = {id(x): torch.empty_like(x, device="meta", requires_grad=False) for x in self.data}
-        return Call(self.func, *_replaced(lambda value: hollow.get(id(value), value), self.args, self.kwargs))
+        return Call(self.func, *replaced(lambda value: hollow.get(id(value), value), self.args, self.kwargs))
 
     def run_once(self) -> tuple[Any, bool]:
         """The function's result, and whether it drew random numbers, so that it cannot be repeated, as backward would."""
@@ -285,7 +285,7 @@ def _rebuild(tracked: Tracked, leaves: dict[nn.Parameter, Tensor], made: dict[in
         def swap(value: Any) -> Any:
             return _rebuild(value, leaves, made) if isinstance(value, Tracked) else value
 
-        args, kwargs = _replaced(swap, args, kwargs)
+        args, kwargs = replaced(swap, args, kwargs)
         with _autocast(tracked.device, autocast):
             out = func(*args, **kwargs)
         made[id(tracked)] = out if part is None else out[part]
@@ -408,7 +408,9 @@ def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
             yield from (v for v in value if isinstance(v, Tensor))
 
 
-def _replaced(f: Callable[[Any], Any], args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def replaced(f: Callable[[Any], Any], args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call with `f` applied to each, and to each of a list or tuple among them."""
+
     def within(value: Any) -> Any:
         return type(value)(f(x) for x in value) if type(value) in (list, tuple) else f(value)
 

@@ -94,7 +94,7 @@ def run(c: Case, *, keep: bool = False) -> tuple[Tensor, LogitGradients, Gradien
 
 
 def close(got: Tensor, wanted: Tensor, c: Case) -> None:
-    """Gradients of logits are rounded to the dtype; before, exp(logit) has the logit's error, and that is rounded with its terms."""
+    """Gradients of logits are rounded to the dtype; exp(logit) has the error of the logit, which its terms have."""
     longest = max(c.hidden.double().norm(dim=1).tolist(), default=0.0)
     terms = 1 + abs(c.head.scale) * longest * float(c.head.weight.double().norm(dim=1).max())
     bound = torch.finfo(c.hidden.dtype).eps + 2 * torch.finfo(got.dtype).eps * terms
@@ -217,6 +217,50 @@ def test_labels_that_are_no_words_are_refused(label: int) -> None:
     c.labels[0] = label
     with pytest.raises(IndexError):
         linear_cross_entropy(c.hidden, c.head, c.labels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN, in the interpreter
+def test_triton(kind: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of odd sizes, with more than one block along every dimension, and a unit that is not a number."""
+    from dp_flash_hf.kernels import linear_cross_entropy_triton as triton
+
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 numbers")
+    monkeypatch.setattr(triton, "COLUMNS", 128)
+    monkeypatch.setattr(kernels, "_has_triton", lambda x: True)
+    for sizes, bias, width in (((5, 0, 40, 90), False, 67), ((3, 3, 3), True, 130)):
+        c = case(sizes, dtype, bias=bias, width=width, **HEADS[kind])
+        head = c.head._replace(weight=c.head.weight / 4)
+        on_device = [None if x is None else x.to(device) for x in (c.hidden, c.labels, c.weights, head.weight, head.bias)]
+        hidden, labels, weights, weight, own_bias = on_device
+        assert hidden is not None
+        assert labels is not None
+        assert weights is not None
+        assert weight is not None
+        c = c._replace(head=head)
+        there = Case(hidden, head._replace(weight=weight, bias=own_bias), labels, weights, sizes)
+        wanted = truth(c)
+        losses, g, found = run(there)
+        close(losses.cpu(), wanted.losses, c)
+        assert found.hidden is not None
+        close(found.hidden.cpu(), wanted.hidden, c)
+        again = run(there)[1].whole()
+        assert torch.equal(g.whole(), again)
+        hidden[1] = float("nan")
+        poisoned = run(there)[1].whole()
+        assert torch.equal(poisoned[sizes[0] :], again[sizes[0] :])
+        assert bool(poisoned[1].isnan().all()) == (int(c.labels[1]) != -100)
+
+
+def test_triton_reads_a_head_of_another_dtype(device: str) -> None:
+    from dp_flash_hf.kernels import linear_cross_entropy_triton as triton
+
+    hidden, weight = torch.randn(5, 20, device=device).half(), torch.randn(33, 20, device=device)
+    got = triton.log_sum_exp(hidden, Head(weight))
+    assert torch.equal(got, triton.log_sum_exp(hidden, Head(weight.half())))
+    assert triton.log_sum_exp(hidden[:0], Head(weight)).shape == (0,)
 
 
 def test_blocks_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
