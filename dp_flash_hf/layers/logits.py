@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +33,11 @@ Numbers = tuple[Tensor, Tensor | None]  # of weight and bias
 Origins = tuple[Tracked | None, Tracked | None]
 
 
-def deferred(x: Tensor, numbers: Numbers, origins: Origins, layout: Layout, form: Step) -> Tensor:
+def deferred(x: Tensor, numbers: Numbers, origins: Origins, layout: Layout | None, form: Step) -> Tensor:
     """x W^T + b, put off where that saves much.
 
-    x: (*lead, d). numbers: of W (V, d) and b (V,), of which `origins` says where they come from. form: x -> the product, as the
-    model would have got it.
+    x: (*lead, d). numbers: of W (V, d) and b (V,), of which `origins` says where they come from. layout: None while layouts are
+    learnt, when nothing is recorded. form: x -> the product, as the model would have got it.
     """
     (weight, bias), (w, b) = numbers, origins
     autocast = autocast_dtype(x.device)
@@ -65,7 +66,7 @@ class Product:
         bias: Tensor | None,
         w: Tracked,
         b: Tracked | None,
-        layout: Layout,
+        layout: Layout | None,
         autocast: torch.dtype | None,
         form: Step,
     ) -> None:
@@ -130,6 +131,10 @@ class Logits(Tensor):
     note: Note
     again: Step
     formed: Tensor | None
+
+    def later(self, step: Step) -> Logits:
+        """The same, but for `step` once it is formed; the cross entropy does without."""
+        return _made(self.product, self, step, self.note)
 
     def number(self) -> Tensor:
         """The numbers, by ordinary operations, and only once. For `Product.form_all`."""
@@ -312,7 +317,7 @@ class _Loss(NamedTuple):
     """What every row's loss is made of besides the hidden states, and where it is recorded."""
 
     origins: tuple[Tracked, Tracked | None]
-    layout: Layout
+    layout: Layout | None
     autocast: torch.dtype | None
     labels: Tensor  # (rows,)
     ignore_index: int
@@ -378,35 +383,31 @@ class RecordedCrossEntropy(torch.autograd.Function):
         x, weight, bias, lse = ctx.saved_tensors
         loss: _Loss = ctx.loss
         (w, b), layout = loss.origins, loss.layout
-        recorder = w.recorder
         weights = upstream.to(lse.dtype).masked_fill(loss.labels == loss.ignore_index, 0.0)
         hidden = x.reshape(-1, x.shape[-1]).to(loss.autocast or x.dtype)
         hidden = hidden.masked_fill((weights == 0).unsqueeze(1), 0.0)  # padding may hold NaN, and 0 * NaN is NaN
         every = LogitGradients(hidden, Head(weight, bias, loss.scale, loss.softcap), loss.labels, lse, weights)
-        rows, in_order = torch.arange(len(hidden)), layout.arrange(torch.arange(len(hidden)).view(*layout.lead, 1)).squeeze(1)
-        g, order = every, None
-        if not torch.equal(rows, in_order):
-            order = in_order.to(hidden.device)
-            g = _rows(every, order)
-        # Stored, it spares forming the logits a third time; it may take what the gradient itself will take in float32.
-        keep = recorder.phase == "record" and len(hidden) * hidden.element_size() <= 4 * hidden.shape[1]
         with full_precision(x.device):
-            found = gradients(
-                g,
-                layout.sizes,
-                hidden=ctx.needs_input_grad[0],
-                norms=recorder.phase != "sum",
-                bias=b is not None,
-                keep=keep,
-            )
-            use = HeadUse(
-                LogitGradients(g.hidden, g.head, g.labels, g.lse, g.weights, found.kept), layout.sizes, found.squared_norms
-            )
-            back = found.hidden if order is None or found.hidden is None else _put_back(every, order, found.hidden)
-        recorder.head(w.parameters[0], use)
-        if b is not None and found.bias is not None:
-            record(b, found.bias)
+            back = _recorded(every, w, b, layout, ctx.needs_input_grad[0])
         return (None if back is None else back.view(x.shape).to(x.dtype), None, None, None)
+
+
+def _recorded(every: LogitGradients, w: Tracked, b: Tracked | None, layout: Layout | None, back: bool) -> Tensor | None:
+    """Record the gradients of W and b, and return those of the hidden states (rows, d), if `back`."""
+    recorder, rows = w.recorder, len(every.hidden)
+    if layout is None:  # learning
+        return gradients(every, (rows,), hidden=back, norms=False).hidden
+    g, in_order = every, layout.arrange(torch.arange(rows).view(*layout.lead, 1)).squeeze(1)
+    order = None if torch.equal(in_order, torch.arange(rows)) else in_order.to(every.hidden.device)
+    if order is not None:
+        g = _rows(every, order)
+    # Stored, they need not be formed a third time. They may take what the gradient itself will take, in float32.
+    keep = recorder.phase == "record" and rows * every.hidden.element_size() <= 4 * every.hidden.shape[1]
+    found = gradients(g, layout.sizes, hidden=back, norms=recorder.phase != "sum", bias=b is not None, keep=keep)
+    recorder.head(w.parameters[0], HeadUse(replace(g, kept=found.kept), layout.sizes, found.squared_norms))
+    if b is not None and found.bias is not None:
+        record(b, found.bias)
+    return found.hidden if order is None or found.hidden is None else _put_back(every, order, found.hidden)
 
 
 def _rows(g: LogitGradients, rows: Tensor) -> LogitGradients:

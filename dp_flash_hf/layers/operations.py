@@ -24,6 +24,7 @@ from dp_flash_hf.layers.tracking import (
     per_item,
     record,
     unexpanded,
+    while_learning,
 )
 from dp_flash_hf.layouts import Layout
 from dp_flash_hf.records import LinearUse
@@ -93,6 +94,16 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
         return RecordedLinear.apply(x, *numbers, origins, layout)  # type: ignore[no-any-return, no-untyped-call]
 
     return deferred(input, numbers, origins, layout, form)
+
+
+@while_learning(F.linear)
+def learnt_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Put off where it would be while recording: forming it would take as much memory."""
+    found = None if isinstance(input, Tracked) or weight.dim() != 2 else _sorted(weight, bias)
+    if found is None:
+        return call.run()  # type: ignore[no-any-return]
+    numbers, origins = found
+    return deferred(input, numbers, origins, None, lambda x: F.linear(x, *numbers))
 
 
 @operation("matmul", "__matmul__", "mm")

@@ -307,6 +307,7 @@ Rule = Callable[..., Any]
 _RULES: dict[Callable[..., Any], Rule] = {}
 _BY_NAME: dict[str, Rule] = {}
 _DEFAULT: list[Rule] = []
+_LEARNING: dict[Callable[..., Any], Rule] = {}
 
 
 def operation(*functions: Callable[..., Any] | str, default: bool = False) -> Callable[[Rule], Rule]:
@@ -324,6 +325,16 @@ def operation(*functions: Callable[..., Any] | str, default: bool = False) -> Ca
                 _RULES[function] = rule
         if default:
             _DEFAULT.append(rule)
+        return rule
+
+    return register
+
+
+def while_learning(function: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Decorator: how a torch function is computed while layouts are learnt, if not by itself; arguments as of `operation`."""
+
+    def register(rule: Rule) -> Rule:
+        _LEARNING[function] = rule
         return rule
 
     return register
@@ -386,12 +397,14 @@ def _derived(call: Call) -> Any:
 def _learn(call: Call) -> Any:
     layouts = call.recorder.layouts
     before = [t.detach().clone() if changes_its_argument(call.func) else t for t in call.varying]
-    out = call.run()
+    rule = _LEARNING.get(call.func)
+    out = call.run() if rule is None else rule(call, *call.args, **call.kwargs)
     if not isinstance(out, Tensor) or not out.requires_grad:
         return out
     for number, x in enumerate(before):
         layouts.meet((call.site, number), x.plain if isinstance(x, Tracked) else x, _lead_dims(x))
-    layouts.meet((call.site, "out"), out, _lead_dims(out))
+    if type(out) is Tensor:  # else it has no numbers yet, and belongs to an operation whose rule asks for its input only
+        layouts.meet((call.site, "out"), out, _lead_dims(out))
     for parameter in call.site[1]:
         layouts.count(parameter)
     return out
