@@ -18,6 +18,7 @@ from dp_flash_hf.clipping import clip_factors
 from dp_flash_hf.config import Clipping
 from dp_flash_hf.coupling import BatchGuard, refuse_model
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
+from dp_flash_hf.layers.logits import Logits
 from dp_flash_hf.layers.tracking import Tracked
 from dp_flash_hf.records import Recorder, full_precision
 from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_items, select_unit
@@ -600,6 +601,8 @@ def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
 def _disturbed(noise: Sequence[float], module: nn.Module, args: Any, output: Any) -> Any:
     if not isinstance(output, Tensor) or isinstance(output, Tracked) or not output.is_floating_point():
         return output
+    if isinstance(output, Logits):
+        return output.later(partial(_with_noise, noise))
     return _with_noise(noise, output)
 
 

@@ -27,6 +27,7 @@ from dp_flash_hf.kernels.ghost_norm import (
     unit_gradients,
     upcast,
 )
+from dp_flash_hf.kernels.linear_cross_entropy import LogitGradients, add_cross_entropy_, head_cross_terms
 from dp_flash_hf.layouts import Layout, Layouts
 from dp_flash_hf.units import Units
 
@@ -87,6 +88,60 @@ class LinearUse:
         """out (*shape) += sum over units of factors (units,) times the unit's gradient."""
         add_linear_(self._own(out, 0), self.a, self.g, factors, self.sizes)
 
+    def squared_norms(self) -> tuple[Tensor, str]:
+        """(units,) squared norms of the per-unit gradients, and how they are computed, in words."""
+        (norms,), form = linear_norms([self])
+        return norms, form
+
+    def cross_terms(self, other: EmbeddingUse) -> Tensor:
+        """(units,) inner products of the per-unit gradients of two uses."""
+        return tied_cross_terms(self.a, self.g, other.ids, other.g, self.sizes, other.sizes)
+
+    def of_unit(self, unit: int) -> LinearUse:
+        """One unit's rows."""
+        a, g = self.a.split(self.sizes)[unit], self.g.split(self.sizes)[unit]
+        return LinearUse(a, g, (len(a),), self.part)
+
+
+@dataclass
+class HeadUse:
+    """One call of an output layer whose logits went to a cross entropy: a `LinearUse` whose g (rows, V) is formed in blocks.
+
+    squared: (units,), what the backward pass that had the blocks at hand made of them; None where nobody will ask.
+    """
+
+    g: LogitGradients
+    sizes: tuple[int, ...]
+    squared: Tensor | None
+    part = None
+
+    def formed(self) -> LinearUse:
+        """The same with all of g there, to be one of several uses."""
+        return LinearUse(self.g.hidden, self.g.whole(), self.sizes)
+
+    def add_to_units_(self, gradients: Tensor) -> None:
+        """gradients (units, V, d) += this use's per-unit gradients."""
+        self.formed().add_to_units_(gradients)
+
+    def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
+        """out (V, d) += sum over units of factors (units,) times the unit's gradient."""
+        add_cross_entropy_(out, self.g, factors, self.sizes)
+
+    def squared_norms(self) -> tuple[Tensor, str]:
+        """(units,) squared norms of the per-unit gradients, and how they are computed, in words."""
+        assert self.squared is not None
+        return self.squared, "ghost norm, logits in blocks"
+
+    def cross_terms(self, other: EmbeddingUse) -> Tensor:
+        """(units,) inner products of the per-unit gradients of two uses."""
+        return head_cross_terms(self.g, other.ids, other.g, self.sizes, other.sizes)
+
+    def of_unit(self, unit: int) -> LinearUse:
+        """One unit's rows."""
+        start = sum(self.sizes[:unit])
+        own = self.g.rows(slice(start, start + self.sizes[unit]))
+        return HeadUse(own, (self.sizes[unit],), None).formed()
+
 
 @dataclass
 class EmbeddingUse:
@@ -119,23 +174,26 @@ class GradientRecord:
 
     def __init__(self, shape: torch.Size, n_units: int) -> None:
         self.shape, self.n_units = shape, n_units
-        self.linear: list[LinearUse] = []
+        self.linear: list[LinearUse | HeadUse] = []  # a HeadUse is the only one
         self.embedding: list[EmbeddingUse] = []
         self.per_unit: Tensor | None = None  # (units, *shape)
         self.form = ""  # how `squared_norms` last computed them, in words
 
-    def add(self, use: LinearUse | EmbeddingUse) -> None:
+    def add(self, use: LinearUse | HeadUse | EmbeddingUse) -> None:
         """Keep one more use, as it is or as per-unit gradients, as the planner says."""
+        if not isinstance(use, EmbeddingUse) and self.linear:
+            use = use.formed() if isinstance(use, HeadUse) else use
+            self.linear = [other.formed() if isinstance(other, HeadUse) else other for other in self.linear]
         first = self.per_unit is None and not self._uses
         if first and isinstance(use, LinearUse) and use.part is None and use.keeps_gradients:
             self.per_unit = unit_gradients(use.a, use.g, use.sizes).view(self.n_units, *self.shape)
             return
         if self.per_unit is not None:
             use.add_to_units_(self.per_unit)
-        elif isinstance(use, LinearUse):
-            self.linear.append(use)
-        else:
+        elif isinstance(use, EmbeddingUse):
             self.embedding.append(use)
+        else:
+            self.linear.append(use)
 
     def add_per_unit(self, gradients: Tensor) -> None:
         """Add per-unit gradients (units, *shape) formed by the layer itself."""
@@ -147,32 +205,35 @@ class GradientRecord:
     @property
     def only_linear(self) -> LinearUse | None:
         """The record's one use, if it is that and a linear one."""
-        return self.linear[0] if self.per_unit is None and len(self.linear) == 1 and not self.embedding else None
+        use = self.linear[0] if self.per_unit is None and len(self.linear) == 1 and not self.embedding else None
+        return use if isinstance(use, LinearUse) else None
 
     @property
-    def _uses(self) -> list[LinearUse | EmbeddingUse]:
+    def _uses(self) -> list[LinearUse | HeadUse | EmbeddingUse]:
         return [*self.linear, *self.embedding]
 
     def squared_norms(self) -> Tensor:
         """(units,) squared L2 norms."""
         if self.per_unit is not None:
             self.form = "per-unit gradient"
-            lengths: Tensor = torch.linalg.vector_norm(self.per_unit.reshape(self.n_units, -1), dim=1)
-            return lengths.square()
+            # `vector_norm` adds up one square after the other, of millions too, which loses up to a hundredth of the sum; `sum`
+            # adds in pairs, and rows of a matrix are short.
+            rows = torch.linalg.vector_norm(self.per_unit.flatten(1, -2), dim=-1) if len(self.shape) > 1 else self.per_unit
+            return rows.reshape(self.n_units, -1).square().sum(1)
         if any(use.part is not None for use in self.linear):
             return self._squared_norms_of_parts()
         linear, embedding = _merge_linear(self.linear), _merge_embedding(self.embedding)
         if embedding is None:
             assert linear is not None
-            (norms,), self.form = linear_norms([linear])
+            norms, self.form = linear.squared_norms()
             return norms
         table = embedding_squared_norms(embedding.ids, embedding.g, embedding.sizes)
         self.form = "embedding rows"
         if linear is None:
             return table
-        (head,), form = linear_norms([linear])
+        head, form = linear.squared_norms()
         self.form = f"{form} + {self.form}"
-        cross = tied_cross_terms(linear.a, linear.g, embedding.ids, embedding.g, linear.sizes, embedding.sizes)
+        cross = linear.cross_terms(embedding)
         norms = head + table + 2 * cross
         # |x + y|^2 with x close to -y has lost its digits: the gradient itself is formed for such a unit.
         for unit in (norms < 2.0**-10 * (head + table)).nonzero().flatten().tolist():
@@ -180,36 +241,36 @@ class GradientRecord:
         return norms
 
     def _squared_norms_of_parts(self) -> Tensor:
-        uses: dict[tuple[int, int], list[LinearUse]] = {}
+        uses: dict[tuple[int, int], list[LinearUse | HeadUse]] = {}
         for use in self.linear:
             uses.setdefault(use.part or (0, self.shape[0]), []).append(use)
         ends = sorted(uses)
         if self.embedding or any(stop > start for (_, stop), (start, _) in pairwise(ends)):  # they share numbers
-            like = upcast(self.linear[0].g)
+            like = upcast(self.linear[0].of_unit(0).g)
             self.add_per_unit(torch.zeros(self.n_units, *self.shape, dtype=like.dtype, device=like.device))
             return self.squared_norms()
         total: Tensor | int = 0
         for own in uses.values():
             merged = _merge_linear(own)
             assert merged is not None
-            (norms,), self.form = linear_norms([merged])
+            norms, self.form = merged.squared_norms()
             total = total + norms
         assert isinstance(total, Tensor)
         return total
 
     @staticmethod
-    def _hidden(linear: LinearUse, embedding: EmbeddingUse, unit: int) -> Tensor:
-        a, g = upcast(linear.a.split(linear.sizes)[unit]), upcast(linear.g.split(linear.sizes)[unit])
+    def _hidden(linear: LinearUse | HeadUse, embedding: EmbeddingUse, unit: int) -> Tensor:
+        own = linear.of_unit(unit)
+        a, g = upcast(own.a), upcast(own.g)
         rows = upcast(embedding.g.split(embedding.sizes)[unit])
         bound = (a.norm(dim=1) * g.norm(dim=1)).sum() + rows.norm(dim=1).sum()
         return hidden_by_rounding(bound, len(a) + len(rows))
 
     def _one_unit(self, unit: int) -> Tensor:
-        first = (self.linear or self.embedding)[0]
-        gradient = torch.zeros(1, *self.shape, dtype=upcast(first.g).dtype, device=first.g.device)
+        like = upcast(self.embedding[0].g)
+        gradient = torch.zeros(1, *self.shape, dtype=like.dtype, device=like.device)
         for linear in self.linear:
-            a_u, g_u = linear.a.split(linear.sizes)[unit], linear.g.split(linear.sizes)[unit]
-            LinearUse(a_u, g_u, (len(a_u),)).add_to_units_(gradient)
+            linear.of_unit(unit).add_to_units_(gradient)
         for embedding in self.embedding:
             ids_u, g_u = embedding.ids.split(embedding.sizes)[unit], embedding.g.split(embedding.sizes)[unit]
             EmbeddingUse(ids_u, g_u, (len(ids_u),)).add_to_units_(gradient)
@@ -217,9 +278,10 @@ class GradientRecord:
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
         """(*shape): sum over units of factors (units,) times the unit's gradient."""
-        if self.per_unit is None and not self.embedding and len(self.linear) == 1 and self.linear[0].part is None:
+        if self.per_unit is None and not self.embedding and len(self.linear) == 1:
             (use,) = self.linear  # a product of its own is one pass over memory less than zeros and a sum
-            return linear_clipped_sum(use.a, use.g, factors, use.sizes).view(self.shape)
+            if isinstance(use, LinearUse) and use.part is None:
+                return linear_clipped_sum(use.a, use.g, factors, use.sizes).view(self.shape)
         out = torch.zeros(self.shape, dtype=factors.dtype, device=factors.device)
         self.add_clipped_sum_(out, factors)
         return out
@@ -236,10 +298,11 @@ def _interleave(parts: list[tuple[Tensor, ...]]) -> Tensor:
     return torch.cat([chunk for unit in zip(*parts, strict=True) for chunk in unit])
 
 
-def _merge_linear(uses: list[LinearUse]) -> LinearUse | None:
+def _merge_linear(several: list[LinearUse | HeadUse]) -> LinearUse | HeadUse | None:
     """Reuse of a linear weight is just more rows of each unit."""
-    if len(uses) < 2:
-        return uses[0] if uses else None
+    if len(several) < 2:
+        return several[0] if several else None
+    uses = [use for use in several if isinstance(use, LinearUse)]
     a, g = _interleave([u.a.split(u.sizes) for u in uses]), _interleave([u.g.split(u.sizes) for u in uses])
     return LinearUse(a, g, tuple(map(sum, zip(*(u.sizes for u in uses), strict=True))), uses[0].part)
 
@@ -265,6 +328,7 @@ class Recorder:
         self._waiting: dict[nn.Parameter, GradientRecord] = {}  # in phase "norms": complete, and the next may share their input
         self._norms: Tensor | None = None
         self._spent: set[nn.Parameter] = set()
+        self._deferred: set[nn.Parameter] = set()
         self._factors: Tensor | None = None
         self._sums: dict[nn.Parameter, Tensor] = {}
 
@@ -320,6 +384,14 @@ class Recorder:
         """As `linear`, with a (rows, d) and g (rows, p) in unit order already, `sizes` rows for each unit."""
         self._add(parameter, LinearUse(a, g, sizes, part))
 
+    def defer(self, parameter: nn.Parameter) -> None:
+        """One call with this parameter may leave several records, or none: nobody knows yet what becomes of its result."""
+        self._deferred.add(parameter)
+
+    def head(self, parameter: nn.Parameter, use: HeadUse) -> None:
+        """Record y = x W^T whose gradient is that of a cross entropy."""
+        self._add(parameter, use)
+
     def embedding(
         self, parameter: nn.Parameter, ids: Tensor, g: Tensor, layout: Layout, padding_idx: int | None = None
     ) -> None:
@@ -340,7 +412,7 @@ class Recorder:
     ) -> None:
         """Enter a phase for one physical batch. `factors` (units, groups) and `sums` belong to phase "sum"."""
         self.phase, self.units, self.records = phase, units, {}
-        self._norms, self._spent, self._waiting = None, set(), {}
+        self._norms, self._spent, self._waiting, self._deferred = None, set(), {}, set()
         self._factors, self._sums = factors, sums or {}
 
     def stop(self) -> None:
@@ -382,11 +454,11 @@ class Recorder:
         self._norms[:, self._groups[parameter]] += squared
 
     @torch.no_grad()
-    def _add(self, parameter: nn.Parameter, use: LinearUse | EmbeddingUse | Tensor) -> None:
+    def _add(self, parameter: nn.Parameter, use: LinearUse | HeadUse | EmbeddingUse | Tensor) -> None:
         with full_precision(parameter.device):
             self._add_use(parameter, use)
 
-    def _add_use(self, parameter: nn.Parameter, use: LinearUse | EmbeddingUse | Tensor) -> None:
+    def _add_use(self, parameter: nn.Parameter, use: LinearUse | HeadUse | EmbeddingUse | Tensor) -> None:
         if self.phase not in ("record", "norms", "sum"):
             raise PrivacyError(
                 "backward through a model with an attached ClippingEngine, outside engine.backward or engine.batch: its "
@@ -407,7 +479,7 @@ class Recorder:
             record.add_per_unit(use)
         else:
             record.add(use)
-        whole = not isinstance(use, LinearUse) or use.part is None
+        whole = parameter not in self._deferred and (not isinstance(use, LinearUse) or use.part is None)
         if self.phase == "norms" and whole and self.layouts.calls.get(parameter) == 1:  # nothing to come: the records may go
             self._spent.add(parameter)
             self._add_when_alone(parameter, self.records.pop(parameter))

@@ -465,3 +465,12 @@ def test_all_views_of_a_layout_agree(ids: list[int], lead: tuple[int, ...], dims
         for unit in set(ids) - {-1}:
             torch.testing.assert_close(layout.take(x, unit).reshape(-1, 5).sum(0), per_unit[unit])
     assert upcast(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(20_000, 400), (1_000_000,), (200, 20, 25, 25)])
+def test_norms_of_many_numbers_keep_their_digits(shape: tuple[int, ...]) -> None:
+    record = GradientRecord(torch.Size(shape), 2)
+    record.add_per_unit(torch.full((2, *shape), 0.1))
+    wanted = torch.Size(shape).numel() * float(torch.tensor(0.1)) ** 2
+    # Of equal numbers every addition rounds alike: 512 one after the other, in pairs from there on.
+    assert bool((record.squared_norms() / wanted - 1).abs().max() < 512 * 2.0**-24)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from dp_flash_hf.kernels.ghost_norm import row_sums, upcast
+from dp_flash_hf.layers.logits import Numbers, Origins, deferred
 from dp_flash_hf.layers.tracking import (
     Call,
     Tracked,
@@ -22,12 +23,10 @@ from dp_flash_hf.layers.tracking import (
     per_item,
     record,
     unexpanded,
+    while_learning,
 )
 from dp_flash_hf.layouts import Layout
 from dp_flash_hf.records import LinearUse
-
-Numbers = tuple[Tensor, Tensor | None]  # of weight and bias
-Origins = tuple[Tracked | None, Tracked | None]
 
 # --- products with a matrix -----------------------------------------------------------------------------------------------
 
@@ -85,7 +84,25 @@ def record_bias(bias: Tracked, g: Tensor, layout: Layout) -> None:
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """input W^T + b. input: (*lead, d), weight: (p, d)."""
     layout = None if isinstance(input, Tracked) or weight.dim() != 2 else call.layout(input)
-    return None if layout is None else _recorded(input, weight, bias, layout)
+    found = None if layout is None else _sorted(weight, bias)
+    if layout is None or found is None:
+        return None
+    numbers, origins = found
+
+    def form(x: Tensor) -> Tensor:
+        return RecordedLinear.apply(x, *numbers, origins, layout)  # type: ignore[no-any-return, no-untyped-call]
+
+    return deferred(input, numbers, origins, layout, form)
+
+
+@while_learning(F.linear)
+def learnt_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Put off where it would be while recording: forming it would take as much memory."""
+    found = None if isinstance(input, Tracked) or weight.dim() != 2 else _sorted(weight, bias)
+    if found is None:
+        return call.run()  # type: ignore[no-any-return]
+    numbers, origins = found
+    return deferred(input, numbers, origins, None, lambda x: F.linear(x, *numbers))
 
 
 @operation("matmul", "__matmul__", "mm")

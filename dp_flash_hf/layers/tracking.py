@@ -103,7 +103,7 @@ class Call:
 
     def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.func = func
-        self.args, self.kwargs = _replaced(lambda value: value, args, kwargs)  # the caller may go on with its lists
+        self.args, self.kwargs = replaced(lambda value: value, args, kwargs)  # the caller may go on with its lists
         self.tensors = list({id(t): t for t in _tensors(args, kwargs)}.values())  # each once, however often it is passed
         self.tracked = [t for t in self.tensors if isinstance(t, Tracked)]
         self.data = [t for t in self.tensors if not isinstance(t, Tracked) and not _is_frozen(t)]
@@ -118,13 +118,13 @@ class Call:
                 return new[id(value)]
             return value.plain if isinstance(value, Tracked) else value
 
-        args, kwargs = _replaced(swap, self.args, self.kwargs)
+        args, kwargs = replaced(swap, self.args, self.kwargs)
         return self.func(*args, **kwargs)
 
     def emptied(self) -> Call:
         """The same call with tensors of no numbers for its data, in the same order, so that it keeps none of them alive."""
         hollow = {id(x): torch.empty_like(x, device="meta", requires_grad=False) for x in self.data}
-        return Call(self.func, *_replaced(lambda value: hollow.get(id(value), value), self.args, self.kwargs))
+        return Call(self.func, *replaced(lambda value: hollow.get(id(value), value), self.args, self.kwargs))
 
     def run_once(self) -> tuple[Any, bool]:
         """The function's result, and whether it drew random numbers, so that it cannot be repeated, as backward would."""
@@ -285,7 +285,7 @@ def _rebuild(tracked: Tracked, leaves: dict[nn.Parameter, Tensor], made: dict[in
         def swap(value: Any) -> Any:
             return _rebuild(value, leaves, made) if isinstance(value, Tracked) else value
 
-        args, kwargs = _replaced(swap, args, kwargs)
+        args, kwargs = replaced(swap, args, kwargs)
         with _autocast(tracked.device, autocast):
             out = func(*args, **kwargs)
         made[id(tracked)] = out if part is None else out[part]
@@ -307,6 +307,7 @@ Rule = Callable[..., Any]
 _RULES: dict[Callable[..., Any], Rule] = {}
 _BY_NAME: dict[str, Rule] = {}
 _DEFAULT: list[Rule] = []
+_LEARNING: dict[Callable[..., Any], Rule] = {}
 
 
 def operation(*functions: Callable[..., Any] | str, default: bool = False) -> Callable[[Rule], Rule]:
@@ -324,6 +325,16 @@ def operation(*functions: Callable[..., Any] | str, default: bool = False) -> Ca
                 _RULES[function] = rule
         if default:
             _DEFAULT.append(rule)
+        return rule
+
+    return register
+
+
+def while_learning(function: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Decorator: how a torch function is computed while layouts are learnt, if not by itself; arguments as of `operation`."""
+
+    def register(rule: Rule) -> Rule:
+        _LEARNING[function] = rule
         return rule
 
     return register
@@ -386,12 +397,14 @@ def _derived(call: Call) -> Any:
 def _learn(call: Call) -> Any:
     layouts = call.recorder.layouts
     before = [t.detach().clone() if changes_its_argument(call.func) else t for t in call.varying]
-    out = call.run()
+    rule = _LEARNING.get(call.func)
+    out = call.run() if rule is None else rule(call, *call.args, **call.kwargs)
     if not isinstance(out, Tensor) or not out.requires_grad:
         return out
     for number, x in enumerate(before):
         layouts.meet((call.site, number), x.plain if isinstance(x, Tracked) else x, _lead_dims(x))
-    layouts.meet((call.site, "out"), out, _lead_dims(out))
+    if type(out) is Tensor:  # else it has no numbers yet, and belongs to an operation whose rule asks for its input only
+        layouts.meet((call.site, "out"), out, _lead_dims(out))
     for parameter in call.site[1]:
         layouts.count(parameter)
     return out
@@ -408,7 +421,9 @@ def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
             yield from (v for v in value if isinstance(v, Tensor))
 
 
-def _replaced(f: Callable[[Any], Any], args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def replaced(f: Callable[[Any], Any], args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call with `f` applied to each, and to each of a list or tuple among them."""
+
     def within(value: Any) -> Any:
         return type(value)(f(x) for x in value) if type(value) in (list, tuple) else f(value)
 
