@@ -21,8 +21,8 @@ from torch import Tensor
 from dp_flash_hf.kernels.ghost_norm import CANCELLED, HIDDEN
 
 # Launch options by bytes per number, compiled for compute capability 8.0, 9.0 and 10.0 without spills. BLOCK: rows on a side of
-# a Gram tile at most, smaller where units are shorter. Two tiles of 128 x 128 float32 sums, of inputs and output gradients, take
-# 128 registers a thread of 8 warps. ROWS or CHUNK of 32 make products of float32 numbers spill.
+# a Gram tile at most, smaller where units are shorter. Two tiles of 128 x 128 float32 sums, of inputs and output gradients,
+# take 128 registers a thread of 8 warps. ROWS or CHUNK of 32 make products of float32 numbers spill.
 GRAM_OPTIONS = {
     2: {"BLOCK": 128, "CHUNK": 64, "num_warps": 8, "num_stages": 3},
     4: {"BLOCK": 64, "CHUNK": 16, "num_warps": 8, "num_stages": 3},
