@@ -39,14 +39,14 @@ class Speed:
     start: float
 
 
-# One core (AVX-512, MKL of torch 2.13), float32. gram, product, block, bandwidth and squared: fitted to medians of both forms at
+# One core (AVX-512, MKL of torch 2.13), float32. gram, product, block, bandwidth, squared: fitted to medians of both forms at
 # 20 shapes, 1 to 1024 rows and widths of 128 to 2048, and within 20 % of them from 16 rows on. kept, alone: 1.0 to 1.9 ns a
 # number at widths of 512 to 2048, either, as its memory is new. start: a dozen operations of torch. More cores raise all rates
 # alike. Narrower dtypes are computed in float32.
 CPU = Speed(gram=52e9, product=56e9, block=64, bandwidth=30e9, squared=8, kept=40, alone=40, start=5e-5)
 
-# Not measured. 60 % of the data sheets' dense rates for products (A100 312, H100 990, B200 2250 teraflop/s in 16 bits; 19.5, 67,
-# 75 in float32, without TF32), 50 % for Gram tiles, which hold two sums, and 80 % of their bandwidths (2.0, 3.35, 8 TB/s).
+# Not measured. 60 % of the data sheets' dense rates for products (A100 312, H100 990, B200 2250 teraflop/s in 16 bits; 19.5,
+# 67, 75 in float32, no TF32), 50 % for Gram tiles, which hold two sums, and 80 % of their bandwidths (2.0, 3.35, 8 TB/s).
 # kept: written, read for the norm, read for the sum. alone: written, read for the norm, read, and the sum read and written.
 # start: some 20 launches of 5 microseconds.
 _RATES = {  # by compute capability and bytes per number: gram, product, block, bandwidth

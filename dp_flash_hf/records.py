@@ -161,12 +161,12 @@ class EmbeddingUse:
         add_embedding_(out, self.ids, self.g, factors, self.sizes)
 
 
-def linear_norms(uses: Sequence[LinearUse]) -> tuple[Tensor, str]:
-    """(uses, units) squared norms of uses that share an input, and how they are computed, in words."""
+def linear_norms(uses: Sequence[LinearUse]) -> tuple[tuple[Tensor, ...], str]:
+    """Squared norms (units,) of each of these uses, which share an input, and how they are computed, in words."""
     a, gs, sizes = uses[0].a, [use.g for use in uses], uses[0].sizes
     limit = planner.longest_gram(a.shape[1], [g.shape[1] for g in gs], planner.speed_of(a.device, a.dtype))
     ways = ("Gram",) * (min(sizes, default=0) <= limit) + ("direct",) * (max(sizes, default=0) > limit)
-    return linear_squared_norms(a, gs, sizes, limit), f"ghost norm ({' and '.join(ways)})"
+    return linear_squared_norms(a, gs, sizes, limit).unbind(), f"ghost norm ({' and '.join(ways)})"
 
 
 class GradientRecord:

@@ -99,8 +99,8 @@ def table_sum_kernel(
 ):
     """Add to one row of a table the rows g that were looked up there, each times its unit's factor.
 
-    ids: sorted. factors: of each row. The program of a run's first row does the run; the others end at once. Grid: (rows, blocks
-    of columns).
+    ids: sorted. factors: of each row. The program of a run's first row does the run; the others end at once. Grid: (rows,
+    blocks of columns).
     """
     first = tl.program_id(0)
     columns = tl.program_id(1) * D_BLOCK + tl.arange(0, D_BLOCK)

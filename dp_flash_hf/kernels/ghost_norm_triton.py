@@ -21,8 +21,8 @@ from torch import Tensor
 from dp_flash_hf.kernels.ghost_norm import CANCELLED, HIDDEN
 
 # Launch options by bytes per number, compiled for compute capability 8.0, 9.0 and 10.0 without spills. BLOCK: rows on a side of
-# a Gram tile at most, smaller where units are shorter. Two tiles of 128 x 128 float32 sums (inputs and output gradients) are 128
-# registers a thread of 8 warps; with ROWS or CHUNK of 32, products of float32 numbers spill.
+# a Gram tile at most, smaller where units are shorter. Two tiles of 128 x 128 float32 sums, of inputs and output gradients,
+# take 128 registers a thread of 8 warps. ROWS or CHUNK of 32 make products of float32 numbers spill.
 GRAM_OPTIONS = {
     2: {"BLOCK": 128, "CHUNK": 64, "num_warps": 8, "num_stages": 3},
     4: {"BLOCK": 64, "CHUNK": 16, "num_warps": 8, "num_stages": 3},
@@ -297,7 +297,8 @@ def on_device(device: torch.device, *columns: Sequence[int] | Tensor) -> tuple[T
     """int32 tensors on the device, copied in one piece and without waiting for it."""
     here = torch.cat([torch.as_tensor(column, dtype=torch.int32) for column in columns])
     there = (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
-    return there.split([len(column) for column in columns])
+    parts: tuple[Tensor, ...] = there.split([len(column) for column in columns])
+    return parts
 
 
 @lru_cache(maxsize=16)
@@ -356,7 +357,7 @@ def linear_squared_norms(a: Tensor, gs: Sequence[Tensor], sizes: tuple[int, ...]
         return torch.cat([linear_squared_norms(a, some, sizes, longest_gram) for some in split])
     a, gs = rowwise(a), [rowwise(g) for g in gs]
     n_units, n_gs, d, device = len(sizes), len(gs), a.shape[1], a.device
-    norms, bounds = torch.empty(2, n_gs, n_units, device=device)
+    norms, bounds = torch.empty(n_gs, n_units, device=device), torch.empty(n_gs, n_units, device=device)
     if n_units == 0:
         return norms
     options = fitted(GRAM_OPTIONS, [a, *gs], BLOCK=max(sizes))
@@ -423,7 +424,8 @@ def product_options(a: Tensor, g: Tensor, choices: dict[int, dict[str, int]] = P
 def product_tiles(a: Tensor, g: Tensor) -> int:
     """How many tiles of g^T a there are."""
     options = product_options(a, g)
-    return triton.cdiv(g.shape[1], options["P_BLOCK"]) * triton.cdiv(a.shape[1], options["D_BLOCK"])
+    tiles: int = triton.cdiv(g.shape[1], options["P_BLOCK"]) * triton.cdiv(a.shape[1], options["D_BLOCK"])
+    return tiles
 
 
 def row_sums(x: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -17,9 +17,9 @@ from tests.kernels.test_ghost_norm import gradients, tables
 from tests.kernels.test_ghost_norm_triton import DTYPES, EPS, SIZES, records
 
 
-def factors_for(sizes: Sequence[int], device: str) -> Tensor:
+def factors_for(units: Sequence[int] | Tensor, device: str) -> Tensor:
     """Every other number of a tensor, as the engine's factors of one clipping group of several are."""
-    factors = torch.rand(len(sizes), 2) + 0.1
+    factors = torch.rand(len(units), 2) + 0.1
     return factors.to(device)[:, 0]
 
 
@@ -165,9 +165,9 @@ def test_cuda_tensors_are_computed_by_triton() -> None:
     for module in (clipped_sum, kernels):
         out, table, whole = (torch.ones(16, 8, device="cuda") for _ in range(3))
         table = torch.ones(1, 16, device="cuda")
-        module.add_linear_(out, a, g, factors, sizes)  # type: ignore[attr-defined]
-        module.add_embedding_(table, ids, g, factors, sizes)  # type: ignore[attr-defined]
-        module.add_per_unit_(whole, parts, factors)  # type: ignore[attr-defined]
+        module.add_linear_(out, a, g, factors, sizes)
+        module.add_embedding_(table, ids, g, factors, sizes)
+        module.add_per_unit_(whole, parts, factors)
         sums.append((out, table, whole))
     assert all(map(torch.equal, *sums))
     fresh = kernels.add_linear_(torch.empty(16, 8, device="cuda"), a, g, factors, sizes, replace=True)

@@ -81,6 +81,7 @@ def test_the_same_bits_every_time(longest_gram: float, device: str) -> None:
     assert torch.equal(first, kernels.linear_squared_norms(a, [g, h], sizes, longest_gram))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities, in the interpreter
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 3e37])
 @pytest.mark.parametrize("longest_gram", [math.inf, 5, 0])
 def test_units_do_not_see_each_other(longest_gram: float, bad: float, device: str) -> None:
