@@ -130,6 +130,10 @@ def flash_attention(
     pattern = Pattern(causal, window, scale, softcap, dropout, tuple(dropout_key or ()) if dropout else ())
     _check_pattern(pattern, release)
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    sinks = None if sinks is None else sinks.contiguous()
+    segments = SegmentTable(*(x.contiguous() for x in segments[:5]), *segments[5:])
+    if release is not None:
+        release = Release(release.clip_norms.contiguous(), release.noise_std.contiguous(), release.key)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
         output: Tensor = _FlashAttention.apply(query, key, value, sinks, segments, pattern, release)
         return output

@@ -33,19 +33,19 @@ from dp_flash_hf.kernels.counter_noise_triton import kept
 
 # As the forward's: the first of each is the one that must build everywhere without spilling registers.
 KEY_VALUE_CONFIGS = {
-    (64, False): [config(32, 128, 4, 3), config(64, 128, 8, 2), config(64, 64, 4, 2), config(32, 64, 4, 3)],
-    (128, False): [config(32, 128, 8, 2), config(64, 128, 8, 2), config(64, 64, 4, 2), config(32, 64, 4, 2)],
-    (256, False): [config(32, 64, 8, 1), config(32, 64, 8, 2), config(32, 32, 4, 1)],
-    (64, True): [config(16, 32, 4, 2), config(32, 32, 4, 2)],
-    (128, True): [config(16, 32, 8, 1), config(16, 16, 4, 2)],
+    (64, False): [config(32, 128, 8, 2), config(32, 64, 4, 2), config(64, 128, 8, 2), config(64, 64, 4, 2)],
+    (128, False): [config(32, 64, 8, 2), config(32, 128, 8, 2), config(64, 128, 8, 2), config(32, 64, 4, 2)],
+    (256, False): [config(32, 32, 8, 1), config(16, 64, 8, 2), config(32, 64, 8, 1)],
+    (64, True): [config(16, 32, 8, 1), config(16, 32, 4, 2)],
+    (128, True): [config(16, 16, 8, 1), config(16, 32, 4, 2)],
     (256, True): [config(16, 16, 8, 1), config(16, 16, 4, 1)],
 }
 QUERY_CONFIGS = {
-    (64, False): [config(128, 32, 4, 3), config(128, 64, 8, 2), config(64, 64, 4, 2), config(64, 32, 4, 3)],
+    (64, False): [config(64, 64, 4, 3), config(128, 64, 8, 3), config(128, 32, 4, 3), config(64, 32, 4, 3)],
     (128, False): [config(128, 32, 8, 2), config(128, 64, 8, 2), config(64, 64, 4, 2), config(64, 32, 4, 2)],
-    (256, False): [config(64, 32, 8, 1), config(64, 32, 8, 2), config(32, 32, 4, 1)],
-    (64, True): [config(32, 16, 4, 2), config(32, 32, 4, 2)],
-    (128, True): [config(32, 16, 8, 1), config(16, 16, 4, 2)],
+    (256, False): [config(64, 32, 8, 2), config(64, 16, 8, 2), config(32, 32, 4, 1)],
+    (64, True): [config(32, 16, 4, 2), config(16, 16, 8, 1)],
+    (128, True): [config(16, 16, 8, 1), config(32, 16, 4, 2)],
     (256, True): [config(16, 16, 8, 1), config(16, 16, 4, 1)],
 }
 

@@ -31,12 +31,12 @@ def config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> trito
 # By head width (the larger of query's and value's, as a power of two) and by whether elements have 4 bytes; the first of each
 # is the one that must build everywhere without spilling registers.
 CONFIGS = {
-    (64, False): [config(128, 64, 4, 3), config(64, 64, 4, 3), config(128, 128, 8, 3), config(64, 32, 4, 3)],
+    (64, False): [config(128, 64, 8, 3), config(64, 64, 4, 3), config(128, 128, 8, 3), config(128, 64, 4, 3)],
     (128, False): [config(128, 64, 8, 3), config(128, 128, 8, 2), config(64, 64, 4, 3), config(64, 32, 4, 2)],
-    (256, False): [config(64, 64, 8, 2), config(128, 64, 8, 2), config(64, 32, 4, 2)],
-    (64, True): [config(64, 32, 4, 2), config(32, 32, 4, 2)],
-    (128, True): [config(32, 32, 4, 2), config(64, 32, 8, 2)],
-    (256, True): [config(16, 16, 4, 2), config(32, 16, 8, 2)],
+    (256, False): [config(64, 32, 8, 2), config(128, 32, 8, 2), config(64, 64, 8, 2)],
+    (64, True): [config(32, 16, 8, 2), config(32, 32, 8, 2), config(16, 16, 4, 2)],
+    (128, True): [config(32, 16, 8, 2), config(16, 16, 4, 2)],
+    (256, True): [config(16, 16, 8, 2), config(16, 16, 4, 2)],
 }
 
 
@@ -321,11 +321,11 @@ def forward(
     with torch.cuda.device_of(query):
         if release is not None:
             generator = (PHILOX if len(release.key) == 2 else CHACHA).value
-            std, words = release.noise_std.contiguous(), release.key
+            std, words = release.noise_std, release.key
             factors = torch.ones(batch, kv_heads, n_keys, device=value.device)
             if tiles := len(segments.row) * kv_heads * triton.cdiv(segments.max_keys, 32):
                 value_factors_kernel[(tiles,)](
-                    value, release.clip_norms.contiguous(), factors,
+                    value, release.clip_norms, factors,
                     segments.row, segments.k_start, segments.k_length,
                     segments.max_keys, kv_heads, *value.stride()[:3], n_keys,
                     E=dim_v, BLOCK_E=triton.next_power_of_2(dim_v), BLOCK_N=32,
