@@ -18,7 +18,7 @@ from torch import Tensor
 from dp_flash_hf.kernels.attention import Pattern, Release, SegmentTable
 from dp_flash_hf.kernels.counter_noise_triton import CHACHA, PHILOX, kept, normals
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # without a GPU: nothing to measure, and small tiles are the better test
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on CPU, for tests
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-1e30)
 
@@ -53,7 +53,7 @@ def tuned(table: dict[tuple[int, bool], list[triton.Config]], *also: str) -> Any
 
     every = list({str(c): c for configs in table.values() for c in configs}.values())
     return triton.autotune(
-        configs=[config(16, 32, 4, 1)] if INTERPRETED else every,
+        configs=[config(16, 32, 4, 1)] if INTERPRETED.value else every,  # nothing can be measured there
         key=["length_class", "D", "E", "GROUP", "CAUSAL", "WINDOWED", "SOFTCAPPED", "DROPOUT", *also],
         prune_configs_by={"early_config_prune": prune},
         cache_results=True,
@@ -65,6 +65,14 @@ VARYING = [
     "max_rows", "length_class", "window", "lse_stride", "factor_stride", "drop_below",
     "key0", "key1", "key2", "key3", "key4", "key5", "key6", "key7",
 ]  # fmt: skip
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    """accumulator + a b, summed in float32."""
+    if INTERPRETED:  # it takes the bits of bfloat16 for integers; products of half precision are exact in float32
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="ieee")
 
 
 @triton.jit
@@ -142,7 +150,7 @@ def _attend(
     columns = tl.arange(0, BLOCK_N)
     for first in range(low, high, BLOCK_N):
         key = load_rows(key_base, k_stride, first, columns, tl.arange(0, BLOCK_D), n_k, D, BLOCK_D, MASKED)
-        logits = tl.dot(query, key.T, input_precision="ieee")
+        logits = dot(query, key.T, None)
         if SOFTCAPPED:
             logits, unit = tanh(logits * slope), height
         else:
@@ -166,7 +174,7 @@ def _attend(
                 factors = tl.load(factor_base + first + columns)
             weights = weights * factors[None, :]
         value = load_rows(value_base, v_stride, first, columns, tl.arange(0, BLOCK_E), n_k, E, BLOCK_E, MASKED)
-        weighted = tl.dot(weights.to(value.dtype), value, weighted, input_precision="ieee")
+        weighted = dot(weights.to(value.dtype), value, weighted)
     return total, maximum, weighted
 
 
@@ -285,7 +293,7 @@ def value_factors_kernel(
     value = load_rows(base, v_stride, first, rows, tl.arange(0, BLOCK_E), n_k, E, BLOCK_E, True).to(tl.float32)
     norm = tl.sqrt(tl.sum(value * value, 1))
     limit = tl.load(norms_ptr + kv_head)
-    factor = tl.where(norm > limit, limit / norm, 1.0)
+    factor = tl.where(norm <= limit, 1.0, limit / norm)  # NaN of a NaN, so that nothing of such a row is left
     out = factors_ptr + (batch_row * kv_heads + kv_head) * factor_stride + k_start + first + rows
     tl.store(out, factor, mask=first + rows < n_k)
 
