@@ -48,7 +48,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 
 class Problem(NamedTuple):
-    inputs: dict[str, Tensor]  # query, key, value and perhaps sinks, NaN outside segments
+    inputs: dict[str, Any]  # query, key, value and perhaps sinks, NaN outside segments
     grad: Tensor  # of the output, likewise
     segments: list[Segment]
     table: SegmentTable
@@ -56,7 +56,7 @@ class Problem(NamedTuple):
 
     def ours(self, **changed: Any) -> dict[str, Tensor]:
         """The output and the gradient of every input."""
-        leaves = {name: x.detach().requires_grad_() for name, x in self.inputs.items()}
+        leaves: dict[str, Any] = {name: x.detach().requires_grad_() for name, x in self.inputs.items()}
         out = flash_attention(**leaves, segments=self.table, **{**self.options, **changed})
         return {"output": out.detach(), **grads_of(out, leaves, self.grad)}
 
@@ -65,7 +65,7 @@ class Problem(NamedTuple):
         query, key = (self.inputs[name].double().nan_to_num(0.0) for name in ("query", "key"))
         logits = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
         scale: float = self.options.get("scale", query.shape[3] ** -0.5)
-        return logits.abs().max().item() * scale * math.log2(math.e)
+        return float(logits.abs().max()) * scale * math.log2(math.e)
 
     def expected(self, attend: Callable[..., Tensor]) -> dict[str, Tensor]:
         """The same, one segment after another, by reference.attention or something with its arguments."""
@@ -79,7 +79,10 @@ class Problem(NamedTuple):
             options["sinks"] = leaves["sinks"]
         keep = noise = None
         if release is not None:
-            noise = standard_normals(release.key, tuple(out.shape)).to(out) * release.noise_std[:, None, None]
+            noise = (
+                standard_normals(release.key, (batch, heads, n_queries, value.shape[3])).to(out)
+                * release.noise_std[:, None, None]
+            )
             options["clip_norms"] = release.clip_norms
         if "dropout_key" in options or self.options.get("dropout"):
             keep = keep_mask(self.options["dropout_key"], (batch, heads, n_queries, key.shape[2]), options["dropout"]).to(
@@ -166,7 +169,8 @@ def problem(
     if sinks:
         inputs["sinks"] = torch.randn(heads[0], device=device)
     columns = torch.tensor(segments, dtype=torch.int32, device=device).T
-    table = SegmentTable(*columns, max_queries=max(s[2] for s in segments), max_keys=max(s[4] for s in segments))
+    row, q_start, q_length, k_start, k_length = columns
+    table = SegmentTable(row, q_start, q_length, k_start, k_length, max(s[2] for s in segments), max(s[4] for s in segments))
     return Problem(inputs, grad, segments, table, options)
 
 
@@ -271,7 +275,8 @@ def test_the_same_call_gives_the_same_bits(device: str) -> None:
     given = problem(RAGGED, device, causal=True, sinks=True, dropout=0.2, dropout_key=DROPOUT_KEY)
     first, second = given.ours(), given.ours()
     order = torch.tensor([3, 0, 4, 2, 1], device=device)
-    table = SegmentTable(*(x[order] for x in given.table[:5]), *given.table[5:])
+    row, q_start, q_length, k_start, k_length = (x[order] for x in given.table[:5])
+    table = SegmentTable(row, q_start, q_length, k_start, k_length, *given.table[5:])
     third = given._replace(table=table).ours()
     assert all(torch.equal(first[name], second[name]) and torch.equal(first[name], third[name]) for name in first)
 
@@ -351,7 +356,7 @@ def test_what_is_refused(device: str) -> None:
     table = SegmentTable.whole(1, 4, 4, device)
     wide = torch.randn(1, 2, 4, 257, device=device)
     private = release((2, 2), device)
-    for arguments, changed, error, message in (
+    refused: tuple[tuple[tuple[Tensor, ...], dict[str, Any], type[Exception], str], ...] = (
         ((x[0], x, x), {}, ValueError, "query: expected 4 dimensions"),
         ((x, x[:, :0], x), {}, ValueError, "key: expected"),
         ((x, x, x[:, :, :3]), {}, ValueError, "value: expected"),
@@ -369,6 +374,7 @@ def test_what_is_refused(device: str) -> None:
         ((x, x, x), {"release": private._replace(noise_std=torch.ones(1))}, ValueError, "release.noise_std"),
         ((x, x, x), {"sinks": torch.zeros(3)}, ValueError, "sinks"),
         ((x, x, x), {"segments": table._replace(row=table.row.long())}, ValueError, "segments.row"),
-    ):
+    )
+    for (query, key, value), changed, error, message in refused:
         with pytest.raises(error, match=message):
-            flash_attention(*arguments, **{"segments": table, **changed})
+            flash_attention(query, key, value, **{"segments": table, **changed})
