@@ -36,6 +36,11 @@ class SegmentTable(NamedTuple):
     max_keys: int  # at least the largest k_length
     everything: bool = False  # whether every query and every key lies in a segment: nothing has to be cleared first
 
+    def contiguous(self) -> SegmentTable:
+        """The same with contiguous tensors, as the kernels read them."""
+        row, q_start, q_length, k_start, k_length = (x.contiguous() for x in self[:5])
+        return SegmentTable(row, q_start, q_length, k_start, k_length, *self[5:])
+
     @classmethod
     def whole(cls, batch: int, n_queries: int, n_keys: int, device: torch.device | str) -> SegmentTable:
         """Every row of the batch is one segment."""
@@ -130,9 +135,13 @@ def flash_attention(
     pattern = Pattern(causal, window, scale, softcap, dropout, tuple(dropout_key or ()) if dropout else ())
     _check_pattern(pattern, release)
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    sinks = None if sinks is None else sinks.contiguous()
+    segments = segments.contiguous()
+    if release is not None:
+        release = Release(release.clip_norms.contiguous(), release.noise_std.contiguous(), release.key)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
-        output: Tensor = _FlashAttention.apply(query, key, value, sinks, segments, pattern, release)
-        return output
+        inputs = query, key, value, sinks, segments, pattern, release
+        return _FlashAttention.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
     from dp_flash_hf.kernels import attention_forward
 
     return attention_forward.forward(query, key, value, sinks, segments, pattern, release, keep=False).output
@@ -164,7 +173,10 @@ class _FlashAttention(torch.autograd.Function):
         from dp_flash_hf.kernels import attention_backward
 
         grad = grad if grad.stride(3) == 1 else grad.contiguous()
-        grads = attention_backward.backward(grad, *ctx.saved_tensors, ctx.segments, ctx.pattern, ctx.needs_input_grad)
+        query, key, value, sinks, clean, lse, factors, clip_norms = ctx.saved_tensors
+        grads = attention_backward.backward(
+            grad, query, key, value, sinks, clean, lse, factors, clip_norms, ctx.segments, ctx.pattern, ctx.needs_input_grad
+        )
         return *grads, None, None, None
 
 

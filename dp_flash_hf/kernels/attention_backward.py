@@ -20,6 +20,7 @@ from dp_flash_hf.kernels.attention_forward import (
     VARYING,
     config,
     constants,
+    dot,
     grid,
     key_tiles,
     load_rows,
@@ -33,19 +34,19 @@ from dp_flash_hf.kernels.counter_noise_triton import kept
 
 # As the forward's: the first of each is the one that must build everywhere without spilling registers.
 KEY_VALUE_CONFIGS = {
-    (64, False): [config(32, 128, 4, 3), config(64, 128, 8, 2), config(64, 64, 4, 2), config(32, 64, 4, 3)],
-    (128, False): [config(32, 128, 8, 2), config(64, 128, 8, 2), config(64, 64, 4, 2), config(32, 64, 4, 2)],
-    (256, False): [config(32, 64, 8, 1), config(32, 64, 8, 2), config(32, 32, 4, 1)],
-    (64, True): [config(16, 32, 4, 2), config(32, 32, 4, 2)],
-    (128, True): [config(16, 32, 8, 1), config(16, 16, 4, 2)],
+    (64, False): [config(32, 128, 8, 2), config(32, 64, 4, 2), config(64, 128, 8, 2), config(64, 64, 4, 2)],
+    (128, False): [config(32, 64, 8, 2), config(32, 128, 8, 2), config(64, 128, 8, 2), config(32, 64, 4, 2)],
+    (256, False): [config(32, 32, 8, 1), config(16, 64, 8, 2), config(32, 64, 8, 1)],
+    (64, True): [config(16, 32, 8, 1), config(16, 32, 4, 2)],
+    (128, True): [config(16, 16, 8, 1), config(16, 32, 4, 2)],
     (256, True): [config(16, 16, 8, 1), config(16, 16, 4, 1)],
 }
 QUERY_CONFIGS = {
-    (64, False): [config(128, 32, 4, 3), config(128, 64, 8, 2), config(64, 64, 4, 2), config(64, 32, 4, 3)],
+    (64, False): [config(64, 64, 4, 3), config(128, 64, 8, 3), config(128, 32, 4, 3), config(64, 32, 4, 3)],
     (128, False): [config(128, 32, 8, 2), config(128, 64, 8, 2), config(64, 64, 4, 2), config(64, 32, 4, 2)],
-    (256, False): [config(64, 32, 8, 1), config(64, 32, 8, 2), config(32, 32, 4, 1)],
-    (64, True): [config(32, 16, 4, 2), config(32, 32, 4, 2)],
-    (128, True): [config(32, 16, 8, 1), config(16, 16, 4, 2)],
+    (256, False): [config(64, 32, 8, 2), config(64, 16, 8, 2), config(32, 32, 4, 1)],
+    (64, True): [config(32, 16, 4, 2), config(16, 16, 8, 1)],
+    (128, True): [config(16, 16, 8, 1), config(32, 16, 4, 2)],
     (256, True): [config(16, 16, 8, 1), config(16, 16, 4, 1)],
 }
 
@@ -118,7 +119,7 @@ def _key_value_grads(
         else:
             lse = tl.load(lse_base + first + rows)
             delta = tl.load(delta_base + first + rows)
-        logits = tl.dot(key, query.T, input_precision="ieee")  # (keys, queries), as are all tiles here
+        logits = dot(key, query.T, None)  # (keys, queries), as are all tiles here
         if SOFTCAPPED:
             squashed = tanh(logits * slope)
             weights = tl.exp2(squashed * height - lse[None, :])
@@ -128,7 +129,7 @@ def _key_value_grads(
             seen = visible((first + rows)[None, :], j[:, None], n_q, n_k, window, CAUSAL, WINDOWED)
             weights = tl.where(seen, weights, 0.0)
         grad = load_rows(grad_base, g_stride, first, rows, tl.arange(0, BLOCK_E), n_q, E, BLOCK_E, MASKED)
-        weight_grad = tl.dot(value, grad.T, input_precision="ieee")
+        weight_grad = dot(value, grad.T, None)
         if CLIPPED:
             weight_grad *= factors[:, None]
         used = weights
@@ -136,11 +137,11 @@ def _key_value_grads(
             keep = kept(key0, key1, q_start + first + rows, k_first, plane, drop_below, BLOCK_M, BLOCK_N).T
             used = tl.where(keep, weights * kept_scale, 0.0)
             weight_grad = tl.where(keep, weight_grad * kept_scale, 0.0)
-        value_grad = tl.dot(used.to(grad.dtype), grad, value_grad, input_precision="ieee")
+        value_grad = dot(used.to(grad.dtype), grad, value_grad)
         logit_grad = weights * (weight_grad - delta[None, :])
         if SOFTCAPPED:
             logit_grad *= 1.0 - squashed * squashed
-        key_grad = tl.dot(logit_grad.to(query.dtype), query, key_grad, input_precision="ieee")
+        key_grad = dot(logit_grad.to(query.dtype), query, key_grad)
     return key_grad, value_grad
 
 
@@ -256,7 +257,7 @@ def _query_grads(
     columns = tl.arange(0, BLOCK_N)
     for first in range(low, high, BLOCK_N):
         key = load_rows(key_base, k_stride, first, columns, tl.arange(0, BLOCK_D), n_k, D, BLOCK_D, MASKED)
-        logits = tl.dot(query, key.T, input_precision="ieee")
+        logits = dot(query, key.T, None)
         if SOFTCAPPED:
             squashed = tanh(logits * slope)
             weights = tl.exp2(squashed * height - lse[:, None])
@@ -266,7 +267,7 @@ def _query_grads(
             seen = visible(i[:, None], (first + columns)[None, :], n_q, n_k, window, CAUSAL, WINDOWED)
             weights = tl.where(seen, weights, 0.0)
         value = load_rows(value_base, v_stride, first, columns, tl.arange(0, BLOCK_E), n_k, E, BLOCK_E, MASKED)
-        weight_grad = tl.dot(grad, value.T, input_precision="ieee")
+        weight_grad = dot(grad, value.T, None)
         if CLIPPED:
             if MASKED:
                 factors = tl.load(factor_base + first + columns, mask=first + columns < n_k, other=0.0)
@@ -279,7 +280,7 @@ def _query_grads(
         logit_grad = weights * (weight_grad - delta[:, None])
         if SOFTCAPPED:
             logit_grad *= 1.0 - squashed * squashed
-        query_grad = tl.dot(logit_grad.to(key.dtype), key, query_grad, input_precision="ieee")
+        query_grad = dot(logit_grad.to(key.dtype), key, query_grad)
     return query_grad
 
 

@@ -25,12 +25,16 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
+    clip_norms: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Exact attention, one query at a time over the keys it may see; nothing else is read. Differentiable.
 
     For query i with visible keys V(i): s_j = scale * q_i . k_j, then softcap * tanh(s_j / softcap), then + bias_ij, and
-    out_i = sum_V e^{s_j} v_j / (e^{sink} + sum_V e^{s_j}). A query that sees nothing gives zero. Soft-cap as in Gemma 2
-    (arXiv:2408.00118), sinks as in GPT-OSS (one more logit, without a value).
+    out_i = sum_V e^{s_j} v_j / (e^{sink} + sum_V e^{s_j}). A query that sees nothing, or only logits of minus infinity, gives
+    zero. Soft-cap as in Gemma 2 (arXiv:2408.00118), sinks as in GPT-OSS (one more logit, without a value).
 
     Args:
         query: (B, H, Q, D), any floating dtype.
@@ -46,6 +50,9 @@ def attention(
         softcap: logits are squashed into (-softcap, softcap).
         sinks: (H,).
         bias: broadcastable to (B, H, Q, K).
+        keep, dropout: bool (B, H, Q, K); weights that are not kept become 0, the others are divided by 1 - dropout.
+        clip_norms: (G,); value rows of a key/value head are scaled down to at most this norm, v min(1, C / |v|).
+        noise: (B, H, Q, E), added to every query of a segment, also to one that sees nothing.
 
     Returns:
         (B, H, Q, E) float64.
@@ -70,6 +77,7 @@ def attention(
         for h in range(heads):
             for i in range(n_queries):
                 keys: list[int] = []
+                real = lengths is None or n_queries != n_keys or i < lengths[b]
                 for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
                     if not q0 <= i < q1:
                         continue
@@ -78,12 +86,14 @@ def attention(
                     if window is not None:
                         keys = [j for j in keys if abs(diagonal - j) < window]
                 if lengths is not None:
-                    real = not (n_queries == n_keys and i >= lengths[b])
                     keys = [j for j in keys if real and j < lengths[b]]
                 if mask is not None:
                     keys = [j for j in keys if bool(mask[b, h, i, j])]
+                added = query.new_zeros(value.shape[-1])
+                if noise is not None and real and i < ends_q[-1]:
+                    added = noise[b, h, i].double()
                 if not keys:
-                    rows.append(query.new_zeros(value.shape[-1]))
+                    rows.append(added)
                     continue
                 g = h // (heads // kv_heads)
                 logits = key[b, g, keys] @ query[b, h, i] * scale
@@ -93,6 +103,16 @@ def attention(
                     logits = logits + bias[b, h, i, keys]
                 if sinks is not None:
                     logits = torch.cat([logits, sinks[h].double().reshape(1)])
+                if bool((logits == -torch.inf).all()):
+                    rows.append(added)
+                    continue
                 weights = torch.softmax(logits, dim=0)[: len(keys)]
-                rows.append(weights @ value[b, g, keys])
+                if keep is not None:
+                    weights = torch.where(keep[b, h, i, keys], weights / (1 - dropout), 0.0)
+                values = value[b, g, keys]
+                if clip_norms is not None:
+                    norms, limit = values.norm(dim=1, keepdim=True), clip_norms[g].double()
+                    over = norms > limit  # the quotient only where it is taken: elsewhere the norm may be 0
+                    values = torch.where(over, values * limit / torch.where(over, norms, 1.0), values)
+                rows.append(weights @ values + added)
     return torch.stack(rows).reshape(batch, heads, n_queries, value.shape[-1])
