@@ -330,7 +330,7 @@ class _Scope:
         assert self.seen is not None
         self.seen.append((place, given))
         numbers = normals((len(self.seen), 0), (1, 1, 1, shape.numel()), given[-1].device, given[-1].dtype)
-        return numbers.view(shape)
+        return numbers[0, 0, 0].view(shape)
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -476,7 +476,7 @@ class _ResidualSite:
         norm = cast(float, privacy.clip_norm)
         hidden = hidden * (norm / torch.linalg.vector_norm(hidden, dim=(1, 2), keepdim=True).clamp(min=norm))
         noise = normals(fresh_key(secure=privacy.secure), (batch, 1, *hidden.shape[1:]), hidden.device, secure=privacy.secure)
-        noised = hidden + 2 * norm * privacy.multiplier(scope.places) * noise[:, 0]
+        noised: Tensor = hidden + 2 * norm * privacy.multiplier(scope.places) * noise[:, 0]
         if real is not None:
             noised = noised.masked_fill(~real, 0)
         return noised.to(states.dtype)
@@ -505,6 +505,7 @@ def verify_cut(
     *,
     private: Sequence[str] | None = None,
     released: Sequence[str] | None = None,
+    special_ids: Sequence[int] = (),
     replacements: int = 3,
 ) -> None:
     """Check on a real batch that the privatised places cut everything released, and trained, off from what is private.
@@ -525,6 +526,8 @@ def verify_cut(
             `labels` or `decoder_input_ids` are public, say private=("input_ids",).
         released: names of the entries of the model's output that will leave it; "0", "1", ... of a tuple. Default: all, with
             losses, caches and an encoder's states.
+        special_ids: token ids that every text has in the same places, such as a classification token; with those that the
+            model's config names, they stay where they are, and where they are is public.
         replacements: how many other private inputs are tried.
 
     Raises:
@@ -536,7 +539,7 @@ def verify_cut(
     private = tuple(name for name in tensors if name not in STRUCTURE) if private is None else tuple(private)
     if not private or not set(private) <= tensors.keys():
         raise invalid("private", expected=f"some of {', '.join(tensors)}", actual=private, remedy="name what is protected")
-    trial = _Trial(privatized, dict(inputs), private, released)
+    trial = _Trial(privatized, dict(inputs), private, released, special_ids)
     first = trial.run(inputs)
     missed = set(privatized.places) - {place for place, _ in first.seen}
     if missed:
@@ -587,7 +590,12 @@ class _Trial:
     """Runs of the model under verify_cut."""
 
     def __init__(
-        self, privatized: Privatized, inputs: dict[str, Any], private: tuple[str, ...], released: Sequence[str] | None
+        self,
+        privatized: Privatized,
+        inputs: dict[str, Any],
+        private: tuple[str, ...],
+        released: Sequence[str] | None,
+        special_ids: Sequence[int],
     ) -> None:
         self.model, self.scope = privatized.model, privatized._scope
         self.inputs, self.private, self.released = inputs, private, released
@@ -597,7 +605,7 @@ class _Trial:
             if isinstance(part, PreTrainedModel)
             for entry in _whole_numbers(part.config.to_dict())
         }
-        special = sorted(number for name, number in numbers if re.search(r"_token_(id|index)s?$", name))
+        special = sorted({*special_ids, *(number for name, number in numbers if re.search(r"_token_(id|index)s?$", name))})
         words = set(range(min((n for name, n in numbers if name == "vocab_size"), default=0))) - set(special)
         self.special, self.words = torch.tensor(special, dtype=torch.long), torch.tensor(sorted(words), dtype=torch.long)
 
@@ -606,6 +614,8 @@ class _Trial:
         looked_up: list[Tensor] = []
 
         def look_up(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if not isinstance(args[0], Tensor):  # a length, of which positions are made
+                return None
             looked_up.append(args[0].detach().clone())
             return None if probe is None else probe(len(looked_up) - 1, output)
 
@@ -667,7 +677,11 @@ class _Trial:
         return old.flatten()[torch.randperm(old.numel(), generator=generator).to(old.device)].view_as(old)
 
     def check_gradients(self, first: _Run, others: list[_Run], facing: set[int]) -> None:
-        """Raise PrivacyError if autograd leads from where private inputs enter to an output, or to a trained parameter."""
+        """Raise PrivacyError if autograd leads from where private inputs enter to an output, or to a trained parameter.
+
+        To an output, a gradient that is zero throughout leads nowhere: where only a classification token is read, the others
+        are computed beside it. To parameters, any way counts.
+        """
         private = {i for run in others for i, ids in enumerate(first.looked_up) if not _equal(ids, run.looked_up[i])}
         probes: list[Tensor] = []
 
@@ -684,11 +698,11 @@ class _Trial:
                 probes.append(inputs[name])
         run = self.run(inputs, probe)
         for name, value in run.outputs.items():
-            if any(_reached(value, probes)):
+            if any(gradient is not None and not _equal(gradient, 0 * gradient) for gradient in _gradients(value, probes)):
                 raise PrivacyError(f"not a cut: {name} is computed from {', '.join(self.private)} around the privatised places")
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        reached = [_reached(x, list(trained.values())) for i in facing for x in run.seen[i][1]]
-        unsafe = [name for name, before in zip(trained, map(any, zip(*reached, strict=True)), strict=True) if before]
+        before = [_gradients(x, list(trained.values())) for i in facing for x in run.seen[i][1]]
+        unsafe = [name for name, ways in zip(trained, zip(*before, strict=True), strict=True) if ways.count(None) < len(ways)]
         if unsafe:
             shown = ", ".join(unsafe[:8]) + (f" and {len(unsafe) - 8} more" if len(unsafe) > 8 else "")
             raise PrivacyError(
@@ -781,9 +795,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=_slack(a))
 
 
-def _reached(value: Tensor, sources: list[Tensor]) -> list[bool]:
-    """Which of `sources` autograd leads to from `value`."""
+def _gradients(value: Tensor, sources: list[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients of a random projection of `value`; None where autograd does not lead to a source."""
     if not sources or not value.requires_grad:
-        return [False] * len(sources)
-    found = torch.autograd.grad(value.sum(), sources, retain_graph=True, allow_unused=True)
-    return [gradient is not None for gradient in found]
+        return [None] * len(sources)
+    direction = normals((0, 0), (1, 1, 1, value.numel()), value.device, value.dtype).view_as(value)
+    return torch.autograd.grad(value, sources, direction, retain_graph=True, allow_unused=True)
