@@ -682,13 +682,16 @@ class _Trial:
         To an output, a gradient that is zero throughout leads nowhere: where only a classification token is read, the others
         are computed beside it. To parameters, any way counts.
         """
-        private = {i for run in others for i, ids in enumerate(first.looked_up) if not _equal(ids, run.looked_up[i])}
         probes: list[Tensor] = []
+        private: list[Tensor] = []  # of each probe, where what enters is not the same in all runs
 
         def probe(i: int, output: Tensor) -> Tensor:
-            if i not in private:
+            ids = first.looked_up[i]
+            differs = torch.stack([ids != run.looked_up[i] for run in others]).any(0)
+            if not differs.any() or output.shape[: ids.ndim] != ids.shape:
                 return output
             probes.append(torch.zeros_like(output, requires_grad=True))
+            private.append(differs)
             return output + probes[-1]
 
         inputs = dict(self.inputs)
@@ -696,13 +699,16 @@ class _Trial:
             if inputs[name].is_floating_point():
                 inputs[name] = inputs[name].detach().clone().requires_grad_()
                 probes.append(inputs[name])
+                private.append(torch.ones(inputs[name].shape, dtype=torch.bool, device=inputs[name].device))
         run = self.run(inputs, probe)
         for name, value in run.outputs.items():
-            if any(gradient is not None and not _equal(gradient, 0 * gradient) for gradient in _gradients(value, probes)):
+            ways = zip(_gradients(value, probes), private, strict=True)
+            if any(gradient is not None and bool((gradient[where] != 0).any()) for gradient, where in ways):
                 raise PrivacyError(f"not a cut: {name} is computed from {', '.join(self.private)} around the privatised places")
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         before = [_gradients(x, list(trained.values())) for i in facing for x in run.seen[i][1]]
-        unsafe = [name for name, ways in zip(trained, zip(*before, strict=True), strict=True) if ways.count(None) < len(ways)]
+        found = (any(gradient is not None for gradient in ways) for ways in zip(*before, strict=True))
+        unsafe = [name for name, reached in zip(trained, found, strict=True) if reached]
         if unsafe:
             shown = ", ".join(unsafe[:8]) + (f" and {len(unsafe) - 8} more" if len(unsafe) > 8 else "")
             raise PrivacyError(
