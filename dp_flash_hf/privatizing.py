@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dp_flash_hf.attention import NAMES, SITE, Call, Release, at_least_float32, finite_rows
+from dp_flash_hf.attention import NAMES, SITE, Call, Release, finite
 from dp_flash_hf.attention_privacy import (
     ADJACENCY,
     AttentionLedger,
@@ -109,7 +109,7 @@ class Privatized:
         for part in {id(part): part for part in (model, *parts.values())}.values():
             self._hook(part.register_forward_pre_hook(self._scope.enter, with_kwargs=True, prepend=True))
             self._hook(part.register_forward_hook(self._scope.leave, always_call=True))
-            if hasattr(part, _EXPAND):
+            if hasattr(type(part), _EXPAND):
                 setattr(part, _EXPAND, functools.partial(_expand, part, self.ledger))
                 self._undo.append(functools.partial(vars(part).pop, _EXPAND))
         self._hook(model.register_forward_hook(self._scope.check_released))
@@ -468,7 +468,7 @@ class _ResidualSite:
         batch, length, _ = states.shape
         scope.account(self.place, [1.0] * batch)
         padding = self.padding
-        hidden = finite_rows(at_least_float32(states))
+        hidden = finite(states)
         real = None
         if padding is not None and len(padding) == batch and padding.shape[1] >= length:
             real = padding[:, -length:, None].bool()

@@ -389,16 +389,30 @@ def test_half_precision_is_computed_in_float32_also_under_autocast() -> None:
         assert torch.equal(call(module, [x.float() for x in qkv]), exact)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_sequence_of_nan_or_infinity_stays_within_the_bound(bad: float, which: int) -> None:
     module, _ = private_layer(AttentionPrivacy(**{**GOOD, "noise_multiplier": SILENT}), rows=2)
     qkv = random_qkv(2, 2, 2, 5)
     clean = call(module, qkv)
-    qkv[which][0, :, 2] = bad
+    qkv[which][0, :, 2] = torch.tensor([bad, -bad, bad])[: qkv[which].shape[-1]]
     output = call(module, qkv)
     assert torch.equal(output[1], clean[1])
     assert (output.norm(dim=-1) <= 1 + 8 * EPS64).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_token_of_nan_or_infinity_stays_within_the_bound_of_a_token(bad: float, which: int) -> None:
+    privacy = AttentionPrivacy(**{**GOOD, "noise_multiplier": SILENT}, unit="token", logit_cap=0.3)
+    module, _ = private_layer(privacy, rows=1)
+    one = random_qkv(1, 2, 2, 6)
+    other = [x.clone() for x in one]
+    other[which][0, :, 0] = torch.tensor([bad, -bad, bad])[: one[which].shape[-1]]
+    if which == 1:
+        one[0][:] = other[0][:] = 1e200  # logits of infinity minus infinity
+    moved = float((call(module, one) - call(module, other)).norm())
+    assert moved <= token_sensitivity(6, [1.0, 1.0], 0.3)
 
 
 def test_no_two_calls_have_the_same_noise_wherever_the_module_goes() -> None:
