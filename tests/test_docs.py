@@ -103,7 +103,8 @@ def test_noise_in_the_forward_pass(capsys: pytest.CaptureFixture[str]) -> None:
         f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
     }
     config = hf.BartConfig(**sizes, d_model=16, vocab_size=VOCABULARY, max_position_embeddings=16, use_cache=False)
-    model = hf.BartForConditionalGeneration(config).eval().requires_grad_(False)
+    model: Any = hf.BartForConditionalGeneration(config)
+    model.eval().requires_grad_(False)
     model.set_attn_implementation("dp_flash")
     ids = torch.randint(4, VOCABULARY, (3, 9))
     exec(block("README.md", "verify_cut("), {"model": model, "batch": {"input_ids": ids, "decoder_input_ids": ids[:, :5]}})
