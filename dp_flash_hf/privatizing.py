@@ -524,8 +524,8 @@ def verify_cut(
         inputs: keyword arguments of the model, as it will be called; a real batch, best of several rows.
         private: names of the entries that the guarantee protects. Default: every tensor but masks and positions. So where
             `labels` or `decoder_input_ids` are public, say private=("input_ids",).
-        released: names of the entries of the model's output that will leave it; "0", "1", ... of a tuple. Default: all, with
-            losses, caches and an encoder's states.
+        released: names of the entries of the model's output that will leave it, or that a loss to train on is made of; "0",
+            "1", ... of a tuple. Default: all, with losses, caches and an encoder's states.
         special_ids: token ids that every text has in the same places, such as a classification token; with those that the
             model's config names, they stay where they are, and where they are is public.
         replacements: how many other private inputs are tried.
@@ -545,7 +545,7 @@ def verify_cut(
     if missed:
         raise PrivacyError(f"privatised, but never called: {', '.join(sorted(missed))}; choose the layers that run")
     generator = torch.Generator().manual_seed(0)
-    others = [trial.run(trial.replaced(generator)) for _ in range(replacements)]
+    others = [trial.run_like(first, trial.replaced(generator)) for _ in range(replacements)]
     for other in others:
         leaks = [name for name, value in first.outputs.items() if not _equal(value, other.outputs.get(name))]
         if leaks or other.outputs.keys() != first.outputs.keys():
@@ -553,8 +553,6 @@ def verify_cut(
                 f"not a cut: with the privatised outputs held constant, {', '.join(leaks) or 'what is returned'} still depends "
                 f"on {', '.join(private)}. {_REMEDY[privatized.placement]}"
             )
-        if other.shapes() != first.shapes():
-            raise PrivacyError("which privatised calls are made depends on what is private, not on its lengths alone")
     facing = {i for other in others for i, call in enumerate(first.seen) if not _same_call(call, other.seen[i])}
     if not facing:
         raise PrivacyError(f"nothing that the privatised places are given depends on {', '.join(private)}; is that private?")
@@ -583,7 +581,7 @@ class _Run(NamedTuple):
     looked_up: list[Tensor]  # what embeddings were given, in order
 
     def shapes(self) -> list[Any]:
-        return [(place, [x.shape for x in given]) for place, given in self.seen]
+        return [(place, [x.shape for x in given]) for place, given in (*self.seen, ("", self.looked_up))]
 
 
 class _Trial:
@@ -629,6 +627,13 @@ class _Trial:
                     stack.callback(module.register_forward_hook(look_up).remove)
             output = self.model(**inputs)
         return _Run(dict(self._released(output)), seen, looked_up)
+
+    def run_like(self, first: _Run, inputs: Mapping[str, Any]) -> _Run:
+        """`run`; raises PrivacyError if other calls are made than in `first`."""
+        run = self.run(inputs)
+        if run.shapes() != first.shapes():
+            raise PrivacyError("which calls the model makes depends on what is private, not on its lengths alone")
+        return run
 
     @contextmanager
     def _constants(self) -> Iterator[list[tuple[str, tuple[Tensor, ...]]]]:
@@ -723,7 +728,7 @@ class _Trial:
             return
         n_rows = rows.pop()
         for row in (0, n_rows - 1):
-            run = self.run(self.replaced(generator, row))
+            run = self.run_like(first, self.replaced(generator, row))
             kept = [i for i in range(n_rows) if i != row]
             for (place, given), (_, moved) in zip(first.seen, run.seen, strict=True):
                 for x, y in zip(given, moved, strict=True):
@@ -743,7 +748,7 @@ class _Trial:
                 if len(positions):
                     at = positions[int(torch.randint(len(positions), (), generator=generator))]
                     one[0].view(-1)[at] = other[name][0].reshape(-1)[at]
-                run = self.run({**self.inputs, name: one})
+                run = self.run_like(first, {**self.inputs, name: one})
                 for (place, given), (_, moved) in zip(first.seen, run.seen, strict=True):
                     touched = {
                         int(i)

@@ -267,7 +267,7 @@ class Twice(Around):
 
 def test_how_often_a_place_runs_may_not_depend_on_the_text() -> None:
     privatized = privatize(Twice(torch.zeros_like), RESIDUAL, layers=["model.model.layers.0"], placement="residual")
-    with pytest.raises(PrivacyError, match="which privatised calls are made depends"):
+    with pytest.raises(PrivacyError, match="which calls the model makes depends"):
         verify_cut(privatized, texts(), replacements=8)
 
 
