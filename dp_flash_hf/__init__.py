@@ -14,7 +14,7 @@ from dp_flash_hf.layers import register_rule
 from dp_flash_hf.mechanism import DPSGD
 from dp_flash_hf.noise import fresh_generator
 from dp_flash_hf.private import make_private
-from dp_flash_hf.privatize import Privatized, privatize, verify_cut
+from dp_flash_hf.privatizing import Privatized, privatize, verify_cut
 from dp_flash_hf.report import PrivacyReport
 
 __version__ = "0.1.0"

@@ -300,30 +300,23 @@ def _released(
     pattern: Pattern,
     release: Release,
 ) -> Tensor:
-    """(B, H, Q, E) with noise: of value rows of norm at most C, in float32 at least, with zero for what is not finite.
-
-    So every row before the noise is a convex combination of clipped values, also where a unit holds NaN or infinite numbers.
-    """
+    """(B, H, Q, E) with noise. Every row before it is a convex combination of clipped values, whatever the inputs hold."""
     dtype = value.dtype
-    query, key, value = (finite_rows(at_least_float32(x)) for x in (query, key, value))
+    query, key, value = finite(query), finite(key), finite(value)
     norms = release.clip_norms.to(value)[:, None, None]
     value = value * (norms / torch.linalg.vector_norm(value, dim=-1, keepdim=True).clamp(min=norms))
     if pattern.mask is not None and pattern.mask.is_floating_point():
         pattern = replace(pattern, mask=pattern.mask.to(query.dtype))
     with torch.autocast(query.device.type, enabled=False):
-        output = finite_rows(attend(query, key, value, segments, pattern))
+        output = attend(query, key, value, segments, pattern)
     noise = normals(release.key, output.shape, output.device, secure=len(release.key) > 2)
     return (output + release.noise_std[:, None, None] * noise).to(dtype)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x`, in float32 if it is in half precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def finite_rows(x: Tensor) -> Tensor:
-    """`x`, with zero for every vector along the last dimension that is not finite."""
-    return x.masked_fill(~x.isfinite().all(-1, keepdim=True), 0)
+def finite(x: Tensor) -> Tensor:
+    """`x` in float32 at least, with 0 for NaN and magnitudes of at most 1e15, so that no product or norm of it overflows."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.nan_to_num().clamp(-1e15, 1e15)
 
 
 def _triton(

@@ -33,8 +33,8 @@ ADJACENCY = {
     "token": "replace one token of a sequence by another",
 }
 NOT_COVERED = (
-    "Lengths, padding and masks; how often and when a unit took part, unless its participation is hidden elsewhere.",
-    "Inputs and outputs named as public below, losses, and everything before the noise: treat it as private.",
+    "Lengths, padding and masks, and the places of special tokens; how often and when a unit took part.",
+    "Inputs listed as public, outputs not listed as released, and everything before the noise.",
     "The trained weights, where gradients of private data reach them by another way than the released outputs.",
     "Units that hold several rows of a batch, or several batches' rows, unless ledger.units(ids) said so.",
     "Attacks on floating-point noise, on the operating system's random numbers, or on timing and memory use.",

@@ -98,6 +98,19 @@ def test_the_loop_from_the_parts(names: dict[str, Any], capsys: pytest.CaptureFi
     assert not any(torch.equal(old, new) for old, new in zip(before, names["model"].parameters(), strict=True))
 
 
+def test_noise_in_the_forward_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes: dict[str, Any] = {
+        f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
+    }
+    config = hf.BartConfig(**sizes, d_model=16, vocab_size=VOCABULARY, max_position_embeddings=16, use_cache=False)
+    model: Any = hf.BartForConditionalGeneration(config)
+    model.eval().requires_grad_(False)
+    model.set_attn_implementation("dp_flash")
+    ids = torch.randint(4, VOCABULARY, (3, 9))
+    exec(block("README.md", "verify_cut("), {"model": model, "batch": {"input_ids": ids, "decoder_input_ids": ids[:, :5]}})
+    assert "epsilon <= 1.9" in capsys.readouterr().out  # 5 of 64 rows
+
+
 def test_the_settings(names: dict[str, Any]) -> None:
     from dp_flash_hf import PrivacyConfig
 

@@ -221,10 +221,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _squared_norms(hidden: Tensor, block: Tensor, sizes: tuple[int, ...]) -> Tensor:
     d, p = hidden.shape[1], block.shape[1]
-    (norms,) = linear_squared_norms(
-        hidden, [block], sizes, d * p / (d + p)
-    )  # longer units: fewer products without Gram matrices
-    return norms
+    # Longer units take fewer products without Gram matrices.
+    return linear_squared_norms(hidden, [block], sizes, longest_gram=d * p / (d + p))[0]
 
 
 def _has_triton(x: Tensor) -> bool:

@@ -90,7 +90,7 @@ def independent(a: Tensor, b: Tensor) -> bool:
     n = a.numel()
     pairs = [(a.flatten(), b.flatten()), (a.flatten() ** 2, b.flatten() ** 2)]
     scores = [math.sqrt(n) * float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs]
-    return max(map(abs, scores)) < stats.norm.isf(ALPHA / 4)
+    return max(map(abs, scores)) < float(stats.norm.isf(ALPHA / 4))
 
 
 @pytest.mark.parametrize("secure", [False, True])

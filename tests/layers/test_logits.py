@@ -495,10 +495,9 @@ print((bench._resident_peak() - before) // 2**20)
 
 
 def test_memory() -> None:
-    """23 MiB of logits: as a whole they are there three times and more, while layouts are learnt too; in blocks, not once."""
+    """23 MiB of logits: as a whole they are there three times and more, while layouts are learnt too; in blocks, hardly."""
     whole, blocks = (
         int(subprocess.run([sys.executable, "-c", _PEAK, at], capture_output=True, text=True, check=True).stdout)
         for at in (str(2**60), "0")
     )
-    assert whole > 69, (whole, blocks)
-    assert blocks < 23, (whole, blocks)
+    assert whole - blocks > 3 * 23, (whole, blocks)

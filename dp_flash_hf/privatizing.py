@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dp_flash_hf.attention import NAMES, SITE, Call
-from dp_flash_hf.attention_implementations import at_least_float32, finite_rows
+from dp_flash_hf.attention_implementations import finite
 from dp_flash_hf.attention_privacy import (
     ADJACENCY,
     AttentionLedger,
@@ -111,7 +111,7 @@ class Privatized:
         for part in {id(part): part for part in (model, *parts.values())}.values():
             self._hook(part.register_forward_pre_hook(self._scope.enter, with_kwargs=True, prepend=True))
             self._hook(part.register_forward_hook(self._scope.leave, always_call=True))
-            if hasattr(part, _EXPAND):
+            if hasattr(type(part), _EXPAND):
                 setattr(part, _EXPAND, functools.partial(_expand, part, self.ledger))
                 self._undo.append(functools.partial(vars(part).pop, _EXPAND))
         self._hook(model.register_forward_hook(self._scope.check_released))
@@ -332,7 +332,7 @@ class _Scope:
         assert self.seen is not None
         self.seen.append((place, given))
         numbers = normals((len(self.seen), 0), (1, 1, 1, shape.numel()), given[-1].device, given[-1].dtype)
-        return numbers.view(shape)
+        return numbers[0, 0, 0].view(shape)
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -470,7 +470,7 @@ class _ResidualSite:
         batch, length, _ = states.shape
         scope.account(self.place, [1.0] * batch)
         padding = self.padding
-        hidden = finite_rows(at_least_float32(states))
+        hidden = finite(states)
         real = None
         if padding is not None and len(padding) == batch and padding.shape[1] >= length:
             real = padding[:, -length:, None].bool()
@@ -478,7 +478,7 @@ class _ResidualSite:
         norm = cast(float, privacy.clip_norm)
         hidden = hidden * (norm / torch.linalg.vector_norm(hidden, dim=(1, 2), keepdim=True).clamp(min=norm))
         noise = normals(fresh_key(secure=privacy.secure), (batch, 1, *hidden.shape[1:]), hidden.device, secure=privacy.secure)
-        noised = hidden + 2 * norm * privacy.multiplier(scope.places) * noise[:, 0]
+        noised: Tensor = hidden + 2 * norm * privacy.multiplier(scope.places) * noise[:, 0]
         if real is not None:
             noised = noised.masked_fill(~real, 0)
         return noised.to(states.dtype)
@@ -507,6 +507,7 @@ def verify_cut(
     *,
     private: Sequence[str] | None = None,
     released: Sequence[str] | None = None,
+    special_ids: Sequence[int] = (),
     replacements: int = 3,
 ) -> None:
     """Check on a real batch that the privatised places cut everything released, and trained, off from what is private.
@@ -525,8 +526,10 @@ def verify_cut(
         inputs: keyword arguments of the model, as it will be called; a real batch, best of several rows.
         private: names of the entries that the guarantee protects. Default: every tensor but masks and positions. So where
             `labels` or `decoder_input_ids` are public, say private=("input_ids",).
-        released: names of the entries of the model's output that will leave it; "0", "1", ... of a tuple. Default: all, with
-            losses, caches and an encoder's states.
+        released: names of the entries of the model's output that will leave it, or that a loss to train on is made of; "0",
+            "1", ... of a tuple. Default: all, with losses, caches and an encoder's states.
+        special_ids: token ids that every text has in the same places, such as a classification token; with those that the
+            model's config names, they stay where they are, and where they are is public.
         replacements: how many other private inputs are tried.
 
     Raises:
@@ -538,13 +541,13 @@ def verify_cut(
     private = tuple(name for name in tensors if name not in STRUCTURE) if private is None else tuple(private)
     if not private or not set(private) <= tensors.keys():
         raise invalid("private", expected=f"some of {', '.join(tensors)}", actual=private, remedy="name what is protected")
-    trial = _Trial(privatized, dict(inputs), private, released)
+    trial = _Trial(privatized, dict(inputs), private, released, special_ids)
     first = trial.run(inputs)
     missed = set(privatized.places) - {place for place, _ in first.seen}
     if missed:
         raise PrivacyError(f"privatised, but never called: {', '.join(sorted(missed))}; choose the layers that run")
     generator = torch.Generator().manual_seed(0)
-    others = [trial.run(trial.replaced(generator)) for _ in range(replacements)]
+    others = [trial.run_like(first, trial.replaced(generator)) for _ in range(replacements)]
     for other in others:
         leaks = [name for name, value in first.outputs.items() if not _equal(value, other.outputs.get(name))]
         if leaks or other.outputs.keys() != first.outputs.keys():
@@ -552,8 +555,6 @@ def verify_cut(
                 f"not a cut: with the privatised outputs held constant, {', '.join(leaks) or 'what is returned'} still depends "
                 f"on {', '.join(private)}. {_REMEDY[privatized.placement]}"
             )
-        if other.shapes() != first.shapes():
-            raise PrivacyError("which privatised calls are made depends on what is private, not on its lengths alone")
     facing = {i for other in others for i, call in enumerate(first.seen) if not _same_call(call, other.seen[i])}
     if not facing:
         raise PrivacyError(f"nothing that the privatised places are given depends on {', '.join(private)}; is that private?")
@@ -582,14 +583,19 @@ class _Run(NamedTuple):
     looked_up: list[Tensor]  # what embeddings were given, in order
 
     def shapes(self) -> list[Any]:
-        return [(place, [x.shape for x in given]) for place, given in self.seen]
+        return [(place, [x.shape for x in given]) for place, given in (*self.seen, ("", self.looked_up))]
 
 
 class _Trial:
     """Runs of the model under verify_cut."""
 
     def __init__(
-        self, privatized: Privatized, inputs: dict[str, Any], private: tuple[str, ...], released: Sequence[str] | None
+        self,
+        privatized: Privatized,
+        inputs: dict[str, Any],
+        private: tuple[str, ...],
+        released: Sequence[str] | None,
+        special_ids: Sequence[int],
     ) -> None:
         self.model, self.scope = privatized.model, privatized._scope
         self.inputs, self.private, self.released = inputs, private, released
@@ -599,7 +605,7 @@ class _Trial:
             if isinstance(part, PreTrainedModel)
             for entry in _whole_numbers(part.config.to_dict())
         }
-        special = sorted(number for name, number in numbers if re.search(r"_token_(id|index)s?$", name))
+        special = sorted({*special_ids, *(number for name, number in numbers if re.search(r"_token_(id|index)s?$", name))})
         words = set(range(min((n for name, n in numbers if name == "vocab_size"), default=0))) - set(special)
         self.special, self.words = torch.tensor(special, dtype=torch.long), torch.tensor(sorted(words), dtype=torch.long)
 
@@ -608,6 +614,8 @@ class _Trial:
         looked_up: list[Tensor] = []
 
         def look_up(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if not isinstance(args[0], Tensor):  # a length, of which positions are made
+                return None
             looked_up.append(args[0].detach().clone())
             return None if probe is None else probe(len(looked_up) - 1, output)
 
@@ -621,6 +629,13 @@ class _Trial:
                     stack.callback(module.register_forward_hook(look_up).remove)
             output = self.model(**inputs)
         return _Run(dict(self._released(output)), seen, looked_up)
+
+    def run_like(self, first: _Run, inputs: Mapping[str, Any]) -> _Run:
+        """`run`; raises PrivacyError if other calls are made than in `first`."""
+        run = self.run(inputs)
+        if run.shapes() != first.shapes():
+            raise PrivacyError("which calls the model makes depends on what is private, not on its lengths alone")
+        return run
 
     @contextmanager
     def _constants(self) -> Iterator[list[tuple[str, tuple[Tensor, ...]]]]:
@@ -669,14 +684,21 @@ class _Trial:
         return old.flatten()[torch.randperm(old.numel(), generator=generator).to(old.device)].view_as(old)
 
     def check_gradients(self, first: _Run, others: list[_Run], facing: set[int]) -> None:
-        """Raise PrivacyError if autograd leads from where private inputs enter to an output, or to a trained parameter."""
-        private = {i for run in others for i, ids in enumerate(first.looked_up) if not _equal(ids, run.looked_up[i])}
+        """Raise PrivacyError if autograd leads from where private inputs enter to an output, or to a trained parameter.
+
+        To an output, a gradient that is zero throughout leads nowhere: where only a classification token is read, the others
+        are computed beside it. To parameters, any way counts.
+        """
         probes: list[Tensor] = []
+        private: list[Tensor] = []  # of each probe, where what enters is not the same in all runs
 
         def probe(i: int, output: Tensor) -> Tensor:
-            if i not in private:
+            ids = first.looked_up[i]
+            differs = torch.stack([ids != run.looked_up[i] for run in others]).any(0)
+            if not differs.any() or output.shape[: ids.ndim] != ids.shape:
                 return output
             probes.append(torch.zeros_like(output, requires_grad=True))
+            private.append(differs)
             return output + probes[-1]
 
         inputs = dict(self.inputs)
@@ -684,13 +706,16 @@ class _Trial:
             if inputs[name].is_floating_point():
                 inputs[name] = inputs[name].detach().clone().requires_grad_()
                 probes.append(inputs[name])
+                private.append(torch.ones(inputs[name].shape, dtype=torch.bool, device=inputs[name].device))
         run = self.run(inputs, probe)
         for name, value in run.outputs.items():
-            if any(_reached(value, probes)):
+            ways = zip(_gradients(value, probes), private, strict=True)
+            if any(gradient is not None and bool((gradient[where] != 0).any()) for gradient, where in ways):
                 raise PrivacyError(f"not a cut: {name} is computed from {', '.join(self.private)} around the privatised places")
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        reached = [_reached(x, list(trained.values())) for i in facing for x in run.seen[i][1]]
-        unsafe = [name for name, before in zip(trained, map(any, zip(*reached, strict=True)), strict=True) if before]
+        before = [_gradients(x, list(trained.values())) for i in facing for x in run.seen[i][1]]
+        found = (any(gradient is not None for gradient in ways) for ways in zip(*before, strict=True))
+        unsafe = [name for name, reached in zip(trained, found, strict=True) if reached]
         if unsafe:
             shown = ", ".join(unsafe[:8]) + (f" and {len(unsafe) - 8} more" if len(unsafe) > 8 else "")
             raise PrivacyError(
@@ -705,7 +730,7 @@ class _Trial:
             return
         n_rows = rows.pop()
         for row in (0, n_rows - 1):
-            run = self.run(self.replaced(generator, row))
+            run = self.run_like(first, self.replaced(generator, row))
             kept = [i for i in range(n_rows) if i != row]
             for (place, given), (_, moved) in zip(first.seen, run.seen, strict=True):
                 for x, y in zip(given, moved, strict=True):
@@ -725,7 +750,7 @@ class _Trial:
                 if len(positions):
                     at = positions[int(torch.randint(len(positions), (), generator=generator))]
                     one[0].view(-1)[at] = other[name][0].reshape(-1)[at]
-                run = self.run({**self.inputs, name: one})
+                run = self.run_like(first, {**self.inputs, name: one})
                 for (place, given), (_, moved) in zip(first.seen, run.seen, strict=True):
                     touched = {
                         int(i)
@@ -783,9 +808,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=_slack(a))
 
 
-def _reached(value: Tensor, sources: list[Tensor]) -> list[bool]:
-    """Which of `sources` autograd leads to from `value`."""
+def _gradients(value: Tensor, sources: list[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients of a random projection of `value`; None where autograd does not lead to a source."""
     if not sources or not value.requires_grad:
-        return [False] * len(sources)
-    found = torch.autograd.grad(value.sum(), sources, retain_graph=True, allow_unused=True)
-    return [gradient is not None for gradient in found]
+        return [None] * len(sources)
+    direction = normals((0, 0), (1, 1, 1, value.numel()), value.device, value.dtype).view_as(value)
+    return torch.autograd.grad(value, sources, direction, retain_graph=True, allow_unused=True)
