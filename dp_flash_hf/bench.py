@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.kernels.ghost_norm import embedding_squared_norms, linear_squared_norms
+from dp_flash_hf.layers import logits as large_heads
 from dp_flash_hf.noise import add_gaussian_noise_, fresh_generator
 from dp_flash_hf.units import IGNORED
 
@@ -136,6 +137,20 @@ def dp_flash(work: Work, length: int, strategy: Strategy = "bookkeeping") -> tup
     """The model, and a step of it with `ClippingEngine` and dp_flash attention."""
     tokens = tokens_of(work, length)
     return _private(work, length, {"input_ids": tokens, "labels": tokens}, None, [length] * work.batch, strategy)
+
+
+def deferring(work: Work, length: int, bytes_at_once: float) -> tuple[nn.Module, Step]:
+    """As `dp_flash`, with logits put off where they would take this many bytes in float32."""
+    model, step = dp_flash(work, length)
+
+    def limited() -> None:
+        usual, large_heads.DEFERRED_BYTES = large_heads.DEFERRED_BYTES, bytes_at_once
+        try:
+            step()
+        finally:
+            large_heads.DEFERRED_BYTES = usual
+
+    return model, limited
 
 
 def text_lengths(work: Work) -> list[int]:
@@ -246,7 +261,7 @@ def _squared_norms(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     if isinstance(layer, nn.Embedding):
         return embedding_squared_norms(x.flatten(), g.flatten(0, 1), sizes)
     if isinstance(layer, nn.Linear):
-        return linear_squared_norms(x.flatten(0, 1), g.flatten(0, 1), sizes)
+        return linear_squared_norms(x.flatten(0, 1), [g.flatten(0, 1)], sizes)[0]
     x = nn.functional.rms_norm(x.float(), x.shape[-1:], eps=layer.variance_epsilon)  # type: ignore[arg-type]
     return (g.float() * x).sum(1).square().sum(1)
 
@@ -307,6 +322,13 @@ FULL: Methods = {
 LORA: Methods = {name: FULL[name] for name in (BASELINE, "dp_flash", "dp_flash two_pass", "Opacus ghost")}
 
 
+VOCABULARY: Methods = {
+    BASELINE: non_private,
+    "dp_flash, logits in blocks": functools.partial(deferring, bytes_at_once=0),
+    "dp_flash, all logits": functools.partial(deferring, bytes_at_once=math.inf),
+}
+
+
 class Preset(NamedTuple):
     """What is trained, and how."""
 
@@ -329,6 +351,7 @@ PRESETS = {
     "cuda": Preset(_CUDA, METHODS),
     "full": Preset(replace(_CUDA, batch=16, lengths=(512,)), FULL),
     "lora": Preset(replace(_CUDA, batch=16, lengths=(512,), lora=16), LORA),
+    "vocab": Preset(replace(_CUDA, layers=2, vocabulary=2**17, lengths=(1024,)), VOCABULARY),
 }
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dp_flash_hf.bench import Step, require_device, take_turns
+from dp_flash_hf.errors import invalid
 from dp_flash_hf.kernels.attention import Release, SegmentTable, flash_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value and result: (rows, length, heads, width)
@@ -85,7 +86,10 @@ def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def privatised(query: Tensor, key: Tensor, value: Tensor, *, words: int) -> Tensor:
-    """Ours, with values clipped to what about half of them exceed, and noise. words: of the key, 2 for Philox, 8 for ChaCha20."""
+    """Ours, with values clipped to what about half of them exceed, and noise.
+
+    words: of the key, 2 for Philox, 8 for ChaCha20.
+    """
     heads, width = query.shape[2:]
     release = Release(
         clip_norms=torch.full((heads,), width**0.5, device=query.device),
@@ -259,7 +263,11 @@ def print_table(work: AttentionWork, *, repeats: int) -> None:
 
     Raises ValueError where there is no CUDA device.
     """
-    require_device(work.device, "attention is measured on a GPU")
+    require_device("cuda", "attention is measured on one")
+    if work.device != "cuda":
+        raise invalid(
+            "device", expected="cuda", actual=work.device, remedy="attention is measured on a GPU; leave --device out"
+        )
     roof = ceilings(work.device)
     total = len(work.head_widths) * len(work.lengths) * len(METHODS) * (1 + repeats)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:

@@ -114,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="speed and memory beside non-private training and peers",
-        description="Presets: cpu and cuda, training beside Opacus; full, all weights, and lora, adapters of rank 16, in bfloat16 "
-        "at 512 tokens on a GPU; vocab, a head of 128k tokens; attention, the kernels beside torch's and flash-attn's.",
+        description="Presets: cpu and cuda, training beside Opacus; on a GPU also full, all weights in bfloat16 at 512 tokens, "
+        "lora, adapters of rank 16, vocab, a head of 128k tokens, and attention, the kernels beside torch's and flash-attn's.",
     )
     bench.add_argument("--preset", choices=_PRESETS, default="cpu", help="what is measured (default: cpu)")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_flash_hf import bench, cli
-from dp_flash_hf.bench import BASELINE, FULL, LORA, MAX_GRAD_NORM, METHODS, Work
+from dp_flash_hf.bench import BASELINE, FULL, LORA, MAX_GRAD_NORM, METHODS, VOCABULARY, Work
 
 TINY = Work(device="cpu", autocast=False, layers=1, width=64, vocabulary=50, batch=3, lengths=(7,), threads=1)
 
@@ -23,7 +23,7 @@ def _row_gradients(model: Any, tokens: Tensor) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("method", "lora"), [*((name, 0) for name in {**METHODS, **FULL}), *((name, 4) for name in LORA)], ids=str
+    ("method", "lora"), [*((name, 0) for name in {**METHODS, **FULL, **VOCABULARY}), *((name, 4) for name in LORA)], ids=str
 )
 def test_each_method_steps_with_the_gradient_it_claims(method: str, lora: int) -> None:
     """Rows are clipped to MAX_GRAD_NORM and averaged, except without privacy: a loop over single rows says how."""
@@ -38,7 +38,7 @@ def test_each_method_steps_with_the_gradient_it_claims(method: str, lora: int) -
     factors = [1.0 if method == BASELINE else MAX_GRAD_NORM / norm for norm in norms]
     expected = [sum(f * g for f, g in zip(factors, of_rows, strict=True)) / work.batch for of_rows in zip(*rows, strict=True)]
 
-    model, step = {**METHODS, **FULL}[method](work, 7)
+    model, step = {**METHODS, **FULL, **VOCABULARY}[method](work, 7)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(("lora" in name) == bool(lora) for name in trained)
     before = [parameter.detach().clone() for parameter in trained.values()]

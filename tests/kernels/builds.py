@@ -23,7 +23,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,8 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """One kernel, compiled. registers: of a thread. stack: bytes of a thread in local memory, which is where spills go.
+    """One kernel, compiled. registers: of a thread. stack: bytes of a thread in local memory. spills: bytes that it moves there
+    and back for want of registers.
 
     shared: bytes of a block. units: matrix instructions in it. default: of the configuration that has to work everywhere.
     """
@@ -48,6 +48,7 @@ class Build:
     chip: int
     registers: int
     stack: int
+    spills: int
     shared: int
     units: str
     default: bool
@@ -71,7 +72,9 @@ class Chip:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def attention(dim: int, dtype: torch.dtype, *, words: int = 0, value_dim: int | None = None, **options: Any) -> Any:
+def attention(
+    dim: int, dtype: torch.dtype, *, words: int = 0, backward: bool = True, value_dim: int | None = None, **options: Any
+) -> None:
     """Forward and backward pass of attention; words: of a privatised one's key."""
     from dp_flash_hf.kernels.attention import Release, SegmentTable, flash_attention
 
@@ -86,8 +89,8 @@ def attention(dim: int, dtype: torch.dtype, *, words: int = 0, value_dim: int | 
         release=release,
         **options,
     )
-    out.backward(torch.zeros_like(out))
-    return out
+    if backward:
+        out.backward(torch.zeros_like(out))
 
 
 def attention_calls(everything: bool) -> Iterator[tuple[str, Call]]:
@@ -95,7 +98,7 @@ def attention_calls(everything: bool) -> Iterator[tuple[str, Call]]:
         plain = partial(attention, dim, torch.bfloat16, causal=True)
         yield f"attention {dim}", plain
         yield f"attention {dim}, Philox", partial(plain, words=2)
-        yield f"attention {dim}, ChaCha20", partial(plain, words=8)
+        yield f"attention {dim}, ChaCha20", partial(plain, words=8, backward=False)  # which noise it was is nothing to it
     if not everything:
         return
     features = {
@@ -117,15 +120,28 @@ def attention_calls(everything: bool) -> Iterator[tuple[str, Call]]:
 
 
 def recorded_calls(everything: bool) -> Iterator[tuple[str, Call]]:
-    """Norms and clipped sums from what layers record, as the dispatching modules launch them."""
-    from dp_flash_hf.kernels import ghost_norm_triton
+    """Norms and clipped sums of what layers record, and cross entropies, as the dispatching modules launch them."""
+    from dp_flash_hf.kernels import clipped_sum_triton, ghost_norm_triton, linear_cross_entropy_triton
+    from dp_flash_hf.kernels.linear_cross_entropy import Head, LogitGradients
 
-    sizes = (512, 500)
+    sizes, factors = (512, 500), torch.zeros(2)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"), *([(torch.float16, "fp16")] if everything else [])):
         a, g = torch.zeros(sum(sizes), 1024, dtype=dtype), torch.zeros(sum(sizes), 2048, dtype=dtype)
-        ids = torch.zeros(sum(sizes), dtype=torch.long)
-        yield f"ghost norm {name}", partial(ghost_norm_triton.linear_squared_norms, a, [g], sizes, 400)
-        yield f"embedding norm {name}", partial(ghost_norm_triton.embedding_squared_norms, ids, g, sizes)
+        ids, table = torch.zeros(sum(sizes), dtype=torch.long), torch.zeros(4096, 2048)
+        for count in (1, 3):  # output gradients of layers that share an input
+            yield f"ghost norm of {count}, {name}", partial(ghost_norm_triton.linear_squared_norms, a, [g] * count, sizes, 505)
+        yield f"embedding norm, {name}", partial(ghost_norm_triton.embedding_squared_norms, ids, g, sizes)
+        yield f"clipped sum, {name}", partial(clipped_sum_triton.add_linear_, torch.zeros(2048, 1024), a, g, factors, sizes)
+        yield f"clipped embedding, {name}", partial(clipped_sum_triton.add_embedding_, table, ids, g, factors, sizes)
+        # Under autocast the weights stay in float32.
+        for weight in dict.fromkeys((dtype, torch.float32)):
+            head = Head(torch.zeros(4096, 1024, dtype=weight))
+            logits = LogitGradients(a, head, ids, torch.zeros(len(a)), torch.zeros(len(a)))
+            kind = name if weight == dtype else f"{name}, weights fp32"
+            yield f"log-sum-exp, {kind}", partial(linear_cross_entropy_triton.log_sum_exp, a, head)
+            yield f"logit gradients, {kind}", partial(linear_cross_entropy_triton.logit_gradients, logits, 0, 4096)
+    gradients = torch.zeros(2, 64, 64)
+    yield "clipped per-unit gradients", partial(clipped_sum_triton.add_per_unit_, gradients[0].clone(), gradients, factors)
 
 
 def compile_call(call: str, capability: int, everything: bool) -> list[Build]:
@@ -174,6 +190,7 @@ def _described(call: str, kernel: Any, compiled: Any, kwargs: dict[str, Any], ca
         chip=capability,
         registers=usage["REG"],
         stack=usage["STACK"] + usage["LOCAL"],
+        spills=_spills(compiled.asm["ptx"], capability) if usage["STACK"] + usage["LOCAL"] else 0,
         shared=compiled.metadata.shared,
         units=next((unit for name, unit in MATRIX_UNITS.items() if name in compiled.asm["ptx"]), ""),
         default=default,
@@ -182,14 +199,30 @@ def _described(call: str, kernel: Any, compiled: Any, kwargs: dict[str, Any], ca
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK, LOCAL, ... of the one kernel in a cubin."""
-    import triton
+    from triton import knobs
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    return {
+        name: int(number)
+        for name, number in re.findall(r"\b([A-Z]+):(\d+)", _asked(knobs.nvidia.cuobjdump, cubin, "-res-usage"))
+    }
+
+
+def _spills(ptx: str, capability: int) -> int:
+    """Bytes that spills store and load: other things stand on the stack too."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
+    printed = _asked(get_ptxas(capability), ptx.encode(), "-v", f"--gpu-name={target}", "--output-file=/dev/stdout")
+    return sum(int(number) for number in re.findall(r"(\d+) bytes spill", printed))
+
+
+def _asked(tool: Any, code: bytes, *options: str) -> str:
+    """What one of NVIDIA's tools, as Triton carries them, says of some code."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(code)
         file.flush()
-        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", printed)}
+        done = subprocess.run([tool.path, *options, file.name], capture_output=True, check=True)
+    return (done.stdout + done.stderr).decode(errors="replace")
 
 
 def kernels() -> set[str]:
