@@ -116,12 +116,34 @@ def test_the_command_prints_one_table(capsys: pytest.CaptureFixture[str], monkey
     assert "once per logical batch" in below
 
 
-def test_cuda_without_a_device_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("preset", ["cuda", "full", "lora", "vocab", "attention"])
+def test_cuda_without_a_device_is_refused(
+    preset: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["bench", "--preset", "cuda"])
+        cli.main(["bench", "--preset", preset])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "dp-flash: bench: no CUDA device here; use --preset cpu\n"
+    assert capsys.readouterr().err.startswith("dp-flash: bench: no CUDA device here; ")
+
+
+def test_presets_for_a_gpu_run_scaled_down(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: 3 * 2**20)
+    monkeypatch.setitem(bench._MEASURED_SECONDS, "cpu", 0.01)
+    sizes = ["--device", "cpu", "--layers", "1", "--width", "64", "--vocabulary", "99", "--lengths", "8", "--batch", "2"]
+    cli.main(["bench", "--preset", "lora", *sizes, "--repeats", "1", "--threads", "1"])
+    printed = capsys.readouterr().out
+    assert all(f"│ {method} " in printed for method in LORA)
+    assert "M are adapters of rank 16, and trained" in " ".join(printed.split())
+    assert "bfloat16 autocast" in printed
+
+
+def test_an_option_that_means_nothing_to_a_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--layers", "2"], ["--padding-free"]):
+        with pytest.raises(SystemExit):
+            cli.main(["bench", "--preset", "attention", *option])
+        assert f"{option[0]} means nothing to --preset attention" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("private", [True, False])
