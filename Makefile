@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test coverage
+.PHONY: quickstart test coverage gpu
 
 quickstart: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/dp-flash train quickstart
@@ -17,6 +17,11 @@ test: .venv/installed-dev
 # Every architecture of Transformers, exact or refused; writes docs/coverage.md.
 coverage: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m coverage -n auto --coverage-table=docs/coverage.md
+
+# Everything that only a GPU shows, in under nine minutes; writes docs/benchmarks_gpu.md. Without make, or in an environment that
+# has torch, triton and the packages of pyproject.toml already: python -m tests.gpu
+gpu: .venv/installed-dev
+	$(BIN)/python -m tests.gpu
 
 # torch comes first and by itself: it is the largest, and which build of it is found (CPU, CUDA) is up to pip's configuration.
 .venv/installed: pyproject.toml constraints.txt

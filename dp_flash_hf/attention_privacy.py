@@ -337,22 +337,22 @@ class AttentionPrivacy:
 @lru_cache(maxsize=64)
 def _calibrated(epsilon: float, delta: float, passes: int, sampling_rate: float) -> float:
     """1 / mu of a pass, such that all of them together are (epsilon, delta)-private."""
-    # Enough if a unit takes part in every pass. The library finds it to 1e-12; a millionth more keeps reports below the target.
-    certain = float(get_sigma_gaussian(epsilon, delta)) * math.sqrt(passes) * (1 + 1e-6)
-    if sampling_rate == 1:
-        return certain
-    if 1 - (1 - sampling_rate) ** passes <= delta:
-        raise invalid(
-            "target_delta",
-            expected=f"less than the {1 - (1 - sampling_rate) ** passes:.2g} with which a unit takes part at all",
-            actual=delta,
-            remedy="lower it",
+    sigma = float(get_sigma_gaussian(epsilon, delta)) * math.sqrt(passes)  # enough if a unit takes part in every pass
+    if sampling_rate < 1:
+        taking_part = 1 - (1 - sampling_rate) ** passes
+        if taking_part <= delta:
+            raise invalid(
+                "target_delta",
+                expected=f"less than the {taking_part:.2g} with which a unit takes part at all",
+                actual=delta,
+                remedy="lower it",
+            )
+        sigma = _least(
+            lambda sigma: sampled_delta(epsilon, squared_mu=1 / sigma**2, sampling_rate=sampling_rate, passes=passes) <= delta,
+            0,
+            sigma,
         )
-    return _least(
-        lambda sigma: sampled_delta(epsilon, squared_mu=1 / sigma**2, sampling_rate=sampling_rate, passes=passes) <= delta,
-        0,
-        certain,
-    )
+    return sigma * (1 + 1e-6)  # so that what rounding adds to the epsilon of it all stays below the target
 
 
 # --- what was spent -------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ _AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
+_PRESETS = ("cpu", "cuda", "full", "lora", "vocab", "attention")
 _PACKAGES = (
     "dp-flash-hf",
     "torch",
@@ -110,8 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--length", type=_whole, default=128, help="tokens per row of the trial batch (default: 128)")
     doctor.set_defaults(command=_doctor)
 
-    bench = commands.add_parser("bench", help="speed and memory beside non-private training and Opacus")
-    bench.add_argument("--preset", choices=("cpu", "cuda"), default="cpu", help="model, batch and lengths (default: cpu)")
+    bench = commands.add_parser(
+        "bench",
+        help="speed and memory beside non-private training and peers",
+        description="Presets: cpu and cuda, training beside Opacus; on a GPU also full, all weights in bfloat16 at 512 tokens, "
+        "lora, adapters of rank 16, vocab, a head of 128k tokens, and attention, the kernels beside torch's and flash-attn's.",
+    )
+    bench.add_argument("--preset", choices=_PRESETS, default="cpu", help="what is measured (default: cpu)")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
     bench.add_argument("--lengths", type=_whole_numbers, help="tokens per row, comma-separated (default: the preset's)")
     bench.add_argument("--batch", type=_whole, help="rows of the physical batch (default: the preset's; 32 texts)")
     bench.add_argument("--layers", type=_whole, help="decoder layers (default: the preset's)")
@@ -328,15 +335,27 @@ def _keep_few_layers(config: Any) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from dataclasses import replace
+    from dataclasses import fields, replace
 
-    from dp_flash_hf import bench
+    from dp_flash_hf import bench, bench_attention
 
-    names = ("lengths", "batch", "layers", "width", "vocabulary", "threads")
+    attention = options.preset == "attention"
+    work: Any = bench_attention.WORK if attention else bench.PRESETS[options.preset].work
+    names = ("device", "lengths", "batch", "layers", "width", "vocabulary", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    strange = given.keys() - {field.name for field in fields(work)} | (
+        {"padding-free"} if options.padding_free and attention else set()
+    )
+    if strange:
+        raise ValueError(f"bench: --{min(strange)} means nothing to --preset {options.preset}; leave it out")
+    if attention:
+        bench_attention.print_table(replace(work, **given), repeats=options.repeats)
+        return
+    methods = bench.PRESETS[options.preset].methods
     if options.padding_free:
+        methods = bench.ON_TEXTS
         given.setdefault("batch", bench.TEXTS)
-    bench.print_table(replace(bench.PRESETS[options.preset], **given), repeats=options.repeats, on_texts=options.padding_free)
+    bench.print_table(bench.Preset(replace(work, **given), methods), repeats=options.repeats)
 
 
 def _stderr() -> Any:

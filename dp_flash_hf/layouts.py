@@ -350,11 +350,12 @@ class Layouts:
         if rest:
             return None
         alone, whole = alone.movedim(dim, 0).unflatten(0, (len(items), rows)), whole.movedim(dim, 0)
-        if not _same(alone, whole.unflatten(0, (units.n_items, rows))[items]):
+        blocks, other = whole.unflatten(0, (units.n_items, rows)), whole.unflatten(0, (rows, units.n_items)).transpose(0, 1)
+        if not _same(alone, blocks[items]):
             return None
-        other = whole.unflatten(0, (rows, units.n_items)).transpose(0, 1)[items]
-        constant = rows > 1 and _same(alone, other)  # nothing tells the items' rows from each other
-        return Place((dim,), set() if constant else {(length, (rows,))})
+        # Nothing tells the items' rows from each other: the same for every item, or where one row of each follows the other.
+        alike = rows > 1 and (_same(alone, other[items]) or _same(blocks, blocks[:1].expand_as(blocks)))
+        return Place((dim,), set() if alike else {(length, (rows,))})
 
 
 def _is_output(site: Site) -> bool:

@@ -11,33 +11,39 @@ import torch
 from torch import Tensor, nn
 
 from dp_flash_hf import bench, cli
-from dp_flash_hf.bench import BASELINE, MAX_GRAD_NORM, METHODS, Work
+from dp_flash_hf.bench import BASELINE, FULL, LORA, MAX_GRAD_NORM, METHODS, VOCABULARY, Work
 
 TINY = Work(device="cpu", autocast=False, layers=1, width=64, vocabulary=50, batch=3, lengths=(7,), threads=1)
 
 
 def _row_gradients(model: Any, tokens: Tensor) -> list[list[Tensor]]:
-    """Of each row: the gradient of its mean loss, one tensor per parameter."""
-    return [
-        list(torch.autograd.grad(model(input_ids=row[None], labels=row[None]).loss, list(model.parameters()))) for row in tokens
-    ]
+    """Of each row: the gradient of its mean loss, one tensor per trained parameter."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [list(torch.autograd.grad(model(input_ids=row[None], labels=row[None]).loss, trained)) for row in tokens]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_each_method_steps_with_the_gradient_it_claims(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "lora"), [*((name, 0) for name in {**METHODS, **FULL, **VOCABULARY}), *((name, 4) for name in LORA)], ids=str
+)
+def test_each_method_steps_with_the_gradient_it_claims(method: str, lora: int) -> None:
     """Rows are clipped to MAX_GRAD_NORM and averaged, except without privacy: a loop over single rows says how."""
     if method.startswith("Opacus"):
         pytest.importorskip("opacus")
-    rows = _row_gradients(bench.model_of(TINY, 7, "sdpa"), bench.tokens_of(TINY, 7))
+    if lora:
+        pytest.importorskip("peft")
+    work = replace(TINY, lora=lora)
+    rows = _row_gradients(bench.model_of(work, 7, "sdpa"), bench.tokens_of(work, 7))
     norms = [float(torch.cat([g.flatten() for g in row]).norm()) for row in rows]
     assert min(norms) > MAX_GRAD_NORM  # else clipping would change nothing
     factors = [1.0 if method == BASELINE else MAX_GRAD_NORM / norm for norm in norms]
-    expected = [sum(f * g for f, g in zip(factors, of_rows, strict=True)) / TINY.batch for of_rows in zip(*rows, strict=True)]
+    expected = [sum(f * g for f, g in zip(factors, of_rows, strict=True)) / work.batch for of_rows in zip(*rows, strict=True)]
 
-    model, step = METHODS[method](TINY, 7)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model, step = {**METHODS, **FULL, **VOCABULARY}[method](work, 7)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(("lora" in name) == bool(lora) for name in trained)
+    before = [parameter.detach().clone() for parameter in trained.values()]
     step()
-    for (name, parameter), want, old in zip(model.named_parameters(), expected, before, strict=True):
+    for (name, parameter), want, old in zip(trained.items(), expected, before, strict=True):
         assert parameter.grad is not None, name
         # float32 sums in another order; Opacus clips to MAX_GRAD_NORM / (norm + 1e-6)
         error = float((parameter.grad - want).norm() / want.norm())
@@ -66,11 +72,11 @@ def test_a_missing_or_failing_peer_leaves_a_note(monkeypatch: pytest.MonkeyPatch
     methods = {BASELINE: METHODS[BASELINE], "Opacus hooks": missing, "Opacus ghost": failing}
     monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: advance())
     turns: list[None] = []
-    rows = bench.measure(TINY, repeats=2, methods=methods, advance=lambda: turns.append(None))
+    rows = bench.measure(TINY, methods, repeats=2, advance=lambda: turns.append(None))
     assert [row.note for row in rows] == ["", "not installed", "failed: out of memory"]
     assert rows[0].ratio == 1.0
     assert rows[1].tokens_per_second is rows[1].ratio is rows[1].memory is None
-    assert len(turns) == bench.turns(TINY, 2, methods)
+    assert len(turns) == bench.turns(TINY, methods, 2)
 
 
 def test_our_own_failure_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +86,7 @@ def test_our_own_failure_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     methods = {BASELINE: METHODS[BASELINE], "dp_flash": failing}
     monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: advance())
     with pytest.raises(RuntimeError, match="ours"):
-        bench.measure(TINY, repeats=1, methods=methods)
+        bench.measure(TINY, methods, repeats=1)
 
 
 def test_methods_take_turns_in_a_rotating_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,14 +98,14 @@ def test_methods_take_turns_in_a_rotating_order(monkeypatch: pytest.MonkeyPatch)
     methods = {name: logged(name) for name in (BASELINE, "dp_flash", "peer")}
     monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: advance())
     monkeypatch.setattr(bench, "_timed", lambda work, step, count: (step(), 1.0)[1])
-    bench.measure(TINY, repeats=3, methods=methods)
+    bench.measure(TINY, methods, repeats=3)
     turns = [BASELINE, "dp_flash", "peer", "dp_flash", "peer", BASELINE, "peer", BASELINE, "dp_flash"]
     assert order[6:] == [name for turn in turns for name in (turn, turn)]  # each begins with an untimed step
 
 
 def test_the_command_prints_one_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: 3 * 2**20)
-    monkeypatch.setattr(bench, "_MEASURED_SECONDS", 0.01)
+    monkeypatch.setitem(bench._MEASURED_SECONDS, "cpu", 0.01)
     sizes = ["--layers", "1", "--width", "64", "--vocabulary", "99", "--lengths", "8,12", "--batch", "2"]
     cli.main(["bench", *sizes, "--repeats", "1", "--threads", "1"])
     table, _, below = capsys.readouterr().out.rpartition("┘")
@@ -110,12 +116,34 @@ def test_the_command_prints_one_table(capsys: pytest.CaptureFixture[str], monkey
     assert "once per logical batch" in below
 
 
-def test_cuda_without_a_device_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("preset", ["cuda", "full", "lora", "vocab", "attention"])
+def test_cuda_without_a_device_is_refused(
+    preset: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["bench", "--preset", "cuda"])
+        cli.main(["bench", "--preset", preset])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "dp-flash: bench: no CUDA device here; use --preset cpu\n"
+    assert capsys.readouterr().err.startswith("dp-flash: bench: no CUDA device here; ")
+
+
+def test_presets_for_a_gpu_run_scaled_down(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: 3 * 2**20)
+    monkeypatch.setitem(bench._MEASURED_SECONDS, "cpu", 0.01)
+    sizes = ["--device", "cpu", "--layers", "1", "--width", "64", "--vocabulary", "99", "--lengths", "8", "--batch", "2"]
+    cli.main(["bench", "--preset", "lora", *sizes, "--repeats", "1", "--threads", "1"])
+    printed = capsys.readouterr().out
+    assert all(f"│ {method} " in printed for method in LORA)
+    assert "M are adapters of rank 16, and trained" in " ".join(printed.split())
+    assert "bfloat16 autocast" in printed
+
+
+def test_an_option_that_means_nothing_to_a_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--layers", "2"], ["--padding-free"]):
+        with pytest.raises(SystemExit):
+            cli.main(["bench", "--preset", "attention", *option])
+        assert f"{option[0]} means nothing to --preset attention" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -137,7 +165,7 @@ def test_padded_and_padding_free_texts_are_the_same_work(private: bool) -> None:
 
 
 def test_the_table_of_texts_counts_no_padding(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_MEASURED_SECONDS", 0.01)
+    monkeypatch.setitem(bench._MEASURED_SECONDS, "cpu", 0.01)
     sizes = ["--layers", "1", "--width", "64", "--vocabulary", "50", "--batch", "3"]
     cli.main(["bench", "--padding-free", *sizes, "--repeats", "1", "--threads", "1"])
     printed = capsys.readouterr().out

@@ -231,6 +231,23 @@ class Positions(nn.Module):
         return out
 
 
+class Segments(nn.Module):
+    """Texts cut into segments of three tokens, the first segments of all texts before the second ones, with their places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(3, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        segments = x.unflatten(1, (-1, 3)).transpose(0, 1).flatten(0, 2)
+        placed: Tensor = segments * self.places(torch.arange(3).repeat(len(segments) // 3))
+        return placed.view(-1, len(x), 3, WIDTH).transpose(0, 1).flatten(1, 2)
+
+
+def test_places_that_are_alike_in_all_texts_do_not_tell_whose_they_are() -> None:
+    assert outcome(Segments(), numbers(4, 6)) == "unit by unit"
+
+
 def _range(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1])
 

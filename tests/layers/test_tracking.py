@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.layers.tracking import Tracked
 from tests.layers.checks import how
 from tests.oracle import clipped_sum, distance, each_row, grads, unit_gradients
@@ -250,6 +251,58 @@ def test_random_functions_of_parameters_are_left_to_single_units(use: Use) -> No
     engine = ClippingEngine(model, max_grad_norm=1.0)
     with pytest.warns(UserWarning, match="no rule covers how the model uses [vm]"):
         engine.backward(lambda batch: model(batch["x"]).sum(), {"x": torch.randn(3, 4, D, dtype=torch.float64)})
+
+
+SECOND = {use: FOLLOWED[use] for use in ("product", "layer_norm_over_two", "depthwise", "einsum", "lookup", "scalar")}
+SECOND["layer_norm"] = lambda s, x: F.layer_norm(x, (D,), s.v)
+
+
+@pytest.mark.parametrize("second", ["backward", "saliency"])
+@pytest.mark.parametrize("use", SECOND)
+def test_a_second_backward_inside_the_batch_primitive(use: str, second: str) -> None:
+    """What is recorded twice would count twice, so it is refused. A gradient of the input may pass nothing that records."""
+    model, x = Uses(SECOND[use]), torch.randn(3, 4, D, dtype=torch.float64, requires_grad=True)
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+
+    def twice() -> None:
+        with engine.batch():
+            loss = model(x).square().sum()
+            if second == "saliency":
+                torch.autograd.grad(loss, x, retain_graph=True)
+            else:
+                loss.backward(retain_graph=True)
+            loss.backward()
+
+    with engine.batch():
+        model(x).square().sum().backward()
+    once = grads(model)
+    if second == "saliency" and use in ("lookup", "scalar"):
+        model.zero_grad()
+        twice()
+    else:
+        with pytest.raises(PrivacyError, match="taken twice"):
+            twice()
+    after = grads(model)
+    assert after.keys() == once.keys()
+    assert all(torch.equal(after[name], once[name]) for name in once)
+
+
+def test_a_list_that_grows_after_the_call_does_not_change_what_was_recorded() -> None:
+    """Of parameters alone, and with the data among them: what backward repeats is the call as it was."""
+
+    def use(s: Any, x: Tensor) -> Tensor:
+        halves = [s.m[:2], s.m[2:]]
+        matrix = torch.cat(halves)
+        halves.append(s.m)
+        halves[0] = s.m[:1]
+        parts = [s.v.expand(len(x), 1, -1), x]
+        longer = torch.cat(parts, 1)
+        parts.append(x)
+        parts[0] = x
+        return F.linear(longer, matrix)
+
+    for strategy in ("bookkeeping", "two_pass"):
+        assert how(Uses(use), torch.randn(3, 4, D, dtype=torch.float64), strategy=strategy, tolerance=1e-10) == "fast"
 
 
 def test_a_scalar_does_not_widen_the_result() -> None:
