@@ -4,6 +4,8 @@ A result may be off by twice the error that plain torch makes in the same dtype,
 element: its own rounding, and that of the weights, whose exponents (up to the largest logit) are rounded to float32.
 """
 
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 import math
@@ -15,12 +17,14 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.kernels import reference
 from dp_flash_hf.kernels.attention import Release, SegmentTable, flash_attention
-from dp_flash_hf.kernels.attention_backward import key_value_grad_kernel, query_grad_kernel
-from dp_flash_hf.kernels.attention_forward import attention_forward_kernel, config
+from dp_flash_hf.kernels.attention_backward import key_value_grad_kernel, query_grad_kernel, query_tiles
+from dp_flash_hf.kernels.attention_forward import attention_forward_kernel, config, key_tiles
 from tests.kernels.test_counter_noise_triton import keep_mask, standard_normals
 
 Segment = tuple[int, int, int, int, int]  # row, first query, queries, first key, keys
@@ -218,6 +222,44 @@ def test_agrees_with_the_oracle(features: str, device: str) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_layouts(layout: Any, causal: bool, device: str) -> None:
     check(problem(layout, device, causal=causal))
+
+
+@triton.jit
+def _ranges(out, cases, OF_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    case = cases + 4 * tl.program_id(0)
+    first, n_q, n_k, window = tl.load(case), tl.load(case + 1), tl.load(case + 2), tl.load(case + 3)
+    if OF_KEYS:
+        low, left, right, high = key_tiles(first, n_q, n_k, 0, window, CAUSAL, WINDOWED, False, 8, 4)
+    else:
+        low, left, right, high = query_tiles(first, n_q, n_k, window, CAUSAL, WINDOWED, 4, 8)
+    out += 4 * tl.program_id(0)
+    tl.store(out, low)
+    tl.store(out + 1, left)
+    tl.store(out + 2, right)
+    tl.store(out + 3, high)
+
+
+@pytest.mark.parametrize("of_keys", [False, True])
+@pytest.mark.parametrize(("causal", "windowed"), [(False, False), (True, False), (False, True), (True, True)])
+def test_tiles_in_sight(of_keys: bool, causal: bool, windowed: bool, device: str) -> None:
+    """Tiles of 8 queries and 4 keys (or of 4 and 8): all that is seen is visited, and only what all see goes unmasked."""
+    sizes = torch.randint(1, 25, (120, 3))
+    cases = [[8 * (n // 2 % (-(-(q, k)[not of_keys] // 8))), q, k, w] for n, (q, k, w) in enumerate(sizes.tolist())]
+    out = torch.zeros(len(cases), 4, dtype=torch.int32, device=device)
+    _ranges[(len(cases),)](out, torch.tensor(cases, dtype=torch.int32, device=device), of_keys, causal, windowed)
+    for (first, n_q, n_k, window), (low, left, right, high) in zip(cases, out.tolist(), strict=True):
+        behind = torch.arange(n_q)[:, None] + n_k - n_q - torch.arange(n_k)
+        seen = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
+        if windowed:
+            seen &= behind.abs() < window
+        tile = (seen if of_keys else seen.T)[first : first + 8]
+        visited = tile.any(0).nonzero().flatten().tolist()
+        assert visited == list(range(low, high))
+        assert low <= left <= right <= max(left, high)
+        assert (left - low) % 4 == (right - left) % 4 == 0
+        assert bool(tile[:, left:right].all())
+        unmasked = [j for j in range(left, high - 3, 4) if bool(tile[:, j : j + 4].all())]
+        assert unmasked == list(range(left, right, 4))  # and nothing is masked without need
 
 
 @pytest.mark.parametrize(("heads", "dims"), [((2, 2), (16, 16)), ((4, 1), (5, 33)), ((4, 2), (64, 16)), ((3, 1), (16, 80))])

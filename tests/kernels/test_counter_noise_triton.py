@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
 
-from dp_flash_hf.kernels.attention_forward import signed  # noqa: E402
-from dp_flash_hf.kernels.counter_noise_triton import CHACHA, PHILOX, chacha_words, kept, normals, philox_words  # noqa: E402
+from dp_flash_hf.kernels.attention_forward import signed
+from dp_flash_hf.kernels.counter_noise_triton import CHACHA, PHILOX, chacha_words, kept, normals, philox_words
 
 KEY = (0xA4093822, 0x299F31D0, 0x082EFA98, 0xEC4E6C89, 1, 0xFFFFFFFF, 0x80000000, 16)
 
