@@ -16,8 +16,9 @@ from dp_flash_hf import records
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels.ghost_norm import linear_squared_norms, upcast
+from dp_flash_hf.kernels.linear_cross_entropy import Head, LogitGradients, gradients, linear_cross_entropy
 from dp_flash_hf.layouts import Layout
-from dp_flash_hf.records import EmbeddingUse, GradientRecord, LinearUse
+from dp_flash_hf.records import EmbeddingUse, GradientRecord, HeadUse, LinearUse
 from dp_flash_hf.units import Units
 from tests.models import Batch
 from tests.oracle import clipped_sum, distance, each_row, grads, unit_gradients
@@ -519,6 +520,44 @@ def test_all_views_of_a_layout_agree(ids: list[int], lead: tuple[int, ...], dims
         for unit in set(ids) - {-1}:
             torch.testing.assert_close(layout.take(x, unit).reshape(-1, 5).sum(0), per_unit[unit])
     assert upcast(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def head_use(sizes: tuple[int, ...], size: int, width: int) -> HeadUse:
+    """Of a cross entropy over `size` words, in float64."""
+    rows = sum(sizes)
+    head, labels = Head(torch.randn(size, width, dtype=torch.float64)), torch.randint(0, size, (rows,))
+    hidden, weights = torch.randn(rows, width, dtype=torch.float64), torch.rand(rows, dtype=torch.float64)
+    g = LogitGradients(hidden, head, labels, linear_cross_entropy(hidden, head, labels)[1], weights)
+    return HeadUse(g, sizes, gradients(g, sizes, hidden=False, norms=True).squared_norms)
+
+
+@pytest.mark.parametrize("others", ["none", "a product", "a product before", "a table", "a table that cancels", "all"])
+def test_logits_in_blocks_are_a_linear_use(others: str) -> None:
+    sizes, size, width = (3, 0, 5), 40, 6
+    head = head_use(sizes, size, width)
+    product = LinearUse(torch.randn(8, width, dtype=torch.float64), torch.randn(8, size, dtype=torch.float64), sizes)
+    table = EmbeddingUse(torch.randint(0, size, (9,)), torch.randn(9, width, dtype=torch.float64), (4, 3, 2))
+    if others == "a table that cancels":
+        formed = torch.zeros(3, size, width, dtype=torch.float64)
+        head.add_to_units_(formed)
+        table = EmbeddingUse(torch.arange(size).repeat(3), -formed.flatten(0, 1) * (1 + 1e-7), (size,) * 3)
+    own: dict[str, list[LinearUse | EmbeddingUse]] = {"none": [], "a product": [product], "a product before": [product]}
+    own |= {"a table": [table], "a table that cancels": [table], "all": [table, product]}
+    record, wanted = (GradientRecord(torch.Size((size, width)), 3) for _ in range(2))
+    for use in own[others] if others == "a product before" else [head, *own[others]]:
+        record.add(use)
+    if others == "a product before":
+        record.add(head)
+    for use in (head.formed(), *own[others]):
+        wanted.add(use)
+    assert wanted.per_unit is None
+    factors = torch.tensor([0.5, 0.1, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(record.squared_norms(), wanted.squared_norms(), rtol=1e-10, atol=0.0)
+    torch.testing.assert_close(record.clipped_sum(factors), wanted.clipped_sum(factors), rtol=1e-10, atol=1e-12)
+    assert ("blocks" in record.form) == ("product" not in others and others != "all")
+    record.add_per_unit(torch.ones(3, size, width, dtype=torch.float64))
+    wanted.add_per_unit(torch.ones(3, size, width, dtype=torch.float64))
+    torch.testing.assert_close(record.squared_norms(), wanted.squared_norms(), rtol=1e-10, atol=0.0)
 
 
 @pytest.mark.parametrize("shape", [(20_000, 400), (1_000_000,), (200, 20, 25, 25)])

@@ -148,12 +148,12 @@ class Logits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        # Without autograd, a copy is cut off from where it came from.
-        if isinstance(first, Logits) and first.formed is None and torch.is_grad_enabled():
+        if isinstance(first, Logits) and first.formed is None:
+            # Without autograd, a copy would be cut off from where it came from.
+            rule = _RULES.get(func) if torch.is_grad_enabled() else None
             with torch._C.DisableTorchFunctionSubclass():
                 if func in _DESCRIBE:
                     return func(*args, **kwargs)
-                rule = _RULES.get(func)
                 out = None if rule is None else rule(first, func, *args[1:], **kwargs)
             if out is not None:
                 return out
@@ -255,9 +255,10 @@ def _index(logits: Logits, func: Any, index: Any) -> Logits | None:
 def _cast(logits: Logits, func: Any, *args: Any, **kwargs: Any) -> Logits | None:
     """A wider dtype, or the device it is on."""
     values = [*args, *(value for name, value in kwargs.items() if name != "non_blocking" and (name != "copy" or value))]
-    if not all(isinstance(value, torch.dtype) or value == logits.product.x.device for value in values):
-        return None
     dtypes = [value for value in values if isinstance(value, torch.dtype)]
+    devices = [value for value in values if isinstance(value, torch.device) and value == logits.product.x.device]
+    if len(dtypes) + len(devices) < len(values):
+        return None
     dtype = {Tensor.float: torch.float32, Tensor.double: torch.float64}.get(
         func, dtypes[0] if dtypes else logits.note.outline.dtype
     )
@@ -268,12 +269,16 @@ def _cast(logits: Logits, func: Any, *args: Any, **kwargs: Any) -> Logits | None
 
 def _scaled(logits: Logits, func: Any, factor: Any, **kwargs: Any) -> Logits | None:
     """A number for all."""
-    if kwargs or type(factor) not in (int, float) or not math.isfinite(factor) or factor == 0:
+    if kwargs or type(factor) not in (int, float) or factor == 0:
         return None
-    times = 1 / factor if func in (Tensor.__truediv__, Tensor.div, Tensor.true_divide, torch.div, torch.true_divide) else factor
-    softcap = None if logits.note.softcap is None else logits.note.softcap * times
-    note = logits.note._replace(scale=logits.note.scale * times, softcap=softcap)
-    return _made(logits.product, logits, lambda t: func(t, factor), note)
+    scale, softcap = logits.note.scale, logits.note.softcap
+    if func in _DIVISIONS:
+        scale, softcap = scale / factor, None if softcap is None else softcap / factor
+    else:
+        scale, softcap = scale * factor, None if softcap is None else softcap * factor
+    if not all(math.isfinite(value) and value != 0 for value in (scale, softcap or 1.0)):
+        return None
+    return _made(logits.product, logits, lambda t: func(t, factor), logits.note._replace(scale=scale, softcap=softcap))
 
 
 def _tanh(logits: Logits, func: Any, **kwargs: Any) -> Logits | None:
@@ -283,29 +288,18 @@ def _tanh(logits: Logits, func: Any, **kwargs: Any) -> Logits | None:
     return _made(logits.product, logits, func, logits.note._replace(softcap=1.0))
 
 
-_DESCRIBE = {
-    getattr(Tensor, name).__get__
-    for name in (
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "layout",
-        "requires_grad",
-        "is_cuda",
-        "is_sparse",
-        "is_meta",
-        "is_quantized",
-    )
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point}
-_DESCRIBE |= {Tensor.__len__, Tensor.element_size, Tensor.is_complex, torch.is_floating_point, torch.numel, torch.is_complex}
+_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_meta", "is_quantized")
+_DESCRIBE: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES}
+_DESCRIBE |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_contiguous, Tensor.__len__}
+_DESCRIBE |= {Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel}
+_DIVISIONS = (Tensor.__truediv__, Tensor.div, Tensor.true_divide, torch.div, torch.true_divide)
 
 _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten, Tensor.contiguous), _view),
     Tensor.__getitem__: _index,
     **dict.fromkeys((Tensor.float, Tensor.double, Tensor.to), _cast),
     **dict.fromkeys((Tensor.__mul__, Tensor.__rmul__, Tensor.mul, torch.mul), _scaled),
-    **dict.fromkeys((Tensor.__truediv__, Tensor.div, Tensor.true_divide, torch.div, torch.true_divide), _scaled),
+    **dict.fromkeys(_DIVISIONS, _scaled),
     **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
 }
 

@@ -249,10 +249,12 @@ def test_triton(kind: str, dtype: torch.dtype, device: str, monkeypatch: pytest.
         close(found.hidden.cpu(), wanted.hidden, c)
         again = run(there)[1].whole()
         assert torch.equal(g.whole(), again)
-        hidden[1] = float("nan")
+        hidden[1:3] = float("nan")
+        assert c.labels[1:3].tolist() == [0, -100]
         poisoned = run(there)[1].whole()
         assert torch.equal(poisoned[sizes[0] :], again[sizes[0] :])
-        assert bool(poisoned[1].isnan().all()) == (int(c.labels[1]) != -100)
+        assert bool(poisoned[1].isnan().all())
+        assert bool((poisoned[2] == 0).all())
 
 
 def test_triton_reads_a_head_of_another_dtype(device: str) -> None:
