@@ -134,7 +134,7 @@ def flash_attention(
     scale = query.shape[3] ** -0.5 if scale is None else scale
     pattern = Pattern(causal, window, scale, softcap, dropout, tuple(dropout_key or ()) if dropout else ())
     _check_pattern(pattern, release)
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (_addressable(x) for x in (query, key, value))
     sinks = None if sinks is None else sinks.contiguous()
     segments = segments.contiguous()
     if release is not None:
@@ -172,12 +172,17 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from dp_flash_hf.kernels import attention_backward
 
-        grad = grad if grad.stride(3) == 1 else grad.contiguous()
+        grad = _addressable(grad)
         query, key, value, sinks, clean, lse, factors, clip_norms = ctx.saved_tensors
         grads = attention_backward.backward(
             grad, query, key, value, sinks, clean, lse, factors, clip_norms, ctx.segments, ctx.pattern, ctx.needs_input_grad
         )
         return *grads, None, None, None
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """x (batch, heads, length, head dim), copied unless its rows are dense and so near that offsets in a tile fit 32 bits."""
+    return x if x.stride(3) == 1 and x.stride(2) < 2**23 else x.contiguous()
 
 
 def _check(
