@@ -87,8 +87,8 @@ def inputs_of(case: Case) -> Inputs:
     """bfloat16, on the GPU, laid out as models do (rows, length, heads, width), seen as (rows, heads, length, width)."""
     length = sum(case.lengths)
     shapes = ((case.heads, case.dim), (case.kv_heads, case.dim), (case.kv_heads, case.dim_v), (case.heads, case.dim_v))
-    made = [torch.randn(1, length, *shape, device="cuda").bfloat16().transpose(1, 2) for shape in shapes]
-    return Inputs(*made[:3], torch.randn(case.heads, device="cuda").bfloat16(), made[3])
+    query, key, value, grad = (torch.randn(1, length, *shape, device="cuda").bfloat16().transpose(1, 2) for shape in shapes)
+    return Inputs(query, key, value, torch.randn(case.heads, device="cuda").bfloat16(), grad)
 
 
 def clip_norms_of(case: Case) -> Tensor:
