@@ -191,7 +191,8 @@ def ceilings(device: str, *, copied: int = 2**31, side: int = 8192) -> Ceilings:
     target = torch.empty_like(source)
     left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     seconds = []
-    for step in (lambda: target.copy_(source), lambda: left @ right):
+    steps: tuple[Callable[[], object], ...] = (lambda: target.copy_(source), lambda: left @ right)
+    for step in steps:
         for _ in range(3):
             step()
         seconds.append(statistics.median(timed(device, step, 3) for _ in range(5)))

@@ -199,7 +199,7 @@ def test_the_same_bits_every_time(case: Case) -> None:
 
 @pytest.mark.parametrize("words", [KEY, tuple(range(8))], ids=["Philox", "ChaCha20"])
 def test_the_noise_is_that_of_the_generator(words: tuple[int, ...]) -> None:
-    """A GPU's quick logarithm is off by 2^-22: r = sqrt(-2 ln u) by 2^-22 / r, and by at most sqrt(2) 2^-11 where r is nearly 0."""
+    """A quick logarithm is off by 2^-22: r = sqrt(-2 ln u) by 2^-22 / r, and by sqrt(2) 2^-11 at most, where r is nearly 0."""
     case = Case("noise", heads=4, kv_heads=2, lengths=(1000,), clipped=True)
     x = Inputs(*(t.float() for t in inputs_of(case)))
     clean, noisy = ours(case, x, 0.0, words)[0].double(), ours(case, x, 3.0, words)[0].double()
