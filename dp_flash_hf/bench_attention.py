@@ -101,16 +101,16 @@ def privatised(query: Tensor, key: Tensor, value: Tensor, *, words: int) -> Tens
 
 def _ours(query: Tensor, key: Tensor, value: Tensor, release: Release | None) -> Tensor:
     rows, length = query.shape[:2]
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     segments = SegmentTable.whole(rows, length, length, query.device)
-    return flash_attention(*heads_first, segments=segments, causal=True, release=release).transpose(1, 2)
+    return flash_attention(query, key, value, segments=segments, causal=True, release=release).transpose(1, 2)
 
 
 def torchs(query: Tensor, key: Tensor, value: Tensor, *, backend: SDPBackend) -> Tensor:
     """One of the kernels behind `scaled_dot_product_attention`, and no other."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     with sdpa_kernel(backend):
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), is_causal=True)
-    return out.transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
 def _flash_attn_2() -> Attention:
@@ -191,7 +191,7 @@ def ceilings(device: str, *, copied: int = 2**31, side: int = 8192) -> Ceilings:
     target = torch.empty_like(source)
     left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     seconds = []
-    steps: tuple[Step, Step] = (lambda: target.copy_(source), lambda: left @ right)  # type: ignore[assignment]
+    steps: tuple[Callable[[], object], ...] = (lambda: target.copy_(source), lambda: left @ right)
     for step in steps:
         for _ in range(3):
             step()
@@ -199,7 +199,7 @@ def ceilings(device: str, *, copied: int = 2**31, side: int = 8192) -> Ceilings:
     return Ceilings(2 * copied / seconds[0], 2 * side**3 / seconds[1])
 
 
-def timed(device: str, step: Step, count: int) -> float:
+def timed(device: str, step: Callable[[], object], count: int) -> float:
     """Seconds per step. On a GPU by its own clock, behind a pause in which the steps are launched."""
     if device != "cuda":
         start = time.perf_counter()
@@ -218,7 +218,8 @@ def timed(device: str, step: Step, count: int) -> float:
         step()
     last.record()
     torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1000 / count
+    milliseconds: float = first.elapsed_time(last)
+    return milliseconds / 1000 / count
 
 
 def measure(

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -130,6 +131,7 @@ def recorded_calls(everything: bool) -> Iterator[tuple[str, Call]]:
         ids, table = torch.zeros(sum(sizes), dtype=torch.long), torch.zeros(4096, 2048)
         for count in (1, 3):  # output gradients of layers that share an input
             yield f"ghost norm of {count}, {name}", partial(ghost_norm_triton.linear_squared_norms, a, [g] * count, sizes, 505)
+        yield f"gradients of units, {name}", partial(ghost_norm_triton.unit_gradients, a, g, sizes)
         yield f"embedding norm, {name}", partial(ghost_norm_triton.embedding_squared_norms, ids, g, sizes)
         yield f"clipped sum, {name}", partial(clipped_sum_triton.add_linear_, torch.zeros(2048, 1024), a, g, factors, sizes)
         yield f"clipped embedding, {name}", partial(clipped_sum_triton.add_embedding_, table, ids, g, factors, sizes)
@@ -173,6 +175,8 @@ def compile_call(call: str, capability: int, everything: bool) -> list[Build]:
     driver.set_active(Chip(capability))
     try:
         dict([*attention_calls(everything), *recorded_calls(everything)])[call]()
+    except Exception:  # Triton's errors cannot be sent to another process, which would wait for them in vain
+        raise RuntimeError(f"{call} for {CHIPS[capability]}:\n{traceback.format_exc()}") from None
     finally:
         JITFunction.run = launch
     return list(dict.fromkeys(found))

@@ -24,7 +24,8 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Kernels of matrix products; the others add, scale and compare.
 PRODUCTS = (
     *("attention_forward_kernel", "key_value_grad_kernel", "query_grad_kernel"),
-    *("gram_kernel", "direct_kernel", "linear_sum_kernel", "log_sum_exp_kernel", "logit_gradients_kernel"),
+    *("gram_kernel", "direct_kernel", "unit_gradients_kernel", "linear_sum_kernel"),
+    *("log_sum_exp_kernel", "logit_gradients_kernel"),
 )
 
 

@@ -87,8 +87,8 @@ def inputs_of(case: Case) -> Inputs:
     """bfloat16, on the GPU, laid out as models do (rows, length, heads, width), seen as (rows, heads, length, width)."""
     length = sum(case.lengths)
     shapes = ((case.heads, case.dim), (case.kv_heads, case.dim), (case.kv_heads, case.dim_v), (case.heads, case.dim_v))
-    made = [torch.randn(1, length, *shape, device="cuda").bfloat16().transpose(1, 2) for shape in shapes]
-    return Inputs(*made[:3], torch.randn(case.heads, device="cuda").bfloat16(), made[3])
+    query, key, value, grad = (torch.randn(1, length, *shape, device="cuda").bfloat16().transpose(1, 2) for shape in shapes)
+    return Inputs(query, key, value, torch.randn(case.heads, device="cuda").bfloat16(), grad)
 
 
 def clip_norms_of(case: Case) -> Tensor:
@@ -199,7 +199,7 @@ def test_the_same_bits_every_time(case: Case) -> None:
 
 @pytest.mark.parametrize("words", [KEY, tuple(range(8))], ids=["Philox", "ChaCha20"])
 def test_the_noise_is_that_of_the_generator(words: tuple[int, ...]) -> None:
-    """A GPU's quick logarithm is off by 2^-22: r = sqrt(-2 ln u) by 2^-22 / r, and by at most sqrt(2) 2^-11 where r is nearly 0."""
+    """A quick logarithm is off by 2^-22: r = sqrt(-2 ln u) by 2^-22 / r, and by sqrt(2) 2^-11 at most, where r is nearly 0."""
     case = Case("noise", heads=4, kv_heads=2, lengths=(1000,), clipped=True)
     x = Inputs(*(t.float() for t in inputs_of(case)))
     clean, noisy = ours(case, x, 0.0, words)[0].double(), ours(case, x, 3.0, words)[0].double()
