@@ -103,6 +103,48 @@ def query_tiles(
 
 
 @triton.jit
+def _key_value_tile(
+    key_grad, value_grad, key, value, factors, query_base, grad_base, lse_base, delta_base, first, j, n_q, n_k,
+    window, slope, height, drop_below, kept_scale, key0, key1, q_start, k_first, plane, q_stride, g_stride,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr, CLIPPED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, BLOCK_M)
+    query = load_rows(query_base, q_stride, first, rows, tl.arange(0, BLOCK_D), n_q, D, BLOCK_D, MASKED)
+    if MASKED:  # beyond the last query, 2^(logit - inf) = 0
+        lse = tl.load(lse_base + first + rows, mask=first + rows < n_q, other=float("inf"))
+        delta = tl.load(delta_base + first + rows, mask=first + rows < n_q, other=0.0)
+    else:
+        lse = tl.load(lse_base + first + rows)
+        delta = tl.load(delta_base + first + rows)
+    logits = dot(key, query.T, None)  # (keys, queries), as are all tiles here
+    if SOFTCAPPED:
+        squashed = tanh(logits * slope)
+        weights = tl.exp2(squashed * height - lse[None, :])
+    else:
+        weights = tl.exp2(logits * slope - lse[None, :])
+    if MASKED:
+        seen = visible((first + rows)[None, :], j[:, None], n_q, n_k, window, CAUSAL, WINDOWED)
+        weights = tl.where(seen, weights, 0.0)
+    grad = load_rows(grad_base, g_stride, first, rows, tl.arange(0, BLOCK_E), n_q, E, BLOCK_E, MASKED)
+    weight_grad = dot(value, grad.T, None)
+    if CLIPPED:
+        weight_grad *= factors[:, None]
+    used = weights
+    if DROPOUT:
+        keep = kept(key0, key1, q_start + first + rows, k_first, plane, drop_below, BLOCK_M, BLOCK_N).T
+        used = tl.where(keep, weights * kept_scale, 0.0)
+        weight_grad = tl.where(keep, weight_grad * kept_scale, 0.0)
+    value_grad = dot(used.to(grad.dtype), grad, value_grad)
+    logit_grad = weights * (weight_grad - delta[None, :])
+    if SOFTCAPPED:
+        logit_grad *= 1.0 - squashed * squashed
+    key_grad = dot(logit_grad.to(query.dtype), query, key_grad)
+    return key_grad, value_grad
+
+
+@triton.jit
 def _key_value_grads(
     key_grad, value_grad, key, value, factors, query_base, grad_base, lse_base, delta_base, low, high, j, n_q, n_k,
     window, slope, height, drop_below, kept_scale, key0, key1, q_start, k_first, plane, q_stride, g_stride,
@@ -110,38 +152,12 @@ def _key_value_grads(
     WINDOWED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr, CLIPPED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.arange(0, BLOCK_M)
     for first in range(low, high, BLOCK_M):
-        query = load_rows(query_base, q_stride, first, rows, tl.arange(0, BLOCK_D), n_q, D, BLOCK_D, MASKED)
-        if MASKED:  # beyond the last query, 2^(logit - inf) = 0
-            lse = tl.load(lse_base + first + rows, mask=first + rows < n_q, other=float("inf"))
-            delta = tl.load(delta_base + first + rows, mask=first + rows < n_q, other=0.0)
-        else:
-            lse = tl.load(lse_base + first + rows)
-            delta = tl.load(delta_base + first + rows)
-        logits = dot(key, query.T, None)  # (keys, queries), as are all tiles here
-        if SOFTCAPPED:
-            squashed = tanh(logits * slope)
-            weights = tl.exp2(squashed * height - lse[None, :])
-        else:
-            weights = tl.exp2(logits * slope - lse[None, :])
-        if MASKED:
-            seen = visible((first + rows)[None, :], j[:, None], n_q, n_k, window, CAUSAL, WINDOWED)
-            weights = tl.where(seen, weights, 0.0)
-        grad = load_rows(grad_base, g_stride, first, rows, tl.arange(0, BLOCK_E), n_q, E, BLOCK_E, MASKED)
-        weight_grad = dot(value, grad.T, None)
-        if CLIPPED:
-            weight_grad *= factors[:, None]
-        used = weights
-        if DROPOUT:
-            keep = kept(key0, key1, q_start + first + rows, k_first, plane, drop_below, BLOCK_M, BLOCK_N).T
-            used = tl.where(keep, weights * kept_scale, 0.0)
-            weight_grad = tl.where(keep, weight_grad * kept_scale, 0.0)
-        value_grad = dot(used.to(grad.dtype), grad, value_grad)
-        logit_grad = weights * (weight_grad - delta[None, :])
-        if SOFTCAPPED:
-            logit_grad *= 1.0 - squashed * squashed
-        key_grad = dot(logit_grad.to(query.dtype), query, key_grad)
+        key_grad, value_grad = _key_value_tile(
+            key_grad, value_grad, key, value, factors, query_base, grad_base, lse_base, delta_base, first, j, n_q, n_k,
+            window, slope, height, drop_below, kept_scale, key0, key1, q_start, k_first, plane, q_stride, g_stride,
+            D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, MASKED, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     return key_grad, value_grad
 
 
@@ -192,11 +208,12 @@ def key_value_grad_kernel(
     key_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     value_grad = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     low, left, right, high = query_tiles(first, n_q, n_k, window, CAUSAL, WINDOWED, BLOCK_M, BLOCK_N)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        plane = batch_row * heads + head
-        query_base = query_ptr + batch_row * q_row + head * q_head + q_start.to(tl.int64) * q_stride
-        grad_base = grad_ptr + batch_row * g_row + head * g_head + q_start.to(tl.int64) * g_stride
+    query_base = query_ptr + batch_row * q_row + q_start.to(tl.int64) * q_stride
+    grad_base = grad_ptr + batch_row * g_row + q_start.to(tl.int64) * g_stride
+    if GROUP == 1:
+        plane = batch_row * heads + kv_head
+        query_base += kv_head * q_head
+        grad_base += kv_head * g_head
         lse_base = lse_ptr + plane * lse_stride + q_start
         delta_base = delta_ptr + plane * lse_stride + q_start
         if CAUSAL or WINDOWED:
@@ -218,16 +235,20 @@ def key_value_grad_kernel(
             q_start, k_start + first, plane, q_stride, g_stride, D, E, BLOCK_D, BLOCK_E,
             CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+    else:  # all heads of the group in one loop; three loops inside another would spill registers
+        steps = tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
+        for step in range(steps * GROUP):
+            head = kv_head * GROUP + step // steps
+            plane = batch_row * heads + head
+            key_grad, value_grad = _key_value_tile(
+                key_grad, value_grad, key, value, factors, query_base + head * q_head, grad_base + head * g_head,
+                lse_ptr + plane * lse_stride + q_start, delta_ptr + plane * lse_stride + q_start,
+                low + step % steps * BLOCK_M, j, n_q, n_k, window, slope, height, drop_below, kept_scale, key0, key1,
+                q_start, k_start + first, plane, q_stride, g_stride, D, E, BLOCK_D, BLOCK_E,
+                CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
 
     inside = ((j >= 0) & (j < n_k))[:, None]
-    if CLIPPED:
-        # v' = C v / |v| where |v| > C, so dv = C / |v| (dv' - u (u . dv')) with u = v / |v|; else dv = dv'.
-        direction = value.to(tl.float32)
-        norm = tl.sqrt(tl.sum(direction * direction, 1))
-        clipped = norm > tl.load(norms_ptr + kv_head)
-        direction = direction / tl.where(clipped, norm, 1.0)[:, None]
-        radial = tl.where(clipped, tl.sum(direction * value_grad, 1), 0.0)
-        value_grad = factors[:, None] * (value_grad - direction * radial[:, None])
     key_tile = (
         kg_row * batch_row + kg_head * kv_head + tl.cast(kg_stride, tl.int64) * (k_start + first) + columns[:, None] * kg_stride
     )
@@ -236,6 +257,14 @@ def key_value_grad_kernel(
         (key_grad * scale).to(key_grad_ptr.dtype.element_ty),
         mask=inside & (width < D)[None, :],
     )
+    if CLIPPED:
+        # v' = C v / |v| where |v| > C, so dv = C / |v| (dv' - u (u . dv')) with u = v / |v|; else dv = dv'.
+        direction = value.to(tl.float32)
+        norm = tl.sqrt(tl.sum(direction * direction, 1))
+        clipped = norm > tl.load(norms_ptr + kv_head)
+        direction = direction / tl.where(clipped, norm, 1.0)[:, None]
+        radial = tl.where(clipped, tl.sum(direction * value_grad, 1), 0.0)
+        value_grad = factors[:, None] * (value_grad - direction * radial[:, None])
     value_tile = (
         vg_row * batch_row + vg_head * kv_head + tl.cast(vg_stride, tl.int64) * (k_start + first) + columns[:, None] * vg_stride
     )

@@ -178,6 +178,19 @@ def _attend(
     return total, maximum, weighted
 
 
+@triton.jit
+def _store_noised(
+    output, pointer, std_ptr, key0, key1, key2, key3, key4, key5, key6, key7, row, plane, real, stride,
+    NOISE: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store (ROWS, COLUMNS) of the output, from column FIRST on, with noise."""
+    z = normals(key0, key1, key2, key3, key4, key5, key6, key7, row, plane, NOISE, ROWS, FIRST, COLUMNS)
+    columns = FIRST + tl.arange(0, COLUMNS)
+    tile = tl.arange(0, ROWS)[:, None] * stride + columns[None, :]
+    noised = (output + z * tl.load(std_ptr)).to(pointer.dtype.element_ty)
+    tl.store(pointer + tile, noised, mask=real[:, None] & (columns < WIDTH)[None, :])
+
+
 @tuned(CONFIGS, "NOISE")
 @triton.jit(do_not_specialize=VARYING)
 def attention_forward_kernel(
@@ -261,10 +274,24 @@ def attention_forward_kernel(
         output = tl.where(tl.abs(output) < float("inf"), output, 0.0)
     if clean_ptr is not None:
         tl.store(clean_ptr + tile, output.to(clean_ptr.dtype.element_ty), mask=inside)
-    if NOISE:
-        z = normals(key0, key1, key2, key3, key4, key5, key6, key7, q_start + i, plane, NOISE, BLOCK_M, BLOCK_E)
-        output += z * tl.load(std_ptr + head)
-    tl.store(output_ptr + tile, output.to(output_ptr.dtype.element_ty), mask=inside)
+    if not NOISE:
+        tl.store(output_ptr + tile, output.to(output_ptr.dtype.element_ty), mask=inside)
+    elif BLOCK_E < 128:
+        _store_noised(
+            output, output_ptr + offsets, std_ptr + head, key0, key1, key2, key3, key4, key5, key6, key7, q_start + i, plane,
+            i < n_q, o_stride, NOISE, 0, BLOCK_M, BLOCK_E, E,
+        )  # fmt: skip
+    else:  # one half after the other, or the noise of both would not fit the registers
+        HALF: tl.constexpr = BLOCK_E // 2
+        left, right = tl.split(tl.permute(tl.reshape(output, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        _store_noised(
+            left, output_ptr + offsets, std_ptr + head, key0, key1, key2, key3, key4, key5, key6, key7, q_start + i, plane,
+            i < n_q, o_stride, NOISE, 0, BLOCK_M, HALF, E,
+        )  # fmt: skip
+        _store_noised(
+            right, output_ptr + offsets, std_ptr + head, key0, key1, key2, key3, key4, key5, key6, key7, q_start + i, plane,
+            i < n_q, o_stride, NOISE, HALF, BLOCK_M, HALF, E,
+        )  # fmt: skip
     if lse_ptr is not None:
         lse = tl.where(empty, float("inf"), maximum + tl.log2(total))
         tl.store(lse_ptr + plane * lse_stride + q_start + i, lse, mask=i < n_q)

@@ -49,9 +49,10 @@ def _quarter_round(a, b, c, d):
 
 @triton.jit
 def chacha_words(
-    key0, key1, key2, key3, key4, key5, key6, key7, row, plane, STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """Sixteen tiles (ROWS, BLOCKS) uint32: words 0..15 of the blocks 0.. of the rows `row` (ROWS,).
+    key0, key1, key2, key3, key4, key5, key6, key7, first_block, row, plane,
+    STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Sixteen tiles (ROWS, BLOCKS) uint32: words 0..15 of the blocks first_block.. of the rows `row` (ROWS,).
 
     ChaCha20 (RFC 8439, 20 rounds), words 12..15 of the state = (block, row, plane, stream).
     """
@@ -61,7 +62,7 @@ def chacha_words(
     s6, s7 = zero + key2.to(tl.uint32, bitcast=True), zero + key3.to(tl.uint32, bitcast=True)
     s8, s9 = zero + key4.to(tl.uint32, bitcast=True), zero + key5.to(tl.uint32, bitcast=True)
     s10, s11 = zero + key6.to(tl.uint32, bitcast=True), zero + key7.to(tl.uint32, bitcast=True)
-    s12 = zero + tl.arange(0, BLOCKS).to(tl.uint32)[None, :]
+    s12 = zero + (first_block + tl.arange(0, BLOCKS)).to(tl.uint32)[None, :]
     s13 = zero + row.to(tl.uint32)[:, None]
     s14, s15 = zero + plane.to(tl.uint32), zero + STREAM
     x0, x1, x2, x3, x4, x5, x6, x7 = s0, s1, s2, s3, s4, s5, s6, s7
@@ -112,17 +113,20 @@ def _merge(a, b, c, d):
 @triton.jit
 def normals(
     key0, key1, key2, key3, key4, key5, key6, key7, row, plane,
-    GENERATOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GENERATOR: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) float32 standard normals of the rows `row` (ROWS,) of `plane`, from column 0 on; COLUMNS % 16 == 0."""
+    """(ROWS, COLUMNS) float32 standard normals of the rows `row` (ROWS,) of `plane`, from column FIRST on.
+
+    FIRST and COLUMNS are multiples of 16.
+    """
     if GENERATOR == PHILOX:
-        w0, w1, w2, w3 = philox_words(key0, key1, 0, row, plane, NOISE_STREAM, ROWS, COLUMNS // 4)
+        w0, w1, w2, w3 = philox_words(key0, key1, FIRST // 4, row, plane, NOISE_STREAM, ROWS, COLUMNS // 4)
         z0, z1 = box_muller(w0, w1)
         z2, z3 = box_muller(w2, w3)
         z = _merge(z0, z1, z2, z3)
     else:
         w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14, w15 = chacha_words(
-            key0, key1, key2, key3, key4, key5, key6, key7, row, plane, NOISE_STREAM, ROWS, COLUMNS // 16
+            key0, key1, key2, key3, key4, key5, key6, key7, FIRST // 16, row, plane, NOISE_STREAM, ROWS, COLUMNS // 16
         )
         z0, z1 = box_muller(w0, w1)
         z2, z3 = box_muller(w2, w3)

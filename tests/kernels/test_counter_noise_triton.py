@@ -104,7 +104,7 @@ def _words(
     row = tl.load(rows + tl.arange(0, ROWS))
     tile = out + tl.arange(0, ROWS)[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
     if SECURE:
-        words = chacha_words(key0, key1, key2, key3, key4, key5, key6, key7, row, plane, 0, ROWS, BLOCKS)
+        words = chacha_words(key0, key1, key2, key3, key4, key5, key6, key7, 0, row, plane, 0, ROWS, BLOCKS)
     else:
         words = philox_words(key0, key1, 0, row, plane, 0, ROWS, BLOCKS)
     for w in tl.static_range(16 if SECURE else 4):
@@ -117,7 +117,7 @@ def _normals(
     GENERATOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.arange(0, ROWS)
-    z = normals(key0, key1, key2, key3, key4, key5, key6, key7, row, plane, GENERATOR, ROWS, COLUMNS)
+    z = normals(key0, key1, key2, key3, key4, key5, key6, key7, row, plane, GENERATOR, ROWS, 0, COLUMNS)
     tl.store(out + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], z)
 
 
