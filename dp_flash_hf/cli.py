@@ -69,7 +69,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dp-flash", description="Differentially private fine-tuning for Hugging Face Transformers.")
-    parser.add_argument("--version", action="version", version=metadata.version("dp-flash-hf"))
+    parser.add_argument("--version", action="version", version=_version("dp-flash-hf"))
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 

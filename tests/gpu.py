@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 BENCH = ("-m", "dp_flash_hf.cli", "bench", "--repeats", "3", "--preset")
-TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations", "5")
+TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations", "5", "--tb", "short")
 
 
 class Part(NamedTuple):

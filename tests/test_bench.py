@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dp_flash_hf import bench, cli
 from dp_flash_hf.bench import BASELINE, FULL, LORA, MAX_GRAD_NORM, METHODS, VOCABULARY, Work
+from dp_flash_hf.kernels.linear_cross_entropy import linear_cross_entropy
 
 TINY = Work(device="cpu", autocast=False, layers=1, width=64, vocabulary=50, batch=3, lengths=(7,), threads=1)
 
@@ -25,20 +26,23 @@ def _row_gradients(model: Any, tokens: Tensor) -> list[list[Tensor]]:
 @pytest.mark.parametrize(
     ("method", "lora"), [*((name, 0) for name in {**METHODS, **FULL, **VOCABULARY}), *((name, 4) for name in LORA)], ids=str
 )
-def test_each_method_steps_with_the_gradient_it_claims(method: str, lora: int) -> None:
+def test_each_method_steps_with_the_gradient_it_claims(method: str, lora: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are clipped to MAX_GRAD_NORM and averaged, except without privacy: a loop over single rows says how."""
     if method.startswith("Opacus"):
         pytest.importorskip("opacus")
     if lora:
         pytest.importorskip("peft")
-    work = replace(TINY, lora=lora)
-    rows = _row_gradients(bench.model_of(work, 7, "sdpa"), bench.tokens_of(work, 7))
+    work, length = replace(TINY, lora=lora), 7
+    if "logits" in method:
+        length = 30  # logits larger than the head's gradient, or they are never put off
+        formed = _blocks_counted(monkeypatch)
+    rows = _row_gradients(bench.model_of(work, length, "sdpa"), bench.tokens_of(work, length))
     norms = [float(torch.cat([g.flatten() for g in row]).norm()) for row in rows]
     assert min(norms) > MAX_GRAD_NORM  # else clipping would change nothing
     factors = [1.0 if method == BASELINE else MAX_GRAD_NORM / norm for norm in norms]
     expected = [sum(f * g for f, g in zip(factors, of_rows, strict=True)) / work.batch for of_rows in zip(*rows, strict=True)]
 
-    model, step = {**METHODS, **FULL, **VOCABULARY}[method](work, 7)
+    model, step = {**METHODS, **FULL, **VOCABULARY}[method](work, length)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(("lora" in name) == bool(lora) for name in trained)
     before = [parameter.detach().clone() for parameter in trained.values()]
@@ -49,6 +53,20 @@ def test_each_method_steps_with_the_gradient_it_claims(method: str, lora: int) -
         error = float((parameter.grad - want).norm() / want.norm())
         assert error < 100 * torch.finfo(torch.float32).eps, name
         assert not torch.equal(parameter, old), f"{name} was not updated"
+    if "logits" in method:
+        assert bool(formed) == (method == "dp_flash, logits in blocks")
+
+
+def _blocks_counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has an item for every cross entropy that is computed in blocks."""
+    found: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        found.append(1)
+        return linear_cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr("dp_flash_hf.layers.logits.linear_cross_entropy", counted)
+    return found
 
 
 def test_peak_memory_is_that_of_the_work() -> None:
