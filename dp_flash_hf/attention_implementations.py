@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dp_flash_hf.errors import UnsupportedError, invalid
@@ -358,6 +358,8 @@ def _triton_lacks(query: Tensor, value: Tensor, segments: Segments | None, patte
         return f"{query.dtype} with heads of {query.shape[-1]} and {value.shape[-1]} numbers"
     if pattern.bias is not None or (pattern.mask is not None and pattern.mask.dtype != torch.bool):
         return "numbers added to the logits"
+    if pattern.sinks is not None and type(pattern.sinks) not in (Tensor, nn.Parameter):
+        return "trained sinks while their per-unit gradients are recorded"  # which happens in torch functions
     if segments is None:
         return None if pattern.mask is None else "a mask of this form"
     parts = _long_parts(segments)

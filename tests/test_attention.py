@@ -262,6 +262,38 @@ def test_triton_runs_or_raises(kwargs: dict[str, Any], match: str, device: str) 
         run(tensors())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_the_engine_records_through_the_kernels(name: str, device: str) -> None:
+    pytest.importorskip("triton")
+    config = transformers.AutoConfig.for_model(name, **MOE)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="dp_flash").to(device).train()  # type: ignore[no-untyped-call]
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_("self_attn" in parameter_name and "sinks" not in parameter_name)
+    ids = torch.randint(3, 50, (3, 9), device=device)
+    mask = padding([9, 4, 1]).to(device)
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+    def clipped() -> list[Tensor]:
+        model.zero_grad()
+        engine = dp_flash_hf.ClippingEngine(model, max_grad_norm=0.01)
+        engine.backward(lambda rows: model(**rows, num_items_in_batch=1).loss, batch)
+        assert "microbatch" not in set(engine.forms().values())
+        engine.detach()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    wanted = clipped()
+    with use("triton"):
+        found = clipped()
+        # Sinks are trained by torch alone, where their gradients are recorded.
+        if name == "gpt_oss":
+            model.model.layers[0].self_attn.sinks.requires_grad_()
+            with pytest.raises(UnsupportedError, match="trained sinks"):
+                clipped()
+    for one, other in zip(found, wanted, strict=True):
+        # Of norm 0.01 at most, and sums of fewer than 2^10 rounded products on the way.
+        torch.testing.assert_close(one, other, rtol=0, atol=2**10 * torch.finfo(torch.float32).eps * 0.01)
+
+
 def test_one_query_sees_all_keys() -> None:
     qkv = tensors(q=1, k=7)
     assert_same(run(qkv), reference.attention(*qkv), qkv)
