@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -30,12 +31,18 @@ HIDDEN = 32  # see `hidden_by_rounding`
 
 @cache
 def _has_triton(device: torch.device) -> bool:
-    capable = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)  # bfloat16 in matrix units
-    return capable and find_spec("triton") is not None
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability < (8, 0) or find_spec("triton") is None:  # 8.0: bfloat16 in matrix units
+        return False
+    # Triton 3.6 fails to compile Gram matrices for tensor memory; 3.9 does not.
+    return capability < (10, 0) or tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
 
 
 def runs_on_triton(*records: Tensor) -> bool:
-    """Whether Triton kernels take these records: bfloat16, float16 or float32 on an NVIDIA GPU (8.0 or newer), and triton."""
+    """Whether Triton kernels take these records: bfloat16, float16 or float32 on an NVIDIA GPU, and triton.
+
+    Ampere and newer; Blackwell with Triton 3.9.
+    """
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     return all(x.is_cuda and x.dtype in dtypes for x in records) and _has_triton(records[0].device)
 
