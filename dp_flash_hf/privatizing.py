@@ -283,7 +283,7 @@ class _Scope:
     ) -> None:
         self.privacy, self.places, self.ledger, self.configs = privacy, places, ledger, configs
         self.root: nn.Module | None = None  # the whole model
-        self.whole: frozenset[str] = frozenset()  # places whose rows are not those of the batch, as verify_cut saw
+        self.whole: frozenset[str] = frozenset()  # places whose rows may not be those of the batch, as verify_cut saw
         self.rows: int | None = None  # of the batch that the outermost model was given; None if its inputs disagree
         self.depth = 0
         self.missing: set[str] = set()  # places that have not released yet
@@ -547,7 +547,8 @@ def verify_cut(
 
     Args:
         privatized: what `privatize` returned.
-        inputs: keyword arguments of the model, as it will be called; a real batch, best of several rows.
+        inputs: keyword arguments of the model, as it will be called; a real batch. After one of one row, calls with several
+            count as one unit, because nothing shows that rows do not mix.
         private: names of the entries that the guarantee protects. Default: every tensor but masks and positions. So where
             `labels` or `decoder_input_ids` are public, say private=("input_ids",).
         released: names of the entries of the model's output that will leave it, or that a loss to train on is made of; "0",
@@ -750,13 +751,16 @@ class _Trial:
     def check_rows(self, first: _Run, generator: torch.Generator) -> None:
         """Raise PrivacyError if what a place is given of one row depends on another row.
 
-        Of a place that has other rows than the batch (the sequence comes first, chunks), every call counts as one unit.
+        Of a place that has other rows than the batch (the sequence comes first, chunks), every call counts as one unit; and of
+        all places, where the batch is one row, which shows nothing.
         """
         rows = {len(self.inputs[name]) for name in self.private}
         if len(rows) != 1:
             return
         n_rows = rows.pop()
-        self.scope.whole = frozenset(place for place, given in first.seen if any(len(x) != n_rows for x in given))
+        self.scope.whole = frozenset(
+            place for place, given in first.seen if n_rows == 1 or any(len(x) != n_rows for x in given)
+        )
         if n_rows == 1:
             return
         for row in (0, n_rows - 1):

@@ -685,3 +685,12 @@ def test_a_batch_that_is_normalised_by_itself_has_to_be_verified_again() -> None
         privatized.report(1e-5)
     with pytest.raises(PrivacyError, match="batch normalisation"):
         verify_cut(privatized, {"input_ids": _ids(3, 5)})
+
+
+def test_one_row_does_not_show_that_rows_do_not_mix() -> None:
+    privatized = _released_after(_Embedded(lambda x: x.cumsum(0)))
+    verify_cut(privatized, {"input_ids": _ids(1, 5)})
+    privatized.model(_ids(3, 5))
+    assert privatized.ledger.squared_mu == pytest.approx(3 / GOOD["noise_multiplier"] ** 2)
+    with pytest.raises(PrivacyError, match="depends on other rows"):
+        verify_cut(privatized, {"input_ids": _ids(3, 5)})
