@@ -300,7 +300,10 @@ def _released(
     pattern: Pattern,
     release: Release,
 ) -> Tensor:
-    """(B, H, Q, E) with noise. Every row before it is a convex combination of clipped values, whatever the inputs hold."""
+    """(B, H, Q, E) with noise. Every row before it is a convex combination of clipped values, or clipped itself.
+
+    The latter where numbers added to the logits are not finite, and where matrix products round (TF32).
+    """
     dtype = value.dtype
     query, key, value = finite(query), finite(key), finite(value)
     norms = release.clip_norms.to(value)[:, None, None]
@@ -308,9 +311,12 @@ def _released(
     if pattern.mask is not None and pattern.mask.is_floating_point():
         pattern = replace(pattern, mask=pattern.mask.to(query.dtype))
     with torch.autocast(query.device.type, enabled=False):
-        output = attend(query, key, value, segments, pattern)
+        output: Tensor = attend(query, key, value, segments, pattern).nan_to_num(0.0, 0.0, 0.0)
+    norms = norms.repeat_interleave(query.shape[1] // key.shape[1], 0)
+    output = output * (norms / torch.linalg.vector_norm(output, dim=-1, keepdim=True).clamp(min=norms))
     noise = normals(release.key, output.shape, output.device, secure=len(release.key) > 2)
-    return (output + release.noise_std[:, None, None] * noise).to(dtype)
+    noised: Tensor = (output + release.noise_std[:, None, None] * noise).to(dtype)
+    return noised
 
 
 def finite(x: Tensor) -> Tensor:
@@ -323,6 +329,9 @@ def _triton(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern, release: Release | None
 ) -> Tensor:
     """This library's kernels."""
+    dtype = value.dtype
+    if release is not None and release.exact:
+        query, key, value = finite(query), finite(key), finite(value)
     lacking = _triton_lacks(query, value, segments, pattern)
     if lacking is not None:
         raise UnsupportedError(f'the "triton" implementation of attention does not take {lacking}; use "sdpa"')
@@ -334,7 +343,7 @@ def _triton(
         parts = _long_parts(segments)
         causal = any(part.sight != "all" for part in parts)
         window = max((part.window for part in parts if part.window is not None), default=None)
-    return flash_attention(
+    output = flash_attention(
         *(query, key, value),
         segments=table,
         causal=causal,
@@ -345,9 +354,11 @@ def _triton(
         dropout=pattern.dropout,
         # From torch's generator, so that gradient checkpointing, which sets it back, drops the same weights again.
         dropout_key=tuple(torch.randint(2**32, (2,)).tolist()) if pattern.dropout else None,
-        # Weights are rounded to the values' dtype before they meet them: with norms so much smaller, C still holds.
-        release=release and release._replace(clip_norms=release.clip_norms / (1 + torch.finfo(value.dtype).eps)),
+        # Weights are rounded to the values' dtype, by at most eps / 2, before they meet them, and sums over tiles of keys are
+        # rounded to float32: with norms so much smaller, C still holds.
+        release=release and release._replace(clip_norms=release.clip_norms / (1 + max(torch.finfo(value.dtype).eps, 2**-12))),
     )
+    return output.to(dtype)
 
 
 def _triton_lacks(query: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> str | None:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import textwrap
+import threading
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ NOT_COVERED = (
     "Lengths, padding and masks, and the places of special tokens; how often and when a unit took part.",
     "Inputs listed as public, outputs not listed as released, and everything before the noise.",
     "The trained weights, where gradients of private data reach them by another way than the released outputs.",
+    "A number of calls that depends on what calls released: then the epsilon is that of the most calls there could have been.",
     "Units that hold several rows of a batch, or several batches' rows, unless ledger.units(ids) said so.",
     "Attacks on floating-point noise, on the operating system's random numbers, or on timing and memory use.",
 )
@@ -231,7 +233,8 @@ class AttentionPrivacy:
     logit_cap: S; logits become S tanh(logits / S). "token" needs it.
     head_shares: what share of mu^2 each query head spends, adding up to 1. By default in proportion to C_h^2, which gives
         every head the same noise.
-    secure: noise from ChaCha20 with 256-bit keys, instead of Philox with keys of 64 bits.
+    secure: noise from ChaCha20 with 256-bit keys, instead of Philox with keys of 64 bits, which is no cryptographic generator,
+        and under which two of n releases have the same noise with probability n^2 / 2^65.
 
     Raises ValueError for fields outside their range.
     """
@@ -362,7 +365,9 @@ class AttentionLedger:
     """Every privatised call, and the privacy that all cost a unit together.
 
     Calls are Gaussian mechanisms, and these compose exactly, over layers, heads and passes and also where later inputs depend
-    on earlier outputs: mu^2 adds up (Dong, Roth and Su 2022, corollary 2; rho = mu^2 / 2 in zCDP). By default every call counts
+    on earlier outputs: mu^2 adds up (Dong, Roth and Su 2022, corollary 2; rho = mu^2 / 2 in zCDP). How many calls there are has
+    to be settled beforehand: where it depends on what was released (generating up to an end token), what is promised is the
+    epsilon of the most that there could have been (Rogers et al. 2016, on odometers). By default every call counts
     against every unit. Copies of a privatised model made by copy.deepcopy record in the same ledger; those in another process
     (pickle, fork) each in a copy of their own, and the sum is what was spent.
     """
@@ -374,6 +379,7 @@ class AttentionLedger:
         self._passes: Counter[tuple[float, float]] = Counter()  # (sampling rate, mu^2): passes
         self._ids: list[Hashable] | None = None
         self._open: list[float] | None = None  # [sampling rate, mu^2 so far] of the pass under way
+        self._thread: int | None = None  # that opened a context
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # what a copy of the model releases is of the same units
@@ -396,7 +402,10 @@ class AttentionLedger:
         so the epsilon of all is that of the unit with most (parallel composition); `epsilon` reports it.
         """
         self._enter("units")
-        self._ids = list(ids.tolist() if isinstance(ids, Tensor) else ids)
+        known = [one.item() if isinstance(one, Tensor) else one for one in ids]  # tensors are equal to themselves only
+        if any(one != one for one in known):
+            raise invalid("ids", expected="ids that are equal to themselves", actual=math.nan, remedy="number the units")
+        self._ids = known
         try:
             yield
         finally:
@@ -421,6 +430,7 @@ class AttentionLedger:
     def _enter(self, name: str) -> None:
         if self._ids is not None or self._open is not None:
             raise PrivacyError(f"ledger.{name} within another context of the ledger: a call is counted in one way only")
+        self._thread = threading.get_ident()
 
     def _close(self) -> None:
         assert self._open is not None
@@ -436,6 +446,8 @@ class AttentionLedger:
 
         Raises PrivacyError if the number of ids is neither that of rows nor that of parts.
         """
+        if (self._ids is not None or self._open is not None) and self._thread != threading.get_ident():
+            raise PrivacyError("a privatised call of another thread than the one that opened the ledger's context: whose rows?")
         if self._ids is None:
             return by_row if rows_are_units else [whole]
         for costs in (by_row, by_part, [whole]):

@@ -105,6 +105,7 @@ class Privatized:
                     )
         configs = [owner.config for owner in owners.values() if owner is not None] if placement == "attention" else []
         self._scope = _Scope(privacy, len(places), self.ledger, configs)
+        self._scope.root = model
         self._undo: list[Callable[[], None]] = []
         for place, module in places.items():
             self._install(place, module, owners[place])
@@ -130,7 +131,10 @@ class Privatized:
         self._undo.append(handle.remove)
 
     def remove(self) -> None:
-        """Take all noise out again. The ledger stays; there is no report of a model without noise, so take that before."""
+        """Take all noise out again. The ledger stays; there is no report of a model without noise, so take that before.
+
+        Another `privatize` begins another ledger: what both of them released, of the same units, costs the sum of their rho.
+        """
         while self._undo:
             self._undo.pop()()
         self._verified = None
@@ -169,11 +173,14 @@ class Privatized:
         )
 
     def _state(self) -> tuple[Any, ...]:
-        """What verify_cut's verdict depends on: modules and places, what is trained, and who computes attention."""
+        """What verify_cut's verdict depends on: modules and places, what is trained, who computes attention, and whether
+        batches are normalised by themselves.
+        """
         return (
             tuple((name, _is_private(module)) for name, module in self.model.named_modules()),
             tuple(name for name, parameter in self.model.named_parameters() if parameter.requires_grad),
             tuple(config._attn_implementation for config in self._scope.configs),
+            tuple(module.training for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)),
         )
 
 
@@ -275,6 +282,8 @@ class _Scope:
         self, privacy: AttentionPrivacy, places: int, ledger: AttentionLedger, configs: list[PreTrainedConfig]
     ) -> None:
         self.privacy, self.places, self.ledger, self.configs = privacy, places, ledger, configs
+        self.root: nn.Module | None = None  # the whole model
+        self.whole: frozenset[str] = frozenset()  # places whose rows may not be those of the batch, as verify_cut saw
         self.rows: int | None = None  # of the batch that the outermost model was given; None if its inputs disagree
         self.depth = 0
         self.missing: set[str] = set()  # places that have not released yet
@@ -282,6 +291,8 @@ class _Scope:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of every model and the models in it."""
+        if module is self.root:  # also after one that was interrupted
+            self.depth = 0
         self.depth += 1
         if self.depth > 1:
             return
@@ -300,7 +311,7 @@ class _Scope:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the same, also after an error."""
-        self.depth -= 1
+        self.depth = max(self.depth - 1, 0)
         if self.depth == 0:
             self.rows = None
 
@@ -313,16 +324,22 @@ class _Scope:
 
     def account(self, place: str, by_row: list[float], by_part: list[float] | None = None) -> None:
         """Record a release; the arguments as those of AttentionLedger.per_unit, in factors."""
-        costs = self.per_unit(by_row, by_row if by_part is None else by_part)
+        costs = self.per_unit(place, by_row, by_row if by_part is None else by_part)
         multiplier = self.privacy.multiplier(self.places)
         base = 1.0 if self.privacy.max_length is None else self.privacy.factor
         self.ledger.record(place, [factor / base / multiplier**2 for factor in costs])
         self.missing.discard(place)
 
-    def per_unit(self, by_row: list[float], by_part: list[float]) -> list[float]:
-        return self.ledger.per_unit(by_row, by_part, sum(by_row), rows_are_units=self.rows == len(by_row))
+    def per_unit(self, place: str, by_row: list[float], by_part: list[float]) -> list[float]:
+        rows_are_units = self.rows == len(by_row) and place not in self.whole
+        return self.ledger.per_unit(by_row, by_part, sum(by_row), rows_are_units=rows_are_units)
 
-    def refuse_recomputing(self) -> None:
+    def refuse_replaying(self) -> None:
+        if _is_replayed():
+            raise UnsupportedError(
+                "a privatised call while the model is traced, exported, captured or transformed by torch.func: what is made of "
+                "it would add the same noise again and again, and no ledger would know; release with the model itself"
+            )
         # A recomputed forward would draw other noise than the one whose loss is being differentiated.
         if torch._C._current_graph_task_id() != -1:
             raise UnsupportedError("a privatised call during the backward pass: switch gradient checkpointing off")
@@ -333,6 +350,13 @@ class _Scope:
         self.seen.append((place, given))
         numbers = normals((len(self.seen), 0), (1, 1, 1, shape.numel()), given[-1].device, given[-1].dtype)
         return numbers[0, 0, 0].view(shape)
+
+
+def _is_replayed() -> bool:
+    """Whether what is computed now will serve for several releases."""
+    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return captured or transformed or bool(torch._C._is_tracing() or torch.compiler.is_exporting())
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -349,7 +373,7 @@ class _AttentionSite:
 
     def open(self, call: Call) -> tuple[Release, float | None] | Tensor:
         privacy, scope = self.scope.privacy, self.scope
-        scope.refuse_recomputing()
+        scope.refuse_replaying()
         softcap = self._cap(call)
         (batch, heads, queries, _), kv_heads = call.query.shape, call.key.shape[1]
         clip, std = _constants(privacy, scope.places, heads, kv_heads, call.query.device)
@@ -357,7 +381,7 @@ class _AttentionSite:
             shape = torch.Size((batch, heads, queries, call.value.shape[-1]))
             return scope.constant(self.place, (call.query, call.key, call.value), shape)
         by_row, by_part = _rows(call)
-        longest = max(scope.per_unit(by_row, by_part), default=0)
+        longest = max(scope.per_unit(self.place, by_row, by_part), default=0)
         assert privacy.max_length is not None
         if longest > privacy.max_length:
             raise UnsupportedError(
@@ -367,7 +391,7 @@ class _AttentionSite:
         if privacy.unit == "token":
             by_row, by_part = _token_factors(call, cast(float, privacy.logit_cap))
         scope.account(self.place, by_row, by_part)
-        return Release(clip, std, fresh_key(secure=privacy.secure)), softcap
+        return Release(clip, std, fresh_key(secure=privacy.secure), exact=privacy.unit == "token"), softcap
 
     def _cap(self, call: Call) -> float | None:
         """The cap on this call's logits. Raises UnsupportedError where the bounds do not hold for the call."""
@@ -464,7 +488,7 @@ class _ResidualSite:
 
     def _release(self, states: Tensor) -> Tensor:
         scope, privacy = self.scope, self.scope.privacy
-        scope.refuse_recomputing()
+        scope.refuse_replaying()
         if scope.seen is not None:
             return scope.constant(self.place, (states,), states.shape)
         batch, length, _ = states.shape
@@ -523,7 +547,8 @@ def verify_cut(
 
     Args:
         privatized: what `privatize` returned.
-        inputs: keyword arguments of the model, as it will be called; a real batch, best of several rows.
+        inputs: keyword arguments of the model, as it will be called; a real batch. After one of one row, calls with several
+            count as one unit, because nothing shows that rows do not mix.
         private: names of the entries that the guarantee protects. Default: every tensor but masks and positions. So where
             `labels` or `decoder_input_ids` are public, say private=("input_ids",).
         released: names of the entries of the model's output that will leave it, or that a loss to train on is made of; "0",
@@ -724,11 +749,20 @@ class _Trial:
             )
 
     def check_rows(self, first: _Run, generator: torch.Generator) -> None:
-        """Raise PrivacyError if what a place is given of one row depends on another row."""
+        """Raise PrivacyError if what a place is given of one row depends on another row.
+
+        Of a place that has other rows than the batch (the sequence comes first, chunks), every call counts as one unit; and of
+        all places, where the batch is one row, which shows nothing.
+        """
         rows = {len(self.inputs[name]) for name in self.private}
-        if len(rows) != 1 or rows == {1}:
+        if len(rows) != 1:
             return
         n_rows = rows.pop()
+        self.scope.whole = frozenset(
+            place for place, given in first.seen if n_rows == 1 or any(len(x) != n_rows for x in given)
+        )
+        if n_rows == 1:
+            return
         for row in (0, n_rows - 1):
             run = self.run_like(first, self.replaced(generator, row))
             kept = [i for i in range(n_rows) if i != row]

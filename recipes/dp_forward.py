@@ -10,7 +10,10 @@ Each text is released once and that is kept, so the classifier may take as many 
 
 What is promised differs from the other recipes. There, whether a training example was used hardly changes the model (add or
 remove one, in the centre's hands). Here any other text of the same length could stand in a text's place, test texts included,
-and whoever sees what was released could hardly tell: nobody has to be trusted with texts. That costs far more noise.
+and whoever sees what was released learns which it was only as well as epsilon allows: nobody has to be trusted with texts. That
+costs far more noise, and is why epsilon is so large here. At 64 it protects little against whoever wonders which of two given
+texts it was: of texts that are as unlike as can be, the better guess is right 99.996 times in 100, and of texts near two
+different labels 99.7 times. At 8 it is right 80 times, and 72.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class Options:
     max_length: int = field(default=128, metadata={"help": "tokens kept of each text"})
     sharpness: float = field(default=20.0, metadata={"help": "of the likeness to labels: softmax(sharpness * cosine)"})
     release_batch_size: int = field(default=64, metadata={"help": "texts whose scores are computed at a time"})
-    secure: bool = field(default=False, metadata={"help": "noise from ChaCha20 instead of Philox"})
+    secure: bool = field(default=True, metadata={"help": "noise from ChaCha20, as so large an epsilon needs; else Philox"})
 
 
 class Likeness(nn.Module):

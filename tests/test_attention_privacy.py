@@ -6,6 +6,7 @@ import copy
 import math
 import multiprocessing
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
@@ -415,6 +416,28 @@ def test_a_token_of_nan_or_infinity_stays_within_the_bound_of_a_token(bad: float
     assert moved <= token_sensitivity(6, [1.0, 1.0], 0.3)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_so_does_a_token_in_the_kernels(which: int, device: str) -> None:
+    pytest.importorskip("triton")
+    privacy = AttentionPrivacy(**{**GOOD, "noise_multiplier": SILENT, "max_length": 30}, unit="token", logit_cap=0.1)
+    module, _ = private_layer(privacy, rows=1)
+    one = [x.bfloat16().to(device) for x in random_qkv(1, 1, 1, 30, d=16, e=16)]
+    one[2][:] = one[2][:, :, :1]  # all alike, so that rows that become zero move far
+    other = [x.clone() for x in one]
+    other[which][0, :, 0] = math.nan
+    with use("triton"):
+        moved = float((call(module, one).float() - call(module, other).float()).norm())
+    assert moved <= token_sensitivity(30, [1.0], 0.1)
+
+
+def test_numbers_added_to_the_logits_cannot_make_a_row_infinite() -> None:
+    module, _ = private_layer(AttentionPrivacy(**{**GOOD, "noise_multiplier": SILENT}))
+    bias = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    bias[0, 0, 1, 0], bias[0, 0, 2, 0] = math.nan, math.inf
+    output = call(module, random_qkv(1, 1, 1, 4), position_bias=bias)
+    assert (output.norm(dim=-1) <= 1 + 8 * EPS64).all()
+
+
 def test_no_two_calls_have_the_same_noise_wherever_the_module_goes() -> None:
     module, _ = private_layer(AttentionPrivacy(**GOOD))
     qkv = random_qkv(1, 1, 1, 3)
@@ -584,6 +607,23 @@ def test_a_call_is_counted_in_one_way() -> None:
         ledger.epsilon(0.0)
     assert ledger.epsilon(1e-5) == 0
     assert not ledger.knows_units
+
+
+def test_a_thread_of_its_own_is_in_nobody_elses_context() -> None:
+    module, ledger = private_layer(AttentionPrivacy(**GOOD), rows=1)
+    with ledger.units(["a"]), ThreadPoolExecutor(1) as pool, pytest.raises(PrivacyError, match="another thread"):
+        pool.submit(call, module, random_qkv(1, 1, 1, 3)).result()
+    assert not ledger.calls
+
+
+def test_ids_are_compared_by_what_they_are() -> None:
+    module, ledger = private_layer(AttentionPrivacy(**GOOD), rows=2)
+    for _ in range(3):
+        with ledger.units(list(torch.tensor([4, 5]))):
+            call(module, random_qkv(2, 1, 1, 3))
+    assert ledger.squared_mu == pytest.approx(3 * cost(AttentionPrivacy(**GOOD), 3))
+    with pytest.raises(ValueError, match="equal to themselves"), ledger.units([math.nan]):
+        pass
 
 
 def test_a_copy_records_in_the_same_ledger() -> None:

@@ -613,3 +613,84 @@ def test_an_encoder_that_is_called_by_itself_is_recorded_by_rows() -> None:
     privatized = privatize(model, RESIDUAL, layers=[1], placement="residual")
     generate(model)
     assert privatized.ledger.squared_mu == pytest.approx(1 / 4)
+
+
+# --- calls that are not what they seem ------------------------------------------------------------------------------------
+
+
+class _Embedded(nn.Module):
+    """Embeddings, and a block behind them; `arrange` lays out what the block is given."""
+
+    def __init__(self, arrange: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.embedding, self.norm, self.block = nn.Embedding(50, 4), nn.BatchNorm1d(4), nn.Identity()
+        self.arrange, self.interrupted = arrange, False
+        self.eval().requires_grad_(False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        states: Tensor = self.block(self.arrange(self.norm(self.embedding(input_ids).flatten(0, -2)).view(*input_ids.shape, 4)))
+        return states
+
+
+def _ids(*shape: int) -> Tensor:
+    return torch.randint(50, shape, generator=torch.Generator().manual_seed(0))
+
+
+def _released_after(model: nn.Module) -> Privatized:
+    return privatize(model, RESIDUAL, layers=["block"], placement="residual")
+
+
+@pytest.mark.parametrize("how", ["traced", "exported", "mapped"])
+def test_what_would_add_the_same_noise_again_is_refused(how: str) -> None:
+    model = _Embedded()
+    privatized = _released_after(model)
+    ways: dict[str, Callable[[], Any]] = {
+        "traced": lambda: torch.jit.trace(model, (_ids(2, 5),)),
+        "exported": lambda: torch.export.export(model, (_ids(2, 5),)),
+        "mapped": lambda: torch.vmap(model)(_ids(3, 1, 5)),
+    }
+    with pytest.raises(Exception, match="the same noise again and again"):
+        ways[how]()
+    assert not privatized.ledger.calls
+
+
+def test_an_interrupted_call_does_not_say_whose_rows_the_next_ones_are() -> None:
+    model = _Embedded(lambda x: x.flatten(0, -3))
+    privatized = _released_after(model)
+    model(_ids(2, 4, 5))
+    before = privatized.ledger.squared_mu
+    model.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        model(_ids(8, 5))
+    model.interrupted = False
+    model(_ids(2, 4, 5))
+    assert privatized.ledger.squared_mu == pytest.approx(2 * before)
+
+
+def test_rows_that_are_tokens_are_one_unit_also_where_there_are_as_many_as_texts() -> None:
+    privatized = _released_after(_Embedded(lambda x: x.transpose(0, 1)))
+    verify_cut(privatized, {"input_ids": _ids(3, 5)})
+    privatized.model(_ids(5, 5))
+    assert privatized.ledger.squared_mu == pytest.approx(5 / GOOD["noise_multiplier"] ** 2)
+
+
+def test_a_batch_that_is_normalised_by_itself_has_to_be_verified_again() -> None:
+    privatized = _released_after(_Embedded())
+    verify_cut(privatized, {"input_ids": _ids(3, 5)})
+    privatized.model.train()
+    privatized.model(_ids(3, 5))
+    with pytest.raises(PrivacyError, match="has not been verified"):
+        privatized.report(1e-5)
+    with pytest.raises(PrivacyError, match="batch normalisation"):
+        verify_cut(privatized, {"input_ids": _ids(3, 5)})
+
+
+def test_one_row_does_not_show_that_rows_do_not_mix() -> None:
+    privatized = _released_after(_Embedded(lambda x: x.cumsum(0)))
+    verify_cut(privatized, {"input_ids": _ids(1, 5)})
+    privatized.model(_ids(3, 5))
+    assert privatized.ledger.squared_mu == pytest.approx(3 / GOOD["noise_multiplier"] ** 2)
+    with pytest.raises(PrivacyError, match="depends on other rows"):
+        verify_cut(privatized, {"input_ids": _ids(3, 5)})

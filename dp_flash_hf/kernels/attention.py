@@ -71,7 +71,8 @@ class Release(NamedTuple):
 
     The result is a Gaussian mechanism. What an output row holds besides noise has at most norm C (1 + eps), with eps that of
     the value's dtype (attention weights are rounded to it before they meet the values), whatever the input: where it would be
-    infinite or NaN it is 0.
+    infinite or NaN it is 0. That bounds rows, not how far
+    one key moves them: by C if it is NaN, and by C eps through the rounding of all other weights.
     """
 
     clip_norms: Tensor  # float32 (G,): value rows of a key/value head are scaled down to at most this norm
@@ -79,6 +80,7 @@ class Release(NamedTuple):
     key: tuple[
         int, ...
     ]  # 32-bit words, never used before: 2 for Philox, 8 for ChaCha20 (unpredictable to whoever knows some noise)
+    exact: bool = False  # for whoever calls the kernels: no half precision before the noise; a bound on one token needs it
 
 
 class Pattern(NamedTuple):
@@ -134,6 +136,11 @@ def flash_attention(
     scale = query.shape[3] ** -0.5 if scale is None else scale
     pattern = Pattern(causal, window, scale, softcap, dropout, tuple(dropout_key or ()) if dropout else ())
     _check_pattern(pattern, release)
+    if release is not None and value.dtype == torch.float16:
+        # Its numbers below 2^-14 are evenly spaced: rounding weight times clip factor can double it, and the norm with it.
+        query, key, value = query.float(), key.float(), value.float()
+        options: dict[str, Any] = {**pattern._asdict(), "segments": segments, "sinks": sinks, "release": release}
+        return flash_attention(query, key, value, **options).to(torch.float16)
     query, key, value = (_addressable(x) for x in (query, key, value))
     sinks = None if sinks is None else sinks.contiguous()
     segments = segments.contiguous()

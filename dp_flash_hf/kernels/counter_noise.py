@@ -6,6 +6,8 @@ use gets fresh numbers, and whoever holds the key gets the same ones again. The 
     Philox: key (k0, k1), counter (block, row, plane, stream), 4 words of 32 bits; column c has word c % 4 of block c // 4.
     ChaCha20: key of 8 words, state words 12 to 15 are (block, row, plane, stream); column c has word c % 16 of block c // 16.
 
+Streams are words of 32 bits too: the lower half says what for, the upper half how far into the tails of the normals.
+
 For the element (b, h, i, c) of a (B, H, Q, D) tensor: row = i and plane = b * H + h.
 """
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from dp_flash_hf.errors import invalid
 
 NOISE, DROPOUT = 0, 1  # streams
+LEVELS = 8  # words that a uniform number next to 0 is made of
 
 _MASK = 0xFFFFFFFF
 _CHACHA_CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)  # "expand 32-byte k"
@@ -89,7 +92,9 @@ def normals(
     """Independent N(0, 1) numbers by Box-Muller from the words of columns 2m and 2m + 1; computed in float32.
 
     u = (even word + 1/2) / 2^32, r = sqrt(-2 ln u), t = 2 pi (odd word) / 2^32: column 2m is r cos t, column 2m + 1 is r sin t.
-    No number is larger than sqrt(66 ln 2) = 6.76, which a true normal exceeds once in 7e10.
+    Where the even word is 0, the next level's word (stream + level 2^16) says where below 2^-32 u lies, and so on for LEVELS
+    words: numbers reach to sqrt(514 ln 2) = 18.9. One level would end at 6.76, and where the sensitivity is several standard
+    deviations, as for epsilon = 64, most of what one input gives would be what the other cannot.
 
     Args:
         key: 2 words of 32 bits (Philox), or 8 with `secure` (ChaCha20).
@@ -102,9 +107,18 @@ def normals(
     Raises ValueError for a key of another length.
     """
     batch, heads, rows, columns = shape
-    words = _words(key, (batch, heads, rows, columns + columns % 2), device, secure, stream).float()  # rounded to nearest
-    radius = (-2 * (words[..., 0::2] * 2.0**-32 + 2.0**-33).log()).sqrt()
-    angle = words[..., 1::2] * 2.0**-32 * (2 * math.pi)
+    whole_pairs = (batch, heads, rows, columns + columns % 2)
+    words = _words(key, whole_pairs, device, secure, stream)
+    even, odd = words[..., 0::2], words[..., 1::2].float()
+    levels = torch.zeros_like(odd)
+    for level in range(1, LEVELS):
+        zero = even == 0
+        if not bool(zero.any()):  # nearly always: 2^-32 of them are
+            break
+        even = torch.where(zero, _words(key, whole_pairs, device, secure, stream | level << 16)[..., 0::2], even)
+        levels = levels + zero
+    radius = (-2 * (even.float() * 2.0**-32 + 2.0**-33).log() + 64 * math.log(2) * levels).sqrt()
+    angle = odd * 2.0**-32 * (2 * math.pi)
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
     return pairs.flatten(-2)[..., :columns].to(dtype)
 

@@ -313,6 +313,20 @@ def test_a_release_is_bounded_whatever_the_input(device: str) -> None:
     assert bool((out.float().norm(dim=3) <= limit).all())
 
 
+def test_a_release_in_half_precision_is_bounded_where_numbers_are_tiny(device: str) -> None:
+    # Weight times clip factor is just above 2^-25 for all keys but one, and float16 would round it to 2^-24.
+    length, width, largest = 257, 64, 65504.0
+    value = torch.full((1, 1, length, width), largest, dtype=torch.float16, device=device)
+    value[:, :, 0] = 0
+    query, key = torch.ones(1, 1, 1, 16, dtype=torch.float16, device=device), torch.zeros_like(value[..., :16])
+    key[..., 0, 0] = -math.log(2**-25 * 1.02 * largest * width**0.5)
+    private = Release(torch.ones(1, device=device), torch.zeros(1, device=device), (1, 2))
+    table = SegmentTable.whole(1, 1, length, device)
+    out = flash_attention(query, key, value, segments=table, scale=1.0, release=private)
+    assert out.dtype == torch.float16
+    assert 0.5 < float(out.float().norm()) <= 1 + 2**-10
+
+
 def test_the_same_call_gives_the_same_bits(device: str) -> None:
     given = problem(RAGGED, device, causal=True, sinks=True, dropout=0.2, dropout_key=DROPOUT_KEY)
     first, second = given.ours(), given.ours()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
+from dp_flash_hf.kernels import counter_noise
 from dp_flash_hf.kernels.counter_noise import chacha20, fresh_key, keep_mask, normals, philox
 
 KEY = (0x12345678, 0x9ABCDEF0)
@@ -125,3 +127,20 @@ def test_a_key_of_another_kind_is_refused(key: tuple[int, ...], secure: bool) ->
 def test_a_probability_outside_its_range_is_refused() -> None:
     with pytest.raises(ValueError, match="p: expected"):
         keep_mask(KEY, (1, 1, 1, 1), 1.5)
+
+
+def test_a_word_of_zero_is_not_where_normals_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 2^-32 of all words are 0: here all of the first three levels.
+    plain = counter_noise.philox
+
+    def with_zeros(key: Sequence[int], counter: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        level = int(counter[3].flatten()[0]) >> 16
+        return [word * (level > 2) if place % 2 == 0 else word for place, word in enumerate(plain(key, counter))]
+
+    monkeypatch.setattr(counter_noise, "philox", with_zeros)
+    far = normals(KEY, (1, 2, 50, 16)).double().unflatten(3, (8, 2)).square().sum(4)
+    uniform = (3 * 64 * math.log(2) - far).div(2).exp()
+    assert 3 * 64 * math.log(2) - 1e-4 <= float(far.min())
+    assert float(uniform.mean()) == pytest.approx(0.5, abs=0.05)  # as in the first level
+    monkeypatch.setattr(counter_noise, "philox", lambda key, counter: [0 * word for word in plain(key, counter)])
+    assert float(normals(KEY, (1, 1, 1, 2)).max()) == pytest.approx(math.sqrt(2 * math.log(2) * (32 * 8 + 1)), rel=1e-6)

@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 
 from dp_flash_hf.kernels.attention_forward import signed
-from dp_flash_hf.kernels.counter_noise_triton import CHACHA, PHILOX, chacha_words, kept, normals, philox_words
+from dp_flash_hf.kernels.counter_noise_triton import (
+    CHACHA,
+    PHILOX,
+    _deeper,
+    _squared_radius,
+    chacha_words,
+    kept,
+    normals,
+    philox_words,
+)
 
 KEY = (0xA4093822, 0x299F31D0, 0x082EFA98, 0xEC4E6C89, 1, 0xFFFFFFFF, 0x80000000, 16)
 
@@ -173,6 +182,27 @@ def test_normals(words: int, width: int, device: str) -> None:
     # The angle is rounded at up to 2 pi, cosine and root by a few eps; a hardware logarithm is off by 2^-22 where it is small.
     bound = 16 * eps * r + 2 * eps / r.clamp(min=eps**0.5)
     assert bool(((z.cpu().double() - wanted).abs() <= bound).all())
+
+
+@triton.jit
+def _radii(out, words, LEVELS: tl.constexpr, N: tl.constexpr):
+    place = tl.arange(0, N)
+    squared = _squared_radius(tl.load(words + place).to(tl.uint32, bitcast=True))
+    for level in range(1, LEVELS):
+        squared = _deeper(squared, tl.load(words + level * N + place).to(tl.uint32, bitcast=True), level)
+    tl.store(out + place, squared)
+
+
+def test_words_of_zero_go_deeper(device: str) -> None:
+    levels = [[0, 0, 0, 1, 2**32 - 1, 7, 0, 0], [1, 0, 0, 0, 0, 0, 2**32 - 1, 0], [5, 0, 9, 0, 5, 5, 0, 2**31]]
+    wanted = []
+    for first, *rest in zip(*levels, strict=True):
+        level = next((i for i, word in enumerate([first, *rest]) if word), 2)
+        wanted.append(-2 * math.log(((first, *rest)[level] + 0.5) / 2**32 / 2 ** (32 * level)))
+    words = torch.tensor([signed([*level]) for level in levels], dtype=torch.int32, device=device)
+    out = torch.empty(8, device=device)
+    _radii[(1,)](out, words, LEVELS=3, N=8)
+    assert out.tolist() == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
 def test_kept_weights(device: str) -> None:
