@@ -65,7 +65,6 @@ def test_default_configurations(tmp_path: Path) -> None:
     print(f"\n{table(builds)}")
     assert {build.kernel for build in builds} == names, "a kernel that no call in builds.py launches"
     assert not too_large(builds)
-    # The tails of noise are nearly never computed; what is moved for them is moved there.
     spilling = [build for build in builds if build.default and build.spills]
     assert not spilling, f"registers spilled to local memory:\n{table(spilling)}"
     without = [b for b in builds if b.kernel in PRODUCTS and "fp32" not in b.call and not b.units]
