@@ -337,7 +337,7 @@ def _layout_of_mask(mask: Tensor, n_queries: int) -> _Layout:
 def _block(start: int, stop: int, can_see: list[bool], agrees: list[list[bool]], window: int) -> Segment:
     """What the block [start, stop) of one row's mask says; agrees: whether each query sees all, all behind, or a window."""
     length = stop - start
-    if not can_see[start]:
+    if not any(can_see[start:stop]):
         return Segment(length, length, "nothing")
     all_of_it, causal, windowed = (all(agree[start:stop]) for agree in agrees)
     if all_of_it or causal:

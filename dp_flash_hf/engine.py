@@ -76,6 +76,7 @@ class ClippingEngine:
         self._sums: dict[nn.Parameter, tuple[Tensor, Tensor, int]] = {}
         self._uncovered: set[nn.Parameter] = set()
         self._long_units = False  # whether the last batch was computed unit by unit because that is faster
+        self._together = False  # see `together`
         self._reached: set[nn.Parameter] = set()  # parameters that the last batch's loss depended on
         self._groups = _groups(model, self.parameters, clipping)
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -120,7 +121,7 @@ class ClippingEngine:
         choose = select or (lambda whole, unit: select_unit(whole, resolved, unit))
         with self._isolated_gradients():
             if self.strategy == "auto":
-                self._long_units = self._microbatch_is_faster(batch, resolved)
+                self._long_units = not self._together and self._microbatch_is_faster(batch, resolved)
             if self.strategy == "microbatch" or (self.strategy == "auto" and (self._uncovered or self._long_units)):
                 return self._microbatch(loss_fn, batch, resolved, scale, choose)
             run = self._two_pass if self.strategy == "two_pass" else self._bookkeeping
@@ -196,6 +197,18 @@ class ClippingEngine:
                 raise PrivacyError("engine.batch: no backward ran inside it; run forward and backward inside the block")
             self._add_recorded(seen[0], scale)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the context, strategy="auto" computes no batch unit by unit only because that is faster.
+
+        Checks need it: units that are computed one by one cannot see each other, whatever they do in other batches.
+        """
+        before, self._together = self._together, True
+        try:
+            yield
+        finally:
+            self._together = before
+
     @torch.no_grad()
     def clipped_sum(self, parameter: nn.Parameter) -> Tensor:
         """The accumulated clipped sum of one parameter, float32 (float64): `.grad` itself, or what it was rounded from.
@@ -250,7 +263,7 @@ class ClippingEngine:
         strategy, dropped = self.strategy, self.dropped_units
         held, sums = {p: p.grad for p in self.parameters}, self._sums
         try:
-            with training_mode(self.model, False):
+            with training_mode(self.model, False), self.together():
                 self._sums = {}
                 self._clear_gradients()
                 together = self.backward(loss_fn, batch, resolved, loss_scale, select).double()

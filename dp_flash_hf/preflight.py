@@ -64,14 +64,15 @@ def preflight(
     with_equal_shapes = 1e-3 if reduced_precision else 1e-5  # when there is little rounding to allow for
     if units.kind == "tokens":
         check_packing(model, loss, batch, units, tolerance=tolerance, with_equal_shapes=with_equal_shapes)
-    engine.check(loss, batch, units, scale, tolerance=tolerance)
 
     def alone(number: int) -> dict[str, Any]:
         own = prepare(collate(dataset.__getitems__(keys_of(chosen[number], 0))))[0]
         return without_trailing_padding(own) if cut_padding else own
 
-    check_alone(engine, loss, batch, units, scale, alone, tolerance=tolerance)
-    check_training_mode(engine, loss, batch, units, scale, tolerance=with_equal_shapes)
+    with engine.together():
+        engine.check(loss, batch, units, scale, tolerance=tolerance)
+        check_alone(engine, loss, batch, units, scale, alone, tolerance=tolerance)
+        check_training_mode(engine, loss, batch, units, scale, tolerance=with_equal_shapes)
     return loss
 
 

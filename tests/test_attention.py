@@ -166,6 +166,17 @@ def test_packed_row_with_padding_at_its_end(extra: dict[str, Any]) -> None:
     assert_same(run(qkv, mask, **extra), oracle, trainable(qkv, extra))
 
 
+def test_a_block_whose_first_query_sees_nothing(device: str) -> None:
+    """Everything before itself, and not itself: alone in its row, and before two other texts."""
+    before = causal_mask(S).tril(-1)
+    for mask in (before, torch.block_diag(before[:3, :3], causal_mask(4), torch.ones(2, 2)).bool()):
+        qkv = tensors(batch=1)
+        assert_same(run(qkv, mask[None, None]), reference.attention(*qkv, mask=mask[None, None]), qkv)
+        single = [x.detach().float().to(device) for x in qkv]
+        with use("triton"), pytest.raises(UnsupportedError, match="mask of this form"):  # and not zeros
+            run(single, mask[None, None].to(device))
+
+
 def test_sliding_window(extra: dict[str, Any]) -> None:
     qkv, positions = tensors(), torch.tensor([[*range(5), *range(4)]])
     oracle = reference.attention(*qkv, causal=True, window=3, **for_oracle(extra))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dp_flash_hf import planner
 from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels.ghost_norm import linear_squared_norms
 from dp_flash_hf.records import LinearUse
 from tests.models import Loss
@@ -145,3 +146,27 @@ def test_tables_speak_against_it() -> None:
     assert not planner.microbatch_is_faster(shapes, 32000 * 512, sizes, torch.float32, planner.CPU)
     assert not planner.microbatch_is_faster(shapes, 0, (), torch.float32, planner.CPU)
     assert not planner.microbatch_is_faster({}, 0, sizes, torch.float32, planner.CPU)
+
+
+class Coupled(Stack):
+    """Each row less the mean of all rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out - out.mean(0, keepdim=True) if len(out) > 1 else out
+
+
+@pytest.mark.parametrize("coupled_by", ["model", "loss"])
+def test_checks_see_units_together_where_steps_need_not(coupled_by: str) -> None:
+    """Unit by unit, nothing could be wrong; shorter batches are computed in one pass."""
+    model = Coupled(512, 2) if coupled_by == "model" else Stack(512, 2)
+
+    def loss(batch: dict[str, Any]) -> Tensor:
+        return total(model)(batch) / (len(batch["x"]) if coupled_by == "loss" else 1)
+
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+    batch = {"x": torch.randn(2, 250, 512)}
+    with pytest.raises(PrivacyError, match="couples units"):
+        engine.check(loss, batch)
+    engine.backward(loss, batch)
+    assert set(engine.forms().values()) == {"microbatch"}

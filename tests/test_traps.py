@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 
 from dp_flash_hf import engine as engine_module
 from dp_flash_hf import mechanism as mechanism_module
+from dp_flash_hf import planner
 from dp_flash_hf import preflight as preflight_module
 from dp_flash_hf.callback import DPCallback
 from dp_flash_hf.engine import ClippingEngine, Strategy
@@ -174,6 +175,16 @@ def test_6_3_would_fail_with_the_models_own_mean_and_preflight_sees_it(
     for check in ("check_training_mode", "check_alone"):
         monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
     assert coupling(name, tmp_path, monkeypatch) > 0.1
+
+
+def test_6_3_preflight_sees_it_where_long_units_are_computed_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The preflight's batch holds the longest text; shorter ones are computed in one pass."""
+    monkeypatch.setattr(UnitLoss, "__call__", model_mean)
+    monkeypatch.setattr(planner, "microbatch_is_faster", lambda *args: True)
+    with pytest.raises(PrivacyError, match="couples units"):
+        coupling("gpt2", tmp_path, monkeypatch)
 
 
 class MeanOfRows(nn.Module):

@@ -20,6 +20,7 @@ from dp_flash_hf.kernels.ghost_norm_triton import (
     SUM_OPTIONS,
     dot,
     on_device,
+    on_its_device,
     product_options,
     product_tiles,
     rowwise,
@@ -127,7 +128,8 @@ def units_sum_kernel(gradients, unit_stride, size, factors, out, n_units, BLOCK:
     for unit in range(n_units):
         factor = tl.load(factors + unit)
         mask = places < tl.where(factor != 0.0, size, 0)
-        total += factor * tl.load(gradients + unit * unit_stride + places, mask=mask, other=0.0)
+        # Gradients of several units may be more than an int32 can count.
+        total += factor * tl.load(gradients + tl.cast(unit, tl.int64) * unit_stride + places, mask=mask, other=0.0)
     tl.store(out + places, total, mask=places < size)
 
 
@@ -141,6 +143,7 @@ def _chunks(sizes: tuple[int, ...], rows: int, device: torch.device) -> tuple[Te
     return on_device(device, starts[units] + rows * within, starts[units + 1], units)
 
 
+@on_its_device
 def add_linear_(out: Tensor, a: Tensor, g: Tensor, factors: Tensor, sizes: tuple[int, ...], *, replace: bool = False) -> Tensor:
     """out (p, d) float32 += sum_u factors[u] sum_{t in u} g_t a_t^T, or becomes it; the numbers of its rows side by side.
 
@@ -159,6 +162,7 @@ def add_linear_(out: Tensor, a: Tensor, g: Tensor, factors: Tensor, sizes: tuple
     return out
 
 
+@on_its_device
 def add_embedding_(out: Tensor, ids: Tensor, g: Tensor, factors: Tensor, sizes: tuple[int, ...]) -> None:
     """out (V, d) float32 rows at ids (rows,) += factor of the unit times g (rows, d), in unit order. factors: float32."""
     g = rowwise(g)
@@ -171,6 +175,7 @@ def add_embedding_(out: Tensor, ids: Tensor, g: Tensor, factors: Tensor, sizes: 
         )
 
 
+@on_its_device
 def add_per_unit_(out: Tensor, gradients: Tensor, factors: Tensor) -> None:
     """out (*shape) float32, contiguous, += sum_u factors[u] gradients[u]; gradients (units, *shape) and factors float32."""
     gradients, factors = gradients.contiguous(), factors.contiguous()

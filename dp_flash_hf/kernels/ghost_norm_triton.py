@@ -8,10 +8,10 @@ float32 products (no TF32).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -37,6 +37,8 @@ SUM_OPTIONS = {"ROWS": 32, "D_BLOCK": 128, "num_warps": 4, "num_stages": 2}  # o
 REDUCE_OPTIONS = {"BLOCK": 256, "num_warps": 4}  # of decide_kernel and settle_kernel
 
 EPS = torch.finfo(torch.float32).eps
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 SHARING = 3  # output gradients that one launch takes for one input: q, k, v
 PROGRAMS = 128  # of direct_kernel for each unit: where there is one unit only, about one for each multiprocessor of a large GPU
 
@@ -293,6 +295,21 @@ def table_rows_kernel(g, stride, width, order, run_ends, lengths, parts, hidden,
     tl.store(parts + first.to(tl.int64) * tl.num_programs(1) + block, square)
 
 
+def on_its_device(launches: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Decorator: what this launches runs on the device and stream of its first tensor, not on those that are current.
+
+    Backward passes run where their tensors are; norms and clipped sums are formed after them, by whoever called.
+    """
+
+    @wraps(launches)
+    def launched(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        first = next(x for x in args if isinstance(x, Tensor))
+        with torch.cuda.device_of(first):
+            return launches(*args, **kwargs)
+
+    return launched
+
+
 def on_device(device: torch.device, *columns: Sequence[int] | Tensor) -> tuple[Tensor, ...]:
     """int32 tensors on the device, copied in one piece and without waiting for it."""
     here = torch.cat([torch.as_tensor(column, dtype=torch.int32) for column in columns])
@@ -346,6 +363,7 @@ def fitted(choices: dict[int, dict[str, int]], records: Sequence[Tensor], **widt
     return options
 
 
+@on_its_device
 def linear_squared_norms(a: Tensor, gs: Sequence[Tensor], sizes: tuple[int, ...], longest_gram: float) -> Tensor:
     """||sum_{t in u} g_t a_t^T||_F^2 for every unit u and every output gradient g, float32 (len(gs), units).
 
@@ -398,6 +416,7 @@ def linear_squared_norms(a: Tensor, gs: Sequence[Tensor], sizes: tuple[int, ...]
     return norms
 
 
+@on_its_device
 def unit_gradients(a: Tensor, g: Tensor, sizes: tuple[int, ...], out: Tensor | None = None) -> Tensor:
     """G_u = sum_{t in u} g_t a_t^T of every unit, float32 (units, p, d), added to `out` where it is given.
 
@@ -428,6 +447,7 @@ def product_tiles(a: Tensor, g: Tensor) -> int:
     return tiles
 
 
+@on_its_device
 def row_sums(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Rows x (rows, p), in unit order, added over each unit: float32 (units, p)."""
     x = rowwise(x)
@@ -449,6 +469,7 @@ def unit_of_row(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.searchsorted(unit_offsets(sizes, device)[1:], rows, right=True, out_int32=True)
 
 
+@on_its_device
 def embedding_squared_norms(ids: Tensor, g: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Squared norm of each unit's embedding gradient, float32 (units,): rows of equal (unit, id) add before they are squared.
 

@@ -226,4 +226,6 @@ def _squared_norms(hidden: Tensor, block: Tensor, sizes: tuple[int, ...]) -> Ten
 
 
 def _has_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and find_spec("triton") is not None
+    if not x.is_cuda or x.dtype == torch.float64 or torch.version.hip is not None or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)

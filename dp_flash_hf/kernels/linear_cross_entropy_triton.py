@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dp_flash_hf.kernels.ghost_norm_triton import on_its_device
+
 if TYPE_CHECKING:
     from dp_flash_hf.kernels.linear_cross_entropy import Head, LogitGradients
 
@@ -24,6 +26,7 @@ LAUNCH: dict[int, dict[str, int]] = {
 COLUMNS = 4096
 
 
+@on_its_device
 def log_sum_exp(hidden: Tensor, head: Head) -> Tensor:
     """log sum exp of every row's logits, float32 (rows,). hidden: (rows, d)."""
     hidden, (rows, size) = _dense(hidden), (len(hidden), len(head.weight))
@@ -37,7 +40,12 @@ def log_sum_exp(hidden: Tensor, head: Head) -> Tensor:
 
 def logit_gradients(g: LogitGradients, start: int, stop: int) -> Tensor:
     """Columns [start, stop) of the gradients of h W^T + b: (rows, stop - start), in the dtype of the hidden states."""
-    hidden = _dense(g.hidden)
+    return _logit_gradients(g.hidden, g, start, stop)
+
+
+@on_its_device
+def _logit_gradients(hidden: Tensor, g: LogitGradients, start: int, stop: int) -> Tensor:
+    hidden = _dense(hidden)
     launch = LAUNCH[hidden.element_size()]
     out = hidden.new_empty(len(hidden), stop - start)
     if len(hidden):
@@ -109,7 +117,7 @@ def log_sum_exp_kernel(
     """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(1) * COLUMNS
-    largest = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
+    largest = tl.full((BLOCK_ROWS,), -1e30, dtype=tl.float32)  # finite: a bias may make all of a block minus infinity
     total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     for start in range(first, tl.minimum(first + COLUMNS, n_columns), BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)

@@ -75,16 +75,21 @@ class Product:
         self._before = self._state()
         self._members: list[weakref.ref[Logits]] = []
         self._formed: list[tuple[Tensor, int]] = []  # and how often it had been changed in place then
+        self.in_blocks = False  # whether a cross entropy went around the numbers
 
     def form(self, x: Tensor) -> Tensor:
         """The product of x, as autograd knows it if it is asked to. Raises PrivacyError when its numbers are no more."""
+        self.require_unchanged()
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            return self._form(x)
+
+    def require_unchanged(self) -> None:
+        """Raise PrivacyError when the numbers are no more."""
         if self._state() != self._before:
             raise PrivacyError(
                 "logits were read after the weights they come from had changed, and had not been formed before: read them (any "
                 "operation does) before the optimizer's step"
             )
-        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            return self._form(x)
 
     def join(self, member: Logits) -> None:
         """One more tensor looks at this product."""
@@ -92,7 +97,7 @@ class Product:
 
     def form_all(self) -> None:
         """Form everything that looks at this product, so that it shares memory, and changes, as torch would have it."""
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # whoever reads them first, others may need their gradients
             formed = [member.number() for member in [ref() for ref in self._members] if member is not None]
         self._formed = [(t, t._version) for t in formed]
 
@@ -157,6 +162,12 @@ class Logits(Tensor):
                 out = None if rule is None else rule(first, func, *args[1:], **kwargs)
             if out is not None:
                 return out
+
+        if isinstance(first, Logits) and first.product.in_blocks and getattr(func, "__name__", "") in _HOOKS:
+            raise PrivacyError(
+                f"{func.__name__} of logits whose cross entropy is already computed, without them: no gradient would come by; "
+                "call it before the loss, or use strategy='microbatch'"
+            )
 
         def numbers(value: Any) -> Any:
             if not isinstance(value, Logits):
@@ -292,6 +303,7 @@ _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "i
 _DESCRIBE: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES}
 _DESCRIBE |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_contiguous, Tensor.__len__}
 _DESCRIBE |= {Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel}
+_HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 _DIVISIONS = (Tensor.__truediv__, Tensor.div, Tensor.true_divide, torch.div, torch.true_divide)
 
 _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
@@ -338,6 +350,8 @@ def _cross_entropy(
     if logits.dim() != 2 or target.shape != logits.shape[:1] or reduction not in ("none", "sum", "mean"):
         return None
     product = logits.product
+    product.require_unchanged()
+    product.in_blocks = True
     labels = target.new_full((product.x.shape[:-1].numel(),), ignore_index).index_copy_(0, logits.note.places, target)
     loss = _Loss(
         product.origins, product.layout, product.autocast, labels, ignore_index, logits.note.scale, logits.note.softcap

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,3 +173,17 @@ def test_cuda_tensors_are_computed_by_triton() -> None:
     assert all(map(torch.equal, *sums))
     fresh = kernels.add_linear_(torch.empty(16, 8, device="cuda"), a, g, factors, sizes, replace=True)
     assert torch.equal(clipped_sum.linear_clipped_sum(a, g, factors, sizes), fresh)
+
+
+def test_gradients_of_more_numbers_than_an_int32_counts(tmp_path: Path, device: str) -> None:
+    """Of units 2^30 numbers apart, in a sparse file: an int32 would lead from the third back to the file's start."""
+    if device != "cpu":
+        pytest.skip("as large as the file")
+    apart, path = 2**30, tmp_path / "numbers"
+    with path.open("wb") as file:
+        file.truncate(4 * (4 * apart + 8))
+    numbers = torch.from_file(str(path), shared=True, size=4 * apart + 8)
+    numbers[4 * apart :] = 3.0
+    out, factors = torch.zeros(8), torch.tensor([0.0, 0.0, 2.0])
+    kernels.units_sum_kernel[(1,)](numbers[2 * apart :], apart, 8, factors, out, 3, **kernels.UNITS_OPTIONS)
+    assert out.tolist() == [6.0] * 8

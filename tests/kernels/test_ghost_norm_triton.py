@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -199,3 +200,36 @@ def test_unit_gradients(sizes: tuple[int, ...], dtype: torch.dtype, device: str)
         kernels.unit_gradients(a, g, sizes, wide[:, 1:-1].fill_(1.0))
         assert torch.equal(wide[:, 1:-1], got + 1)
         assert not wide[:, [0, -1]].any()
+
+
+def test_launches_are_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Triton launches on the current device, whatever its arguments lie on."""
+    from dp_flash_hf.kernels import clipped_sum_triton, linear_cross_entropy_triton
+    from dp_flash_hf.kernels.linear_cross_entropy import Head, LogitGradients
+
+    entered: list[torch.device] = []
+    device_of = torch.cuda.device_of
+
+    def spy(x: Tensor) -> Any:
+        entered.append(x.device)
+        return device_of(x)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(torch.cuda, "device_of", spy)
+    a, g, rows = torch.randn(6, 4, device=device), torch.randn(6, 5, device=device), torch.ones(6, device=device)
+    sizes, factors, ids = (2, 4), torch.ones(2, device=device), torch.arange(6, device=device) % 4
+    head = Head(torch.randn(5, 4, device=device))
+    for launches in (
+        lambda: kernels.linear_squared_norms(a, [g] * 4, sizes, 3),
+        lambda: kernels.unit_gradients(a, g, sizes),
+        lambda: kernels.row_sums(g, sizes),
+        lambda: kernels.embedding_squared_norms(ids, g, sizes),
+        lambda: clipped_sum_triton.add_linear_(torch.zeros(5, 4, device=device), a, g, factors, sizes),
+        lambda: clipped_sum_triton.add_embedding_(torch.zeros(4, 5, device=device), ids, g, factors, sizes),
+        lambda: clipped_sum_triton.add_per_unit_(torch.zeros(3, 5, device=device), g.view(2, 3, 5), factors),
+        lambda: linear_cross_entropy_triton.log_sum_exp(a, head),
+        lambda: linear_cross_entropy_triton.logit_gradients(LogitGradients(a, head, ids, rows, rows), 0, 5),
+    ):
+        entered.clear()
+        launches()
+        assert entered
+        assert set(entered) == {a.device}

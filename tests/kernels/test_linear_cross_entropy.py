@@ -266,6 +266,15 @@ def test_triton_reads_a_head_of_another_dtype(device: str) -> None:
     assert triton.log_sum_exp(hidden[:0], Head(weight)).shape == (0,)
 
 
+def test_triton_takes_a_bias_of_minus_infinity_for_words_that_are_none(device: str) -> None:
+    from dp_flash_hf.kernels import linear_cross_entropy_triton as triton
+
+    hidden, weight, bias = torch.randn(5, 20), torch.randn(200, 20), torch.zeros(200)
+    bias[:150] = -torch.inf
+    got = triton.log_sum_exp(hidden.to(device), Head(weight.to(device), bias.to(device)))
+    torch.testing.assert_close(got.cpu(), (hidden @ weight.mT + bias).logsumexp(1))
+
+
 def test_blocks_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK_BYTES", 4 * 70 * 40)
     c = case((35, 35), torch.float32)

@@ -539,3 +539,45 @@ def test_memory(strategy: Any, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> N
     logits = ids.numel() * VOCABULARY * 8
     assert largest[2**60] >= logits
     assert max(size for threshold, size in largest.items() if threshold < 2**60) < logits / 2
+
+
+def test_a_reader_in_inference_mode_takes_no_gradient_away(seen: Seen) -> None:
+    model = Small()
+    model.shift.requires_grad_(False)
+
+    def loss(batch: Any) -> Tensor:
+        logits, labels = model(batch["input_ids"]), batch["input_ids"]
+        entropy = _entropy(logits, labels)
+        with torch.inference_mode():
+            assert logits.argmax(-1).shape == labels.shape
+        return entropy + 0.1 * logits.logsumexp(-1).square().sum()  # type: ignore[no-any-return]
+
+    batch = {"input_ids": torch.randint(0, VOCABULARY, (4, 5))}
+    assert_exact(model, loss, batch, each_row(batch), 1e-12, strategies=FAST, clippings=("flat",))
+    assert seen.blocks > 0
+    assert seen.formed > 0
+
+
+@pytest.mark.parametrize("ask", [lambda t: t.register_hook(lambda g: 2 * g), lambda t: t.retain_grad()], ids=["hook", "retain"])
+def test_a_gradient_of_logits_that_will_not_come_by_is_refused(ask: Callable[[Tensor], Any], seen: Seen) -> None:
+    model = Small()
+    model.shift.requires_grad_(False)
+
+    def loss(batch: Any) -> Tensor:
+        logits = model(batch["input_ids"])
+        entropy = _entropy(logits, batch["input_ids"])
+        if logits.requires_grad:
+            ask(logits)
+        return entropy
+
+    batch = {"input_ids": torch.randint(0, VOCABULARY, (4, 5))}
+    with pytest.raises(PrivacyError, match="before the loss"):
+        ClippingEngine(model, max_grad_norm=1.0).backward(loss, batch)
+
+
+def test_cross_entropies_of_other_weights_are_refused(seen: Seen) -> None:
+    model, logits = put_off(seen)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    with pytest.raises(PrivacyError, match="before the optimizer's step"):
+        _entropy(logits, torch.zeros(4, 5, dtype=torch.long))
