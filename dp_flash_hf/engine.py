@@ -385,7 +385,9 @@ class ClippingEngine:
     def _microbatch_is_faster(self, batch: Batch, units: Units) -> bool:
         """By the planner's model; shapes are all it looks at."""
         first = next(iter(self.parameters))
-        rows = math.prod(leading_shape(batch)[1:]) if units.kind == "rows" else 1
+        # A second dimension of floating-point numbers may be features, of one row each.
+        has_length = any(isinstance(x, Tensor) and x.dim() > 1 + x.is_floating_point() for x in batch.values())
+        rows = math.prod(leading_shape(batch)[1:]) if units.kind == "rows" and has_length else 1
         sizes = [size * rows for size in units.sizes if size]
         speed = planner.speed_of(first.device, first.dtype)
         return planner.microbatch_is_faster(self._products, self._others, sizes, first.dtype, speed)

@@ -148,6 +148,13 @@ def test_tables_speak_against_it() -> None:
     assert not planner.microbatch_is_faster({}, 0, sizes, torch.float32, planner.CPU)
 
 
+def test_features_are_no_rows() -> None:
+    narrow = nn.Sequential(nn.Linear(250, 512), nn.Tanh(), *Stack(512, 2).layers)
+    engine = ClippingEngine(narrow, max_grad_norm=1.0)
+    engine.backward(lambda batch: narrow(batch["x"]).square().sum(), {"x": torch.randn(2, 250)})
+    assert "microbatch" not in engine.forms().values()
+
+
 class Coupled(Stack):
     """Each row less the mean of all rows."""
 
