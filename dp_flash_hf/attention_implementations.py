@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
@@ -23,6 +23,7 @@ from dp_flash_hf.errors import UnsupportedError, invalid
 from dp_flash_hf.kernels import reference
 from dp_flash_hf.kernels.attention import Release, SegmentTable, flash_attention
 from dp_flash_hf.kernels.counter_noise import normals
+from dp_flash_hf.kernels.ghost_norm import has_triton
 
 Sight = Literal["all", "causal", "mask", "nothing"]
 
@@ -363,8 +364,9 @@ def _triton(
 
 def _triton_lacks(query: Tensor, value: Tensor, segments: Segments | None, pattern: Pattern) -> str | None:
     """What the Triton kernels cannot do of this call, in words."""
-    if not _has_triton() or not (query.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return "this device (it needs Triton and CUDA)"
+    interpreted = not query.is_cuda and os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+    if not interpreted and not (query.is_cuda and has_triton(query.device)):
+        return "this device (it needs Triton and an NVIDIA GPU)"
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32) or max(query.shape[-1], value.shape[-1]) > 256:
         return f"{query.dtype} with heads of {query.shape[-1]} and {value.shape[-1]} numbers"
     if pattern.bias is not None or (pattern.mask is not None and pattern.mask.dtype != torch.bool):
@@ -401,8 +403,3 @@ def _table(segments: Segments, device: torch.device) -> SegmentTable:
     row, q_start, queries, k_start, keys = torch.tensor(rows, dtype=torch.int32).view(-1, 5).to(device).T.contiguous()
     most_queries, most_keys = (max((span[which] for span in rows), default=0) for which in (2, 4))
     return SegmentTable(row, q_start, queries, k_start, keys, most_queries, most_keys)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -329,6 +329,7 @@ class Recorder:
         self._norms: Tensor | None = None
         self._spent: set[nn.Parameter] = set()
         self._deferred: set[nn.Parameter] = set()
+        self._read: set[nn.Parameter] = set()
         self._factors: Tensor | None = None
         self._sums: dict[nn.Parameter, Tensor] = {}
 
@@ -384,9 +385,19 @@ class Recorder:
         """As `linear`, with a (rows, d) and g (rows, p) in unit order already, `sizes` rows for each unit."""
         self._add(parameter, LinearUse(a, g, sizes, part))
 
-    def defer(self, parameter: nn.Parameter) -> None:
-        """One call with this parameter may leave several records, or none: nobody knows yet what becomes of its result."""
-        self._deferred.add(parameter)
+    def defers(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether a result made with these parameters is to be put off: not where one before was read and had to be formed.
+
+        If it is, one call with them may leave several records, or none: nobody knows yet what becomes of the result.
+        """
+        if not self._read.isdisjoint(parameters):
+            return False
+        self._deferred.update(parameters)
+        return True
+
+    def read(self, parameters: Sequence[nn.Parameter]) -> None:
+        """A result made with these parameters was put off in vain."""
+        self._read.update(parameters)
 
     def head(self, parameter: nn.Parameter, use: HeadUse) -> None:
         """Record y = x W^T whose gradient is that of a cross entropy."""

@@ -30,7 +30,8 @@ HIDDEN = 32  # see `hidden_by_rounding`
 
 
 @cache
-def _has_triton(device: torch.device) -> bool:
+def has_triton(device: torch.device) -> bool:
+    """Whether this CUDA device runs the Triton kernels."""
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is not None or capability < (8, 0) or find_spec("triton") is None:  # 8.0: bfloat16 in matrix units
         return False
@@ -44,7 +45,7 @@ def runs_on_triton(*records: Tensor) -> bool:
     Ampere and newer; Blackwell with Triton 3.9.
     """
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return all(x.is_cuda and x.dtype in dtypes for x in records) and _has_triton(records[0].device)
+    return all(x.is_cuda and x.dtype in dtypes for x in records) and has_triton(records[0].device)
 
 
 def upcast(x: Tensor) -> Tensor:

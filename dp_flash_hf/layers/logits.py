@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels.linear_cross_entropy import Gradients, Head, LogitGradients, gradients, linear_cross_entropy
@@ -45,15 +45,16 @@ def deferred(x: Tensor, numbers: Numbers, origins: Origins, layout: Layout | Non
     alike = x.shape[-1] == weight.shape[1] and (
         autocast is not None or all(t.dtype == x.dtype for t in (weight, bias) if t is not None)
     )
-    if not wide or not alike or w is None or w.how is not None:
+    if not wide or not alike or w is None or w.how is not None or not w.recorder.defers(_parameters(origins)):
         return form(x)
-    for origin in (w, b):
-        for parameter in () if origin is None else origin.parameters:
-            w.recorder.defer(parameter)
     product = Product(x, weight, bias, w, b, layout, autocast, form)
     outline = torch.empty(*x.shape[:-1], len(weight), dtype=autocast or x.dtype, device="meta")
     places = torch.arange(math.prod(x.shape[:-1]), device=x.device).view(x.shape[:-1])
     return _made(product, None, product.form, Note(outline, places))
+
+
+def _parameters(origins: Origins) -> list[nn.Parameter]:
+    return [parameter for origin in origins if origin is not None for parameter in origin.parameters]
 
 
 class Product:
@@ -97,6 +98,8 @@ class Product:
 
     def form_all(self) -> None:
         """Form everything that looks at this product, so that it shares memory, and changes, as torch would have it."""
+        if not self.in_blocks and torch.is_grad_enabled():
+            self.origins[0].recorder.read(_parameters(self.origins))
         with torch.inference_mode(False), torch.enable_grad():  # whoever reads them first, others may need their gradients
             formed = [member.number() for member in [ref() for ref in self._members] if member is not None]
         self._formed = [(t, t._version) for t in formed]

@@ -21,6 +21,7 @@ from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels import linear_cross_entropy as kernels
 from dp_flash_hf.layers import logits as subject
+from dp_flash_hf.records import Recorder
 from tests.models import batch_of, packed_batch
 from tests.oracle import clipped_sum, distance, each_row, grads, rows_of, unit_gradients
 from tests.test_exactness import assert_exact
@@ -441,7 +442,8 @@ def test_numbers_that_are_no_more_are_refused(seen: Seen) -> None:
         logits.sum()
 
 
-def test_a_change_that_others_cannot_see_is_refused(seen: Seen) -> None:
+def test_a_change_that_others_cannot_see_is_refused(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recorder, "read", lambda self, parameters: None)  # put off again though it was in vain before
     model = Small()
     model.shift.requires_grad_(False)
 
@@ -496,6 +498,26 @@ def test_adapters_leave_a_frozen_head_alone(seen: Seen) -> None:
     batch = batch_of("llama")
     ClippingEngine(model, max_grad_norm=1.0).backward(own_loss(model), batch)
     assert seen.blocks == seen.formed == 0
+
+
+def test_what_was_put_off_in_vain_is_formed_at_once_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide layers inside a model too, so that two_pass can let go of their records one after the other."""
+    monkeypatch.setattr(subject, "DEFERRED_BYTES", 0)
+    put_off, made = list[Tensor](), subject.Product.__init__
+
+    def counted(self: subject.Product, x: Tensor, *rest: Any) -> None:
+        put_off.append(x)
+        made(self, x, *rest)
+
+    monkeypatch.setattr(subject.Product, "__init__", counted)
+    model, batch = built("llama").float(), batch_of("llama")
+    engine = ClippingEngine(model, max_grad_norm=1.0, strategy="two_pass")
+    engine.backward(own_loss(model), batch)
+    assert len(put_off) > 7  # every linear layer, once
+    put_off.clear()
+    engine.backward(own_loss(model), batch)
+    assert len(put_off) == 2  # the output layer, in either pass
+    assert "blocks" in engine.forms()["lm_head.weight"]
 
 
 def test_small_heads_are_formed_at_once() -> None:
