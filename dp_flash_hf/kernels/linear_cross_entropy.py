@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dp_flash_hf.kernels.clipped_sum import add_linear_
-from dp_flash_hf.kernels.ghost_norm import linear_squared_norms, row_sums, upcast
+from dp_flash_hf.kernels.ghost_norm import linear_squared_norms, row_sums, runs_on_triton, upcast
 
 # Float32 logits that exist at once take this many bytes, or what the fewest columns take that products are still fast with.
 BLOCK_BYTES = 2**26
@@ -44,7 +43,7 @@ def linear_cross_entropy(hidden: Tensor, head: Head, labels: Tensor, ignore_inde
     Raises IndexError for other labels on the CPU; on a GPU the kernel asserts.
     """
     rows, size = len(hidden), len(head.weight)
-    if _has_triton(hidden):
+    if runs_on_triton(hidden):
         from dp_flash_hf.kernels import linear_cross_entropy_triton as triton
 
         lse = triton.log_sum_exp(hidden, head)
@@ -84,7 +83,7 @@ class LogitGradients:
         """(rows, columns), in the dtype of the hidden states."""
         if self.kept is not None:
             return self.kept[:, columns]
-        if _has_triton(self.hidden):
+        if runs_on_triton(self.hidden):
             from dp_flash_hf.kernels import linear_cross_entropy_triton as triton
 
             return triton.logit_gradients(self, columns.start, columns.stop)
@@ -223,9 +222,3 @@ def _squared_norms(hidden: Tensor, block: Tensor, sizes: tuple[int, ...]) -> Ten
     d, p = hidden.shape[1], block.shape[1]
     # Longer units take fewer products without Gram matrices.
     return linear_squared_norms(hidden, [block], sizes, longest_gram=d * p / (d + p))[0]
-
-
-def _has_triton(x: Tensor) -> bool:
-    if not x.is_cuda or x.dtype == torch.float64 or torch.version.hip is not None or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0)

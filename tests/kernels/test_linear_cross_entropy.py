@@ -230,7 +230,7 @@ def test_triton(kind: str, dtype: torch.dtype, device: str, monkeypatch: pytest.
     if device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16 numbers")
     monkeypatch.setattr(triton, "COLUMNS", 128)
-    monkeypatch.setattr(kernels, "_has_triton", lambda x: True)
+    monkeypatch.setattr(kernels, "runs_on_triton", lambda x: True)
     for sizes, bias, width in (((5, 0, 40, 90), False, 67), ((3, 3, 3), True, 130)):
         c = case(sizes, dtype, bias=bias, width=width, **HEADS[kind])
         head = c.head._replace(weight=c.head.weight / 4)
