@@ -20,7 +20,6 @@ from dp_flash_hf.kernels.attention_forward import (
     VARYING,
     config,
     constants,
-    dot,
     grid,
     key_tiles,
     load_rows,
@@ -31,6 +30,7 @@ from dp_flash_hf.kernels.attention_forward import (
     visible,
 )
 from dp_flash_hf.kernels.counter_noise_triton import kept
+from dp_flash_hf.kernels.ghost_norm_triton import dot
 
 # As the forward's: the first of each is the one that must build everywhere without spilling registers.
 KEY_VALUE_CONFIGS = {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dp_flash_hf.kernels.attention import Pattern, Release, SegmentTable
 from dp_flash_hf.kernels.counter_noise_triton import CHACHA, PHILOX, kept, normals
+from dp_flash_hf.kernels.ghost_norm_triton import dot
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on CPU, for tests
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -65,14 +66,6 @@ VARYING = [
     "max_rows", "length_class", "window", "lse_stride", "factor_stride", "drop_below",
     "key0", "key1", "key2", "key3", "key4", "key5", "key6", "key7",
 ]  # fmt: skip
-
-
-@triton.jit
-def dot(a, b, accumulator):
-    """accumulator + a b, summed in float32."""
-    if INTERPRETED:  # it takes the bits of bfloat16 for integers; products of half precision are exact in float32
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision="ieee")
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_flash_hf.kernels.ghost_norm_triton import on_its_device
+from dp_flash_hf.kernels.ghost_norm_triton import dot, on_its_device
 
 if TYPE_CHECKING:
     from dp_flash_hf.kernels.linear_cross_entropy import Head, LogitGradients
@@ -95,7 +95,7 @@ def _logits(
         inside = k < width - start
         h = tl.load(h_at + start, mask=(rows < n_rows)[:, None] & inside[None, :], other=0.0)
         w = tl.load(w_at + start, mask=(columns < n_columns)[None, :] & inside[:, None], other=0.0)
-        z = tl.dot(h, w.to(h.dtype), z, input_precision="ieee")
+        z = dot(h, w.to(h.dtype), z)
     if HAS_BIAS:
         b = tl.load(bias + columns, mask=columns < n_columns, other=0.0)
         z += b.to(hidden.dtype.element_ty).to(tl.float32)[None, :]
