@@ -54,6 +54,17 @@ class Ranks:
         """Whether it holds on some rank."""
         return any(self.gathered(flag))
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is refused inside on one rank is refused on all; else the others would wait for it in vain."""
+        try:
+            yield
+        except Exception:
+            self.any(True)
+            raise
+        if self.any(False):
+            raise PrivacyError("another rank stopped here, with an error that it prints; so does this one")
+
     def shared(self, value: Any, source: int = 0) -> Any:
         """What the rank `source` gave: a tensor or anything that can be pickled."""
         if self.size == 1:

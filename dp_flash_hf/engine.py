@@ -596,6 +596,16 @@ class ClippingEngine:
         return loss
 
     @property
+    def split_up(self) -> bool:
+        """Whether FSDP2 split the model up, so that all ranks compute together: see `attend`."""
+        return bool(self._shards)
+
+    @property
+    def reduces_precision(self) -> bool:
+        """Whether the model computes with less than float32 somewhere, as far as its parameters tell."""
+        return self._recorder.reduces_precision or any(p.dtype.itemsize < 4 for p in self.model.parameters())
+
+    @property
     def _like(self) -> Tensor:
         first = next(iter(self.parameters))
         return torch.zeros((), device=device_of(first), dtype=torch.promote_types(first.dtype, torch.float32))
