@@ -195,12 +195,18 @@ class Shards:
     def __init__(self, model: nn.Module) -> None:
         self.ranks = Ranks()
         self.modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.reshard()
         self.ordered = [p for p in model.parameters() if isinstance(p, DTensor)]
         self.parameters = set(self.ordered)
         self._refuse(model)
 
     def __bool__(self) -> bool:
         return bool(self.parameters)
+
+    def reshard(self) -> None:
+        """Give every module its own parameters back: after a forward pass alone, FSDP2 leaves whole ones in some."""
+        for module in self.modules:
+            module.reshard()
 
     @property
     def copies(self) -> int:

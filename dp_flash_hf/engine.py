@@ -700,6 +700,7 @@ class ClippingEngine:
         """Backward starts from empty `.grad`s, so that whatever autograd leaves there escaped the rules."""
         if self._detached:
             raise PrivacyError("the engine was detached; make a new ClippingEngine")
+        self._shards.reshard()
         self._require_same_parameters()
         for parameter in self.parameters:
             if parameter.grad is not None:

@@ -166,14 +166,15 @@ class PrivateTraining:
             raise PrivacyError("a step before check(): how the loss divides is not known")
         total, labels = torch.zeros(()), 0.0
         parts = self._physical_batches(inputs)
+        # On ranks that compute together, each takes part in all forward and backward passes of the others.
+        most = max(Ranks().gathered(len(parts))) if self.engine.split_up else len(parts)
         for part, units in parts:
             scale = self._loss.scale(part, units) if self.config.unit_loss == "mean" else None
             loss = self.engine.backward(self._loss, part, units, scale)
             total = total.to(loss.device) + loss
             labels += self._loss.count(part)
-        if self.engine.split_up:  # every rank takes part in every forward and backward pass of the others
-            for _ in range(max(Ranks().gathered(len(parts))) - len(parts)):
-                self.engine.attend(self._loss, *self._template)
+        for _ in range(most - len(parts)):
+            self.engine.attend(self._loss, *self._template)
         return total / max(labels, 1.0)
 
     def stop(self) -> None:

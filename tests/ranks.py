@@ -20,7 +20,8 @@ class World:
     """So many ranks that run functions of test modules: `world.run(function, *args)` -> what each rank returned."""
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.trainers", "peft"])  # imported once for all ranks
         self.size = size
         self._tasks = [context.Queue() for _ in range(size)]
         self._results = context.Queue()

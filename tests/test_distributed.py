@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from dp_flash_hf.distributed import Ranks, local, part_of
+from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.units import Units
 from tests.models import batch_of, loss_of, tiny
