@@ -216,10 +216,10 @@ class ClippingEngine:
             except UncoveredParametersError as error:
                 if self._unsettled:  # constant or NaN inputs: the next batch may tell
                     self._recorder.layouts.forget()
-                elif self.strategy == "auto":
-                    self._uncovered |= error.parameters
                 if self.strategy != "auto" or self._shards:
                     raise
+                if not self._unsettled:
+                    self._uncovered |= error.parameters
                 warnings.warn(f"{error} Every unit is now computed by itself: exact, but slower.", stacklevel=4)
                 self._recorder.stop()
                 self._clear_gradients()
@@ -594,6 +594,11 @@ class ClippingEngine:
                 {p: self.parameters[p] for p in early}, "the loss function takes gradients itself, of"
             )
         return loss
+
+    @property
+    def holds_sums(self) -> bool:
+        """Whether clipped sums were made that `take_sums` did not hand over yet."""
+        return bool(self._sums)
 
     @property
     def split_up(self) -> bool:

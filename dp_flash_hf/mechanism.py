@@ -196,14 +196,21 @@ class DPSGD:
             self._generators[device, part] = made
         return self._generators[device, part]
 
+    @staticmethod
+    def _only_zeros(optimizer: torch.optim.Optimizer) -> bool:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return bool(gradients) and all(bool((local(g) == 0).all()) for g in gradients)
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        assert self._engine is not None
+        if self._gradient != "released" and not self._engine.holds_sums and self._only_zeros(optimizer):
+            return  # as torch's distributed checkpoints set up an optimizer that they are about to load
         if self._gradient != "released":
             raise PrivacyError("optimizer.step() on gradients without noise: call release() first; nothing was updated")
         if any(value is not None for value in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
             raise PrivacyError(
                 "optimizer.step(closure) computes gradients anew, without noise: use an optimizer without a closure"
             )
-        assert self._engine is not None
         if any(p.grad is not g or local(g)._version != version for p, (g, version) in self._released.items()):
             raise PrivacyError(
                 "gradients changed between release() and optimizer.step(), by a backward pass without noise for all that is "
@@ -217,6 +224,8 @@ class DPSGD:
             )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._gradient != "released":
+            return
         self._gradient, self._released = "used", {}
         assert self._engine is not None
         parameters = list(self._engine.parameters)
