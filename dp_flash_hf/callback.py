@@ -18,6 +18,7 @@ from transformers.utils import logging
 from dp_flash_hf import trl_trainers
 from dp_flash_hf.batches import UNITS, PoissonBatches, steps_per_epoch
 from dp_flash_hf.config import PrivacyConfig
+from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.mechanism import DPSGD
@@ -88,6 +89,8 @@ class DPCallback(TrainerCallback, ExportableState):
             "_get_grad_norm": lambda *args, **kwargs: None,  # would log that norm
             "_get_num_items_in_batch": self._num_items,
             "floating_point_ops": lambda *args, **kwargs: 0,  # would log how many tokens were drawn
+            # Would also add gradients of adapters on a split model up as they arise, before they are clipped.
+            "_sync_replicated_trainable_parameters": lambda model: Ranks().make_equal(model),
         }
         for name, override in overrides.items():
             setattr(trainer, name, override)

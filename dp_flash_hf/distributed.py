@@ -99,6 +99,12 @@ class Ranks:
         for work, flat, bucket in waiting:
             yield _arrived(work, flat, bucket)
 
+    def make_equal(self, model: nn.Module) -> None:
+        """Give the trained parameters that every rank holds whole the values of the first rank."""
+        for parameter in model.parameters():
+            if self.size > 1 and parameter.requires_grad and not isinstance(parameter, DTensor):
+                dist.broadcast(parameter.data, src=0)
+
     def require_equal(self, tensors: Sequence[tuple[str, Tensor]], what: str) -> None:
         """Raise PrivacyError unless all ranks that hold the same part hold the same bits. tensors: (part, numbers)."""
         own: dict[str, int] = {}
@@ -208,10 +214,9 @@ class Shards:
         for module in self.modules:
             module.reshard()
 
-    @property
-    def copies(self) -> int:
-        """How many ranks add the same to a sum, where all of them compute the same batch."""
-        return self.ranks.size if self.parameters else 1
+    def copies(self, parameter: nn.Parameter) -> int:
+        """How often a unit is in the sum of a parameter, where all ranks compute the same batch."""
+        return self.ranks.size if parameter in self.parameters else 1
 
     def any(self, flag: bool) -> bool:
         """Whether it holds on some of the ranks that compute together: on this one, if nothing is split up."""

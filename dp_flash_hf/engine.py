@@ -389,7 +389,7 @@ class ClippingEngine:
                 "a unit's gradient changes with the other units of its batch; look for operations across the batch"
             )
         apart = float((norms - norms_alone).abs().max()) if resolved.n else 0.0
-        off = float(self._shards.square({p: clipped[p] - clipped_alone[p] for p in clipped})) ** 0.5 / self._shards.copies
+        off = float(self._shards.square({p: (clipped[p] - clipped_alone[p]) / self._shards.copies(p) for p in clipped})) ** 0.5
         if not (apart <= tolerance * scale and off <= tolerance * self.max_grad_norm * max(resolved.n, 1)):
             raise PrivacyError(
                 f"gradients in the batch differ from those of each unit alone: norms by {apart:.3g} of {scale:.3g}, clipped "
@@ -569,7 +569,7 @@ class ClippingEngine:
             factors = self._factors(squared, None if scale is None else scale[unit : unit + 1])
             norms.append(self.norms)
             for p in self.parameters:
-                factor = float(factors[0, self._groups[p]]) * self._shards.copies
+                factor = float(factors[0, self._groups[p]]) * self._shards.copies(p)
                 if p.grad is not None and factor != 0.0:
                     sums[p].add_(local(p.grad).to(sums[p].dtype), alpha=factor)
                 p.grad = None

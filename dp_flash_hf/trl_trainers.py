@@ -59,20 +59,23 @@ def rows_per_example(trainer: Trainer) -> int:
 
 @contextmanager
 def on_one_rank(trainer: Any) -> Iterator[None]:
-    """Within the context the trainer's metrics are this rank's own.
+    """Within the context the trainer's loss and metrics are this rank's own.
 
-    Losses gather them from all ranks, which compute different numbers of physical batches and would wait for each other.
+    Losses are multiplied by the number of ranks, so that their mean over ranks is a sum, and metrics are gathered from all
+    ranks, which compute different numbers of physical batches and would wait for each other.
     """
-    accelerator = trainer.accelerator
+    accelerator, args = trainer.accelerator, trainer.args
     if accelerator.num_processes == 1:
         yield
         return
-    names = ("gather", "gather_for_metrics")
+    names, average = ("gather", "gather_for_metrics"), args.average_tokens_across_devices
     try:
+        args.average_tokens_across_devices = False
         for name in names:
             setattr(accelerator, name, lambda value, *args, **kwargs: value)
         yield
     finally:
+        args.average_tokens_across_devices = average
         for name in names:
             delattr(accelerator, name)  # the class's own are there again
 

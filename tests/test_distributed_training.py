@@ -14,12 +14,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers as hf
 from accelerate.accelerator import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+from torch.distributed.tensor import DTensor
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from dp_flash_hf.distributed import Ranks, checksum, local, part_of
 from dp_flash_hf.private import make_private
@@ -30,6 +34,7 @@ from tests.test_distributed import split, whole
 from tests.trainers import Pad, attached, config, texts, trainer_for, without_dropout
 
 SEED = 5
+C = 2.0  # some units are clipped and some are not, so that every scale of a loss shows
 
 
 def fresh() -> None:
@@ -48,8 +53,6 @@ def noise_if(wanted: bool) -> Iterator[None]:
 def model_of(kind: str, family: str = "llama", dtype: torch.dtype = torch.float32, *, lora: bool = False) -> Any:
     model: Any = without_dropout(tiny(family, dtype))
     if lora:
-        from peft import LoraConfig, get_peft_model
-
         torch.manual_seed(3)
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     return split(model, kind) if kind in ("fsdp", "hsdp") else model
@@ -71,7 +74,7 @@ def loop(
         train_dataset=texts(),
         collate_fn=Pad(),
         accelerator=accelerator,
-        config=config(seed=SEED),
+        config=config(seed=SEED, max_grad_norm=C),
         expected_batch_size=batch,
         steps=steps,
         max_rows_per_device=rows,
@@ -118,7 +121,7 @@ def trained(path: str, accumulation: int, changes: dict[str, Any]) -> dict[str, 
         max_steps=3,
         **gloo(),
     )
-    dp = attached(trainer, seed=SEED, **changes)
+    dp = attached(trainer, seed=SEED, max_grad_norm=C, **changes)
     with noise_if(False):
         trainer.train()
     assert dp.report().expected_batch_size == 6
@@ -282,7 +285,7 @@ def trl_trained(name: str, path: str) -> tuple[dict[str, Tensor], list[str]]:
     if Ranks().size > 1:
         settings["ddp_backend"] = "gloo"
     trainer = make(Path(path), **settings)
-    attached(trainer, seed=SEED)
+    attached(trainer, seed=SEED, max_grad_norm=C)
     with noise_if(False):
         trainer.train()
     logged = sorted({key for entry in trainer.state.log_history for key in entry})
@@ -297,3 +300,36 @@ def test_trl_on_ranks(name: str, tmp_path: Path) -> None:
         for key in wanted:
             torch.testing.assert_close(found[key], wanted[key], rtol=1e-5, atol=1e-6)
         assert logged_there in ([], logged)
+
+
+def trained_split(path: str, fsdp: int, replicas: int, lora: bool) -> dict[str, Tensor]:
+    """As `trained`, of a saved model that Transformers splits up by FSDP2 while it is loaded, or of the same whole."""
+    fresh()
+    settings: dict[str, Any] = {}
+    if Ranks().size > 1:
+        settings["distributed_config"] = DistributedConfig(fsdp_size=fsdp, dp_replicate_size=replicas)
+    model: Any = without_dropout(hf.AutoModelForCausalLM.from_pretrained(path, attn_implementation="dp_flash", **settings))
+    if lora:  # adapters that are not split up, on a model that is
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        for p in model.parameters():
+            if p.requires_grad and Ranks().first:  # the others begin with other numbers, and are given these
+                p.data = torch.linspace(-1, 1, p.numel()).view(p.shape)
+    share = 8 // Ranks().size
+    trainer = trainer_for(model, Path(path, "out"), learning_rate=0.5, per_device_train_batch_size=share, max_steps=3, **gloo())
+    dp = attached(trainer, seed=SEED, max_grad_norm=C)
+    with noise_if(False):
+        trainer.train()
+    assert Ranks().size == 1 or any(isinstance(p, DTensor) for p in model.parameters())
+    assert dp.report().steps == 3
+    return {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "replicas", "lora"), [(2, 1, False), (2, 1, True), (2, 2, False)], ids=["FSDP2", "FSDP2 and LoRA", "HSDP"]
+)
+def test_a_trainer_with_fsdp2(fsdp: int, replicas: int, lora: bool, tmp_path: Path) -> None:
+    tiny("llama", torch.float32).save_pretrained(tmp_path)
+    wanted = trained_split(str(tmp_path), 1, 1, lora)
+    for found in world(fsdp * replicas).run(trained_split, str(tmp_path), fsdp, replicas, lora):
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
