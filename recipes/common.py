@@ -150,7 +150,9 @@ def checkpoint(args: TrainingArguments) -> str | None:
         return asked
     whole = (path.parent for path in Path(str(args.output_dir)).glob("checkpoint-*/trainer_state.json"))
     steps = {int(path.name.partition("-")[2]): str(path) for path in whole if re.fullmatch(r"checkpoint-\d+", path.name)}
-    (found,) = broadcast_object_list([steps[max(steps)] if steps else None])
+    answer: list[str | None] = [steps[max(steps)] if steps else None]
+    broadcast_object_list(answer)
+    found = answer[0]
     if args.process_index == 0:
         print(f"no checkpoint in {args.output_dir}: from the first step" if found is None else f"resuming from {found}")
     return found
