@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from accelerate.utils import broadcast_object_list
+from accelerate.utils.operations import broadcast_object_list
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from rich.progress import track
 from transformers import HfArgumentParser, Trainer, TrainingArguments

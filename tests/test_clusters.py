@@ -39,6 +39,7 @@ MODELS: dict[tuple[str, str], Any] = {
     ("v1", "Service"): models.IoK8sApiCoreV1Service,
     ("batch/v1", "Job"): models.IoK8sApiBatchV1Job,
     ("trainer.kubeflow.org/v1alpha1", "TrainingRuntime"): models.TrainerV1alpha1TrainingRuntime,
+    ("trainer.kubeflow.org/v1alpha1", "ClusterTrainingRuntime"): models.TrainerV1alpha1ClusterTrainingRuntime,
     ("trainer.kubeflow.org/v1alpha1", "TrainJob"): models.TrainerV1alpha1TrainJob,
 }
 
@@ -231,6 +232,7 @@ def test_the_train_job_uses_the_runtime_and_all_its_pods_come_back() -> None:
     job, runtime = objects()["TrainJob"], objects()["TrainingRuntime"]
     group, kind, name = (job["spec"]["runtimeRef"][key] for key in ("apiGroup", "kind", "name"))
     assert (f"{group}/v1alpha1", kind, name) == (runtime["apiVersion"], runtime["kind"], runtime["metadata"]["name"])
+    validate(runtime | {"kind": "ClusterTrainingRuntime"})  # as the page says
     assert runtime["spec"]["mlPolicy"]["torch"] == {}
     spec = runtime["spec"]["template"]["spec"]
     (node,) = spec["replicatedJobs"]
@@ -376,10 +378,10 @@ def sizes(data: Path, folder: Path) -> list[str]:
     ]
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """What a process of a cluster starts with: nothing that an earlier launcher set."""
+def environment(number: int, changes: dict[str, str]) -> dict[str, str]:
+    """What the launcher of node `number` starts with: nothing that an earlier launcher set."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PET_", "ACCELERATE_", "RAY_", "FSDP_"))}
-    local = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    local = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PET_NODE_RANK": str(number)}
     ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}  # Ray would call home, and leave a token there
     return kept | local | ray | changes
 
@@ -397,7 +399,7 @@ PROGRAMS = {
 }
 
 
-def run_together(*commands: list[str], folder: Path, fails: bool = False, **changes: str) -> str:
+def run_together(*commands: list[str], folder: Path, changes: dict[str, str] | None = None, fails: bool = False) -> str:
     """Run these commands at the same time, and return what they print. None of their processes outlives the test.
 
     Raise AssertionError unless all succeed, or, if that is expected, all fail.
@@ -409,7 +411,7 @@ def run_together(*commands: list[str], folder: Path, fails: bool = False, **chan
             started.append(
                 subprocess.Popen(
                     [sys.executable, *PROGRAMS[command[0]], *command[1:]],
-                    env=environment(PET_NODE_RANK=str(number), **changes),
+                    env=environment(number, changes or {}),
                     cwd=ROOT,
                     stdout=file,
                     stderr=subprocess.STDOUT,
@@ -465,7 +467,7 @@ def pods(folder: Path) -> dict[str, str]:
 def test_two_pods_train_as_one_run(data: Path, tmp_path: Path) -> None:
     """The pods' own command, which is the same for the Job and for Kubeflow; a folder is their volume."""
     command = [*arguments("Job"), *sizes(data, tmp_path / "run")]
-    printed = run_together(command, command, folder=tmp_path, **pods(tmp_path))
+    printed = run_together(command, command, folder=tmp_path, changes=pods(tmp_path))
     check(tmp_path / "run", 2)
     assert f"no checkpoint in {tmp_path / 'run'}" in printed
 
@@ -475,8 +477,8 @@ def test_pods_fail_together_and_go_on_together(data: Path, tmp_path: Path) -> No
     (tmp_path / "dying.py").write_text(DYING)
     recipe = [str(tmp_path / "dying.py") if part == "lora_finetune" else part for part in arguments("Job")]
     command = [*recipe, *sizes(data, tmp_path / "run")]
-    run_together(command, command, folder=tmp_path, fails=True, **pods(tmp_path))
-    printed = run_together(command, command, folder=tmp_path, **pods(tmp_path))
+    run_together(command, command, folder=tmp_path, fails=True, changes=pods(tmp_path))
+    printed = run_together(command, command, folder=tmp_path, changes=pods(tmp_path))
     check(tmp_path / "run", 2)
     assert f"resuming from {tmp_path / 'run' / 'checkpoint-1'}" in printed
 
@@ -485,18 +487,21 @@ def test_pods_fail_together_and_go_on_together(data: Path, tmp_path: Path) -> No
 def test_torchrun_on_one_machine(data: Path, tmp_path: Path) -> None:
     command, _ = commands("torchrun")
     command = [part.replace("_per_node=8", "_per_node=1") for part in command]
-    run_together([*command, *sizes(data, tmp_path / "run")], folder=tmp_path, PET_MASTER_PORT=free_port())
+    run_together([*command, *sizes(data, tmp_path / "run")], folder=tmp_path, changes={"PET_MASTER_PORT": free_port()})
     check(tmp_path / "run", 1)
 
 
 @pytest.mark.slow
-def test_torchrun_on_several_machines(data: Path, tmp_path: Path) -> None:
+def test_torchrun_on_several_machines_starts_again_what_died(data: Path, tmp_path: Path) -> None:
     """Two agents of one process each, which meet at HOST."""
     _, command = commands("torchrun")
-    command = [part.replace("29500", free_port()).replace("_per_node=8", "_per_node=1") for part in command]
+    (tmp_path / "dying.py").write_text(DYING)
+    changed = {"lora_finetune": str(tmp_path / "dying.py"), "--nproc_per_node=8": "--nproc_per_node=1"}
+    command = [changed.get(part, part).replace(":29500", f":{free_port()}") for part in command]
     command += sizes(data, tmp_path / "run")
-    run_together(command, command, folder=tmp_path)
+    printed = run_together(command, command, folder=tmp_path)
     check(tmp_path / "run", 2)
+    assert f"resuming from {tmp_path / 'run' / 'checkpoint-1'}" in printed
 
 
 def test_accelerate_launch_on_one_machine(data: Path, tmp_path: Path) -> None:
@@ -546,6 +551,7 @@ def test_ray_train_with_two_workers(data: Path, tmp_path: Path) -> None:
     printed = on_local_ray("lora_finetune", data, tmp_path, restarts=0)
     check(tmp_path / "run", 2)
     assert "no checkpoint in run" in printed
+    assert "LOAD_FAST" not in printed  # what dill reads, and datasets hashes, reached dill and no log
 
 
 @pytest.mark.slow
