@@ -419,7 +419,7 @@ def run_together(*commands: list[str], folder: Path, changes: dict[str, str] | N
                 )
             )
     try:
-        codes = [process.wait(timeout=300) for process in started]
+        codes = [process.wait(timeout=500) for process in started]
     finally:
         for process in started:
             with suppress(ProcessLookupError):
