@@ -496,8 +496,13 @@ def test_torchrun_on_several_machines_starts_again_what_died(data: Path, tmp_pat
     """Two agents of one process each, which meet at HOST."""
     _, command = commands("torchrun")
     (tmp_path / "dying.py").write_text(DYING)
-    changed = {"lora_finetune": str(tmp_path / "dying.py"), "--nproc_per_node=8": "--nproc_per_node=1"}
-    command = [changed.get(part, part).replace(":29500", f":{free_port()}") for part in command]
+    changed = {
+        "lora_finetune": str(tmp_path / "dying.py"),
+        "--nproc_per_node=8": "--nproc_per_node=1",
+        "--rdzv_endpoint=127.0.0.1:29500": f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+    }
+    assert changed.keys() <= set(command)
+    command = [changed.get(part, part) for part in command]
     command += sizes(data, tmp_path / "run")
     printed = run_together(command, command, folder=tmp_path)
     check(tmp_path / "run", 2)
