@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.noise import fresh_generator
 from dp_flash_hf.sampling import PoissonSampler, choose_rows
@@ -33,7 +34,7 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
     """Batch sampler of (row, unit) keys: each of `steps` is one draw, split into exactly `splits` parts, some of them empty.
 
     The parts are about equal, or with `together` all but the first are empty. Units are numbered from 0 within each part and
-    never split.
+    never split. Of several ranks, all make the same draws and each has its own share of every one: iterate on all of them.
     """
 
     def __init__(
@@ -52,26 +53,31 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
         self.sampler, self.steps, self.splits, self.together = sampler, steps, splits, together
         self.rows, self.max_examples_per_unit, self.lengths = rows, max_examples_per_unit, lengths
         self.seed, self.step = seed, first_step
-        self._fresh = fresh_generator()
+        self.ranks = Ranks()
 
     def __len__(self) -> int:
         return self.steps * self.splits
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        fresh = self.ranks.generator(stream="draws")
         for _ in range(self.steps):
-            generator = self._fresh
+            generator = fresh
             if self.seed is not None:
                 generator = fresh_generator(seed=self.seed, stream=f"sampling step {self.step}")
             self.step += 1
             drawn = self.sampler.draw(generator)
             if self.lengths is not None:  # the sum does not depend on who is computed with whom, but padding does
                 drawn = drawn[self.lengths[drawn].argsort()]
-            for part in drawn.tensor_split([len(drawn)] * (self.splits - 1) if self.together else self.splits):
-                if self.rows is None or self.max_examples_per_unit is None:
-                    yield [(row, unit) for unit, row in enumerate(part.tolist())]
-                else:
-                    own = choose_rows(self.rows, part, self.max_examples_per_unit, generator)
-                    yield [(row, unit) for unit, rows in enumerate(own) for row in rows.tolist()]
+            own = [[unit] for unit in drawn.tolist()]
+            if self.rows is not None and self.max_examples_per_unit is not None:
+                own = [rows.tolist() for rows in choose_rows(self.rows, drawn, self.max_examples_per_unit, generator)]
+            share = own[self.ranks.rank :: self.ranks.size]
+            for places in self._parts(len(share)):
+                yield [(row, unit) for unit, place in enumerate(places) for row in share[place]]
+
+    def _parts(self, n: int) -> list[list[int]]:
+        ends = [n] * (self.splits - 1) if self.together else self.splits
+        return [part.tolist() for part in torch.arange(n).tensor_split(ends)]
 
 
 class WithUnits(Dataset[tuple[Any, int]]):

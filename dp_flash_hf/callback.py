@@ -23,7 +23,7 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.mechanism import DPSGD
 from dp_flash_hf.preflight import length_of
 from dp_flash_hf.report import PrivacyReport
-from dp_flash_hf.training import PrivateTraining, accelerator_refusals, refuse
+from dp_flash_hf.training import PrivateTraining, accelerator_refusals, refuse, unwrapped
 
 logger = logging.get_logger(__name__)
 
@@ -35,8 +35,9 @@ class DPCallback(TrainerCallback, ExportableState):
         trainer.train()
         print(dp.report().to_text())
 
-    The expected batch size is `per_device_train_batch_size * gradient_accumulation_steps`. The units of a step are drawn by
-    Poisson sampling and computed in physical batches of at most `per_device_train_batch_size` rows; a unit is never split.
+    The expected batch size is `per_device_train_batch_size * gradient_accumulation_steps`, times the number of processes. The
+    units of a step are drawn by Poisson sampling and computed in physical batches of at most `per_device_train_batch_size`
+    rows; a unit is never split. With DDP or FSDP2 every process computes its share of one draw.
     `TrainingArguments.max_grad_norm` is not used: `PrivacyConfig.max_grad_norm` clips every unit instead.
 
     max_tokens_per_device: compute physical batches of at most so many tokens instead, padding included (or of one unit): texts
@@ -66,7 +67,7 @@ class DPCallback(TrainerCallback, ExportableState):
         self._training = PrivateTraining(
             self.config,
             trainer.train_dataset,
-            expected_batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            expected_batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             steps=args.max_steps if args.max_steps > 0 else None,
             epochs=args.num_train_epochs,
             max_examples=args.per_device_train_batch_size,
@@ -241,7 +242,9 @@ class DPCallback(TrainerCallback, ExportableState):
         accepts_count = "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         with trainer.compute_loss_context_manager():
             count = {"num_items_in_batch": num_items} if accepts_count else {}
-            loss: Tensor = trainer.compute_loss(trainer.model_wrapped, trl_trainers.as_collated(trainer, batch), **count)
+            with trl_trainers.on_one_rank(trainer):
+                collated = trl_trainers.as_collated(trainer, batch)
+                loss: Tensor = trainer.compute_loss(unwrapped(trainer.model_wrapped), collated, **count)
         if not trainer.model.training:
             trl_trainers.forget_metrics(trainer, "eval")  # a look at how the model computes is no evaluation
         return loss
@@ -284,11 +287,10 @@ def _refuse_settings(trainer: Trainer) -> None:
     refused = {
         "fp16: its loss scaling skips steps depending on the data; use bf16=True or float32": args.fp16,
         "auto_find_batch_size: retries depend on the data; set per_device_train_batch_size": args.auto_find_batch_size,
-        "DataParallel: each replica sees part of a batch; use one device": args.n_gpu > 1,
-        "DeepSpeed: its engine owns backward; use one process without it": bool(args.deepspeed),
-        "fsdp: not yet supported; use one process without it": bool(args.fsdp),
+        "DataParallel: each replica sees part of a batch; launch one process for each device (torchrun), with DDP or FSDP2": (
+            args.n_gpu > 1
+        ),
         **accelerator_refusals(trainer.accelerator, trainer.model),
-        "parallelism_config: not yet supported; leave it out": getattr(args, "parallelism_config", None) is not None,
         "torch_compile: not yet supported; set it to False": args.torch_compile,
         "dataloader_drop_last: Poisson batches have no remainder to drop; set it to False": args.dataloader_drop_last,
         f"train_sampling_strategy={args.train_sampling_strategy!r} is not accounted; use 'random' or 'group_by_length'": (

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.units import Batch, leading_shape
@@ -14,8 +16,17 @@ _PLACEHOLDERS = tuple(f"{kind}_token_{what}" for kind in ("image", "video", "aud
 
 
 def refuse_model(model: nn.Module) -> None:
-    """Raise UnsupportedError for layers that mix all rows of a batch, or change their parameters in a forward pass."""
+    """Raise UnsupportedError for layers that mix all rows of a batch, or change their parameters in a forward pass, and for
+    wrappers that add gradients up before they are clipped.
+    """
     for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            raise UnsupportedError("DistributedDataParallel adds gradients up before they are clipped; give its .module")
+        if isinstance(module, (nn.DataParallel, FullyShardedDataParallel)) or type(module).__name__ == "DeepSpeedEngine":
+            raise UnsupportedError(
+                f"{type(module).__name__} adds gradients up before they are clipped; use DDP with one process for each device, "
+                "or FSDP2 (torch's fully_shard, fsdp_version 2 of Accelerate)"
+            )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "track_running_stats", False):
             raise UnsupportedError(
                 f"{name}: batch normalisation and running statistics mix all units; replace it by GroupNorm or LayerNorm"

@@ -12,16 +12,18 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dp_flash_hf import layers, planner
 from dp_flash_hf.clipping import clip_factors
 from dp_flash_hf.config import Clipping
 from dp_flash_hf.coupling import BatchGuard, refuse_model
+from dp_flash_hf.distributed import Shards, as_gradient, device_of, local, own_part_of_sum
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.logits import Logits
 from dp_flash_hf.layers.tracking import Tracked
 from dp_flash_hf.records import Recorder, full_precision
-from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_items, select_unit
+from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_items, select_unit, subset
 
 Strategy = Literal["auto", "bookkeeping", "two_pass", "microbatch"]
 LossFunction = Callable[[Any], Tensor]
@@ -66,6 +68,12 @@ class ClippingEngine:
         if strategy not in get_args(Strategy):
             raise invalid("strategy", expected=f"one of {get_args(Strategy)}", actual=strategy, remedy="choose one of them")
         refuse_model(model)
+        self._shards = Shards(model)
+        if self._shards and strategy == "microbatch":
+            raise UnsupportedError(
+                "strategy='microbatch' on a model split up by FSDP2: a unit's gradient would be averaged over ranks; use "
+                "'auto', 'bookkeeping' or 'two_pass'"
+            )
         self.model, self.max_grad_norm, self.clipping, self.strategy = model, float(max_grad_norm), clipping, strategy
         self.parameters = {p: name for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -77,6 +85,10 @@ class ClippingEngine:
         self._uncovered: set[nn.Parameter] = set()
         self._long_units = False  # whether the last batch was computed unit by unit because that is faster
         self._together = False  # see `together`
+        self._adds = True  # False while this rank only takes part, see `attend`
+        self._same_everywhere = False  # whether all ranks compute the same batch, as in `check`
+        self._unsettled = False  # whether layouts are, on some rank
+        self._adding = False  # whether sums are being changed, so that an error leaves half of a batch in them
         self._reached: set[nn.Parameter] = set()  # parameters that the last batch's loss depended on
         self._groups = _groups(model, self.parameters, clipping)
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -115,37 +127,103 @@ class ClippingEngine:
         resolved = _units_of(units, batch)
         self._refuse_batch(batch)
         scale = self._scale(loss_scale, resolved)
-        if resolved.n == 0:
+        if resolved.n == 0 and not self._shards:
             self.norms = torch.zeros(0)
             return torch.zeros(())
         choose = select or (lambda whole, unit: select_unit(whole, resolved, unit))
+        return self._in_memory(loss_fn, batch, resolved, scale, choose, can_split=select is None)
+
+    def attend(self, loss_fn: LossFunction, batch: Batch, units: Units) -> None:
+        """Add nothing, while other ranks call `backward`.
+
+        A model that FSDP2 split up computes on all ranks together, also where one has no unit left; what this batch holds is
+        computed and dropped.
+        """
+        norms, self._adds = self.norms, False
+        try:
+            self.backward(loss_fn, batch, units)
+        finally:
+            self._adds, self.norms = True, norms[:0]
+
+    def _in_memory(
+        self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select, *, can_split: bool
+    ) -> Tensor:
+        """`_once`, or where the batch does not fit in memory, its halves one after the other, which is the same sum."""
+        held, dropped = any(p.grad is not None for p in self.parameters), self.dropped_units
+        try:
+            return self._once(loss_fn, batch, units, scale, select)
+        except (RuntimeError, MemoryError) as error:
+            owners = [unit for unit, size in enumerate(units.sizes) if size]
+            if not _is_out_of_memory(error) or not can_split or len(owners) < 2 or self._shards:
+                raise
+            if self._adding and held:
+                self._sums = {}
+                self._clear_gradients()
+                raise PrivacyError(
+                    "out of memory while clipped sums were added up: part of the batch is in, so the whole step's sums were "
+                    "dropped, and nothing was released; resume from the last checkpoint with smaller physical batches"
+                ) from error
+        # Here, not in the except block: there the traceback keeps what the attempt had allocated.
+        self._sums = {} if self._adding else self._sums
+        if self._adding:
+            self._clear_gradients()
+        self.dropped_units = dropped
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"out of memory with {len(owners)} units in a physical batch: it is computed again in two halves. Smaller physical "
+            "batches (per_device_train_batch_size with more accumulation, or max_tokens_per_device) save that time.",
+            stacklevel=3,
+        )
+        total, norms = torch.zeros(()), torch.zeros(units.n)
+        for half in (owners[: len(owners) // 2], owners[len(owners) // 2 :]):
+            items = torch.isin(units.of_item, torch.tensor(half)).nonzero().flatten()
+            part, own = select_items(batch, units, items), subset(units, items)
+            loss = self._in_memory(
+                loss_fn,
+                part,
+                own,
+                None if scale is None else scale[half],
+                partial(_unit_of, own),
+                can_split=True,
+            )
+            norms = norms.to(self.norms)
+            norms[half] = self.norms
+            total = total.to(loss.device) + loss
+        self.norms = norms
+        return total
+
+    def _once(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select) -> Tensor:
+        self._adding = False
         with self._isolated_gradients():
             if self.strategy == "auto":
-                self._long_units = not self._together and self._microbatch_is_faster(batch, resolved)
+                alone_pays = not self._together and not self._shards
+                self._long_units = alone_pays and self._microbatch_is_faster(batch, units)
             if self.strategy == "microbatch" or (self.strategy == "auto" and (self._uncovered or self._long_units)):
-                return self._microbatch(loss_fn, batch, resolved, scale, choose)
+                return self._microbatch(loss_fn, batch, units, scale, select)
             run = self._two_pass if self.strategy == "two_pass" else self._bookkeeping
             try:
-                if self._recorder.layouts.knows(resolved, leading_shape(batch)[1:]):
+                if self._shards.all(self._knows(batch, units)):
                     try:
-                        return run(loss_fn, batch, resolved, scale)
+                        return run(loss_fn, batch, units, scale)
                     except UncoveredParametersError:
-                        if not self._recorder.layouts.unsettled:
+                        if not self._unsettled:
                             raise
+                        self._recorder.stop()
                         self._clear_gradients()
-                self._learn(loss_fn, batch, choose, resolved)
-                return run(loss_fn, batch, resolved, scale)
+                self._learn_everywhere(loss_fn, batch, select, units)
+                return run(loss_fn, batch, units, scale)
             except UncoveredParametersError as error:
-                if self._recorder.layouts.unsettled:  # constant or NaN inputs: the next batch may tell
+                if self._unsettled:  # constant or NaN inputs: the next batch may tell
                     self._recorder.layouts.forget()
                 elif self.strategy == "auto":
                     self._uncovered |= error.parameters
-                if self.strategy != "auto":
+                if self.strategy != "auto" or self._shards:
                     raise
-                warnings.warn(f"{error} Every unit is now computed by itself: exact, but slower.", stacklevel=2)
+                warnings.warn(f"{error} Every unit is now computed by itself: exact, but slower.", stacklevel=4)
                 self._recorder.stop()
                 self._clear_gradients()
-                return self._microbatch(loss_fn, batch, resolved, scale, choose)
+                return self._microbatch(loss_fn, batch, units, scale, select)
 
     @contextmanager
     def batch(self, units: Tensor | Units | None = None, loss_scale: Tensor | None = None) -> Iterator[None]:
@@ -177,6 +255,11 @@ class ClippingEngine:
                 self._learn(forward, inputs, lambda whole, unit: select_unit(whole, resolved, unit), resolved)
             self._recorder.start("record", resolved)
 
+        if self._shards:
+            raise UnsupportedError(
+                "engine.batch on a model split up by FSDP2: use engine.backward(loss_fn, batch) on every rank"
+            )
+        self._adding = False
         with self._isolated_gradients():
             handle = self.model.register_forward_pre_hook(prepare, with_kwargs=True)
             try:
@@ -213,6 +296,7 @@ class ClippingEngine:
     def clipped_sum(self, parameter: nn.Parameter) -> Tensor:
         """The accumulated clipped sum of one parameter, float32 (float64): `.grad` itself, or what it was rounded from.
 
+        Of a parameter that FSDP2 split up: this rank's part of it, summed over all ranks.
         Raises PrivacyError when `.grad` holds anything else.
         """
         if parameter not in self.parameters:
@@ -223,9 +307,10 @@ class ClippingEngine:
                 raise PrivacyError(
                     f"{self.parameters[parameter]}.grad was not made by the engine: it is not clipped; zero_grad() first"
                 )
-            return self._hold(parameter, torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)))
-        if parameter.grad is not released or released._version != version:
-            if bool((parameter.grad == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            return self._hold(parameter, torch.zeros_like(local(parameter), dtype=dtype))
+        if parameter.grad is not released or local(released)._version != version:
+            if bool((local(parameter.grad) == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
                 parameter.grad = None
                 return self.clipped_sum(parameter)
             raise PrivacyError(f"{self.parameters[parameter]}.grad was changed since the engine made it: zero_grad() first")
@@ -257,6 +342,7 @@ class ClippingEngine:
         parameter must have received a gradient. `.grad` is left as it was.
 
         tolerance: relative; rounding of the model's dtype is what it must allow for.
+        Of a model that FSDP2 split up, all ranks check the same batch.
         Raises PrivacyError on a mismatch.
         """
         resolved = _units_of(units, batch)
@@ -264,6 +350,7 @@ class ClippingEngine:
         held, sums = {p: p.grad for p in self.parameters}, self._sums
         try:
             with training_mode(self.model, False), self.together():
+                self._same_everywhere = True
                 self._sums = {}
                 self._clear_gradients()
                 together = self.backward(loss_fn, batch, resolved, loss_scale, select).double()
@@ -284,7 +371,7 @@ class ClippingEngine:
         except AssertionError as error:
             raise PrivacyError(f"the model cannot be checked in evaluation mode, without dropout: {error}") from error
         finally:
-            self.strategy, self.dropped_units, self._sums = strategy, dropped, sums
+            self.strategy, self.dropped_units, self._sums, self._same_everywhere = strategy, dropped, sums, False
             for parameter, gradient in held.items():
                 parameter.grad = gradient
         scale = max(float(norms_alone.max()), 1e-12) if resolved.n else 1.0
@@ -302,7 +389,7 @@ class ClippingEngine:
                 "a unit's gradient changes with the other units of its batch; look for operations across the batch"
             )
         apart = float((norms - norms_alone).abs().max()) if resolved.n else 0.0
-        off = sum(float((clipped[p] - clipped_alone[p]).double().square().sum()) for p in clipped) ** 0.5
+        off = float(self._shards.square({p: clipped[p] - clipped_alone[p] for p in clipped})) ** 0.5 / self._shards.copies
         if not (apart <= tolerance * scale and off <= tolerance * self.max_grad_norm * max(resolved.n, 1)):
             raise PrivacyError(
                 f"gradients in the batch differ from those of each unit alone: norms by {apart:.3g} of {scale:.3g}, clipped "
@@ -334,9 +421,28 @@ class ClippingEngine:
                 if owns or (layers.rule_for(module) is not None and any(p.requires_grad for p in module.parameters())):
                     layers.attach(module, self._recorder)
                     self._attached.append(module)
+                    own = module.named_parameters(recurse=False, remove_duplicate=False)
+                    self._recorder.sharded |= {(module, name): p for name, p in own if p in self._shards.parameters}
         except BaseException:
             self.detach()
             raise
+
+    def _knows(self, batch: Batch, units: Units) -> bool:
+        return self._recorder.layouts.knows(units, leading_shape(batch)[1:])
+
+    def _learn_everywhere(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
+        """`_learn`; on ranks that compute together, from the batches of all those that have something to learn."""
+        if not self._shards:
+            self._learn(forward, batch, select, units)
+            return
+        if self._recorder.layouts.unsettled:
+            self._recorder.layouts.forget()
+        for rank in range(self._shards.ranks.size):
+            if self._shards.ranks.gathered(self._knows(batch, units))[rank]:
+                continue
+            theirs, their_units = self._shards.ranks.shared((_to(batch, torch.device("cpu")), units), rank)
+            self._learn(forward, _to(theirs, self._like.device), partial(_unit_of, their_units), their_units)
+        self._knows(batch, units)
 
     def _learn(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
         """Run the whole batch and every unit alone, without dropout, so that it is known where each layer keeps which unit."""
@@ -346,10 +452,11 @@ class ClippingEngine:
             pass
 
     def _observe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> bool:
-        devices = {p.device for p in self.parameters if p.device.type != "cpu"}
+        devices = {device_of(p) for p in self.parameters} - {torch.device("cpu")}
         hooks: list[torch.utils.hooks.RemovableHandle] = []
         try:
             with torch.random.fork_rng(list(devices)), training_mode(self.model, False):
+                torch.manual_seed(0)  # the same disturbances on all ranks
                 self._recorder.start("learn", units)
                 layouts = self._recorder.layouts
                 layouts.observe(units, leading_shape(batch)[1:])
@@ -401,7 +508,7 @@ class ClippingEngine:
         return loss.detach()
 
     def _two_pass(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
-        devices = sorted({p.device.index or 0 for p in self.parameters if p.device.type == "cuda"})
+        devices = sorted({device_of(p).index or 0 for p in self.parameters if device_of(p).type == "cuda"})
         with torch.random.fork_rng(devices):  # both passes must see the same dropout
             self._recorder.start("norms", units)
             loss = self._loss(loss_fn, batch)
@@ -409,22 +516,42 @@ class ClippingEngine:
             self._require_coverage()
             self._reached = self._recorder.reached
             factors = self._factors(self._recorder.squared_norms(self._like), scale)
-        sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.parameters}
+        sums: dict[nn.Parameter, Tensor] = {}
+        parts: dict[nn.Parameter, Tensor] = {}
         self._recorder.start("sum", units, factors, sums)
-        again = loss_fn(batch)
-        if not torch.allclose(again, loss, rtol=1e-5, atol=1e-6, equal_nan=True):
-            raise PrivacyError(
-                f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss.detach())}; the "
-                "model draws random numbers that torch does not replay, use strategy='bookkeeping'"
-            )
-        _plain_backward(again)
+        with self._shards.at_ends(lambda done: self._add_up(done, sums, parts)):
+            again = loss_fn(batch)
+            if self._shards.any(not torch.allclose(again, loss, rtol=1e-5, atol=1e-6, equal_nan=True)):
+                raise PrivacyError(
+                    f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss.detach())}; the "
+                    "model draws random numbers that torch does not replay, use strategy='bookkeeping'"
+                )
+            _plain_backward(again)
         self._require_coverage()
         self._recorder.stop()
-        self._commit(sums)
+        self._add_up(self._shards.of_any_rank(sums), sums, parts)
+        self._commit({**sums, **parts})
         return loss.detach()
 
+    def _add_up(
+        self, done: Sequence[nn.Parameter], sums: dict[nn.Parameter, Tensor], parts: dict[nn.Parameter, Tensor]
+    ) -> None:
+        """Move the whole sums of these parameters, which FSDP2 split up, over all ranks into this rank's parts of them."""
+        for parameter in done:
+            whole = sums.pop(parameter, None)
+            if whole is None:
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                whole = torch.zeros(parameter.shape, dtype=dtype, device=device_of(parameter))
+            part = own_part_of_sum(parameter, whole)
+            parts[parameter] = parts[parameter].add_(part) if parameter in parts else part
+
     def _microbatch(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select) -> Tensor:
-        sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.parameters}
+        if self._shards and not self._same_everywhere:
+            raise UnsupportedError(
+                "one unit at a time on a model split up by FSDP2: a unit's gradient would be averaged over ranks; use 'auto', "
+                "'bookkeeping' or 'two_pass'"
+            )
+        sums = {p: torch.zeros_like(local(p), dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.parameters}
         total = torch.zeros(())
         norms = []
         self._reached = set()
@@ -432,22 +559,30 @@ class ClippingEngine:
             squared = self._like.new_zeros(1, self._n_groups)
             if units.sizes[unit]:
                 loss = loss_fn(select(batch, unit))
-                _plain_backward(loss)
+                with self._shards.synchronizing(True):  # of one batch on all ranks, the mean is the gradient itself
+                    _plain_backward(loss)
                 total = total.to(loss.device) + loss.detach()
-                for p in self.parameters:
-                    if p.grad is not None:
-                        self._reached.add(p)
-                        squared[0, self._groups[p]] += p.grad.to(squared.dtype).square().sum()
+                found = {p: local(p.grad) for p in self.parameters if p.grad is not None}
+                self._reached |= found.keys()
+                for group, own in self._by_group(found):
+                    squared[0, group] += self._shards.square(own, squared)
             factors = self._factors(squared, None if scale is None else scale[unit : unit + 1])
             norms.append(self.norms)
             for p in self.parameters:
-                factor = float(factors[0, self._groups[p]])
+                factor = float(factors[0, self._groups[p]]) * self._shards.copies
                 if p.grad is not None and factor != 0.0:
-                    sums[p].add_(p.grad.to(sums[p].dtype), alpha=factor)
+                    sums[p].add_(local(p.grad).to(sums[p].dtype), alpha=factor)
                 p.grad = None
         self.norms = torch.cat(norms)
         self._commit(sums)
         return total
+
+    def _by_group(self, found: dict[nn.Parameter, Tensor]) -> Iterator[tuple[int, dict[nn.Parameter, Tensor]]]:
+        groups: dict[int, dict[nn.Parameter, Tensor]] = {}
+        for parameter in self.parameters:  # in the same order on all ranks
+            if parameter in found:
+                groups.setdefault(self._groups[parameter], {})[parameter] = found[parameter]
+        yield from groups.items()
 
     # Shared steps.
 
@@ -461,9 +596,19 @@ class ClippingEngine:
         return loss
 
     @property
+    def split_up(self) -> bool:
+        """Whether FSDP2 split the model up, so that all ranks compute together: see `attend`."""
+        return bool(self._shards)
+
+    @property
+    def reduces_precision(self) -> bool:
+        """Whether the model computes with less than float32 somewhere, as far as its parameters tell."""
+        return self._recorder.reduces_precision or any(p.dtype.itemsize < 4 for p in self.model.parameters())
+
+    @property
     def _like(self) -> Tensor:
         first = next(iter(self.parameters))
-        return torch.zeros((), device=first.device, dtype=torch.promote_types(first.dtype, torch.float32))
+        return torch.zeros((), device=device_of(first), dtype=torch.promote_types(first.dtype, torch.float32))
 
     def _scale(self, loss_scale: Tensor | None, units: Units) -> Tensor | None:
         if loss_scale is None:
@@ -480,6 +625,8 @@ class ClippingEngine:
         """Sets `norms`, counts what is dropped, and returns the factors (units, groups) of the unscaled gradients."""
         if scale is not None:
             squared_norms = squared_norms * scale.square().unsqueeze(1)
+        if not self._adds:
+            return torch.zeros_like(squared_norms)
         factors = clip_factors(squared_norms, self.max_grad_norm, self.clipping)
         norms = squared_norms.sum(1).sqrt()
         self.norms = norms
@@ -492,40 +639,60 @@ class ClippingEngine:
         records = self._recorder.records
         self._reached = self._recorder.reached
         self._restore_gradients()
+        self._adding = True
         with full_precision(factors.device):
             for parameter in self.parameters:
-                record, own = records.pop(parameter, None), factors[:, self._groups[parameter]].to(parameter.device)
-                if record is None:
+                record, own = records.pop(parameter, None), factors[:, self._groups[parameter]].to(device_of(parameter))
+                if parameter in self._shards.parameters:
+                    parts: dict[nn.Parameter, Tensor] = {}
+                    self._add_up([parameter], {} if record is None else {parameter: record.clipped_sum(own)}, parts)
+                    self._add(parameter, parts[parameter])
+                elif record is None:
                     self.clipped_sum(parameter)
                 elif parameter.grad is None:
                     self._hold(parameter, record.clipped_sum(own))
                 else:
                     record.add_clipped_sum_(self.clipped_sum(parameter), own)
                     self._publish(parameter)
+        self._adding = False
         self._recorder.stop()
 
     @torch.no_grad()
     def _commit(self, sums: dict[nn.Parameter, Tensor]) -> None:
         self._restore_gradients()
-        for parameter, added in sums.items():
+        self._adding = True
+        for parameter in self.parameters:
+            added = sums.pop(parameter, None)
+            if added is None:
+                self.clipped_sum(parameter)
+            else:
+                self._add(parameter, added)
+        self._adding = False
+
+    def _add(self, parameter: nn.Parameter, added: Tensor) -> None:
+        if parameter.grad is None:
+            self._hold(parameter, added)
+        else:
             self.clipped_sum(parameter).add_(added)
             self._publish(parameter)
 
     def _hold(self, parameter: nn.Parameter, total: Tensor) -> Tensor:
         """Make a new sum the parameter's own."""
-        parameter.grad = released = total.to(parameter.dtype)
-        self._sums[parameter] = (total, released, released._version)
+        parameter.grad, total = as_gradient(parameter, total)
+        self._sums[parameter] = (total, parameter.grad, local(parameter.grad)._version)
         return total
 
     def _publish(self, parameter: nn.Parameter) -> None:
         total, released, _ = self._sums[parameter]
-        if released is not total:
-            released.copy_(total)
-        self._sums[parameter] = (total, released, released._version)
+        own = local(released)
+        if own.dtype != total.dtype:
+            own.copy_(total)
+        self._sums[parameter] = (total, released, own._version)
 
     def _require_coverage(self) -> None:
-        found = {p: name for p, name in self.parameters.items() if p.grad is not None}
-        if found:
+        found = {p: name for p, name in self.parameters.items() if p.grad is not None or p in self._recorder.left_over}
+        self._unsettled = self._shards.any(self._recorder.layouts.unsettled)
+        if self._shards.any(bool(found)):
             raise UncoveredParametersError(found, "no rule covers how the model uses")
 
     @contextmanager
@@ -540,7 +707,8 @@ class ClippingEngine:
         self._held = {p: p.grad for p in self.parameters}
         self._clear_gradients()
         try:
-            yield
+            with self._shards.synchronizing(False):
+                yield
         finally:
             self._recorder.stop()
             self._restore_gradients()
@@ -579,7 +747,7 @@ class UncoveredParametersError(PrivacyError):
 
     def __init__(self, parameters: dict[nn.Parameter, str], what: str) -> None:
         self.parameters = set(parameters)
-        names = sorted(parameters.values())
+        names = sorted(parameters.values()) or ["parameters named on another rank"]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         super().__init__(f"{what} {shown}; use engine.backward with strategy='auto', freeze them, or register a rule.")
 
@@ -606,6 +774,19 @@ def _units_of(units: Tensor | Units | None, batch: Batch) -> Units:
             remedy="pass units=batch['cu_seq_lens_q'], or unit ids",
         )
     return Units.of(units, leading_shape(batch))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    marks = ("can't allocate memory", "out of memory", "not enough memory")  # of torch's allocators: CPU, CUDA, CPU on Windows
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(mark in str(error).lower() for mark in marks)
+
+
+def _unit_of(units: Units, batch: Batch, unit: int) -> Batch:
+    return select_unit(batch, units, unit)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, dict(batch))  # type: ignore[no-any-return]
 
 
 def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:

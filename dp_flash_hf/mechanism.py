@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
 from dp_flash_hf.accountant import Ledger, PrivacyPlan
 from dp_flash_hf.config import PrivacyConfig
+from dp_flash_hf.distributed import Ranks, as_gradient, local, part_of
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.noise import add_gaussian_noise_, fresh_generator
@@ -25,6 +27,10 @@ class DPSGD:
             optimizer.step(); optimizer.zero_grad()
 
     `optimizer.step()` without `release()`, and a `release()` beyond the planned steps, raise PrivacyError.
+
+    Where torch.distributed runs several ranks, all of them do the same: each runs `engine.backward` on its own share of a draw,
+    and `release` adds their sums up, once a step, before it puts the same noise on the same parameters everywhere. Parameters
+    are compared between ranks when training starts and after its first step, and one of them after each further step.
     """
 
     def __init__(self, config: PrivacyConfig, plan: PrivacyPlan) -> None:
@@ -34,7 +40,9 @@ class DPSGD:
         self._handles: list[Any] = []
         self._gradient: Literal["clipped", "released", "used"] = "clipped"
         self._released: dict[torch.nn.Parameter, tuple[torch.Tensor, int]] = {}  # what release() made, and its version
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._generators: dict[tuple[torch.device, str], torch.Generator] = {}
+        self._ranks = Ranks()
+        self._steps_here = 0  # since start()
 
     @property
     def steps(self) -> int:
@@ -51,13 +59,33 @@ class DPSGD:
 
         Raises PrivacyError unless it updates exactly the engine's parameters, and the engine clips as the configuration says.
         """
+        with Ranks().together():
+            inner = self._require_fitting(engine, optimizer)
+        self.stop()
+        self._ranks, self._steps_here, self._generators = Ranks(), 0, {}
+        described = (
+            self.config.to_dict(),
+            self.plan.sampler.to_dict(),
+            self.plan.noise_multiplier,
+            self.plan.steps,
+            self.steps,
+        )
+        if any(other != described for other in self._ranks.gathered(described)):
+            raise PrivacyError("ranks have different privacy parameters or books: give all of them the same configuration")
+        self._ranks.require_equal([(part_of(p), local(p)) for p in engine.model.parameters()], "parameters")
+        self._engine = engine
+        self._gradient = "clipped"
+        self._handles = [inner.register_step_pre_hook(self._before_step), inner.register_step_post_hook(self._after_step)]
+
+    def _require_fitting(self, engine: ClippingEngine, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer itself, where accelerate wraps it."""
         for name in ("max_grad_norm", "clipping"):
             if getattr(engine, name) != getattr(self.config, name):
                 raise PrivacyError(
                     f"the engine clips with {name}={getattr(engine, name)!r} and the configuration says "
                     f"{getattr(self.config, name)!r}, which the report would repeat: make the engine with config.{name}"
                 )
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps optimizers
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         updated = {p for group in inner.param_groups for p in group["params"] if p.requires_grad}
         if updated != set(engine.parameters):
             missing = [name for p, name in engine.parameters.items() if p not in updated]
@@ -65,10 +93,7 @@ class DPSGD:
                 f"the optimizer must update exactly the trained parameters: {len(updated - set(engine.parameters))} are not "
                 f"the model's, and it lacks {missing[:5]}; create it after freezing and wrapping the model"
             )
-        self.stop()
-        self._engine = engine
-        self._gradient = "clipped"
-        self._handles = [inner.register_step_pre_hook(self._before_step), inner.register_step_post_hook(self._after_step)]
+        return inner
 
     def stop(self) -> None:
         """Let go of engine and optimizer; what was spent stays on the books."""
@@ -87,19 +112,25 @@ class DPSGD:
 
     def release(self) -> None:
         """Noise the clipped sums, once, and make them the gradients of one optimizer step."""
-        self.require_next()
-        assert self._engine is not None
-        self.ledger.record(self.plan.sampler, self.plan.noise_multiplier)  # counted before it can be seen
-        sums = self._engine.take_sums()
-        std = self.plan.noise_multiplier * self._engine.max_grad_norm
-        for device in {total.device for total in sums.values()}:
-            here = [total for total in sums.values() if total.device == device]
-            add_gaussian_noise_(here, std=std, generator=self._generator(device))
-        for parameter, total in sums.items():
+        sums: dict[torch.nn.Parameter, torch.Tensor] = {}
+        with self._ranks.together():  # what one rank refuses, no rank releases
+            self.require_next()
+            assert self._engine is not None
+            self.ledger.record(self.plan.sampler, self.plan.noise_multiplier)  # counted before it can be seen
+            sums = self._engine.take_sums()
+        if self.config.seed is not None:
+            self._generators = {}  # a stream for every step
+        split = [total for parameter, total in sums.items() if part_of(parameter)]
+        part = next((part_of(parameter) for parameter in sums if part_of(parameter)), "")
+        self._add_noise(split, part)  # added up already
+        for bucket in self._ranks.added_up([total for parameter, total in sums.items() if not part_of(parameter)]):
+            self._add_noise(bucket, "")
+        for parameter in list(sums):
+            total = sums.pop(parameter)
             # A public constant: the drawn size would reveal how many units took part.
             total.div_(self.plan.sampler.expected_batch_size)
-            parameter.grad = noisy = total.to(parameter.dtype)
-            self._released[parameter] = (noisy, noisy._version)
+            parameter.grad, _ = as_gradient(parameter, total)
+            self._released[parameter] = (parameter.grad, local(parameter.grad)._version)
         self._gradient = "released"
 
     def epsilon(self) -> float:
@@ -147,12 +178,23 @@ class DPSGD:
         if saved.steps > self.ledger.steps:
             self.ledger = saved
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if self.config.seed is not None:
-            return fresh_generator(device, seed=self.config.seed, stream=f"noise step {self.steps} {device}")
-        if device not in self._generators:
-            self._generators[device] = fresh_generator(device)
-        return self._generators[device]
+    def _add_noise(self, sums: Sequence[torch.Tensor], part: str) -> None:
+        """Noise on sums of one part of their parameters: the same wherever that part is held, independent on all others."""
+        assert self._engine is not None
+        std = self.plan.noise_multiplier * self._engine.max_grad_norm
+        for device in sorted({total.device for total in sums}, key=str):
+            here = [total for total in sums if total.device == device]
+            add_gaussian_noise_(here, std=std, generator=self._generator(device, part))
+
+    def _generator(self, device: torch.device, part: str) -> torch.Generator:
+        if (device, part) not in self._generators:
+            stream = f"noise {part}"
+            if self.config.seed is not None:
+                made = fresh_generator(device, seed=self.config.seed, stream=f"{stream} step {self.steps} {device.type}")
+            else:
+                made = self._ranks.generator(device, stream=stream)
+            self._generators[device, part] = made
+        return self._generators[device, part]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._gradient != "released":
@@ -162,7 +204,7 @@ class DPSGD:
                 "optimizer.step(closure) computes gradients anew, without noise: use an optimizer without a closure"
             )
         assert self._engine is not None
-        if any(p.grad is not g or g._version != version for p, (g, version) in self._released.items()):
+        if any(p.grad is not g or local(g)._version != version for p, (g, version) in self._released.items()):
             raise PrivacyError(
                 "gradients changed between release() and optimizer.step(), by a backward pass without noise for all that is "
                 "known; nothing was updated. Run every backward through the engine, before release()"
@@ -176,3 +218,9 @@ class DPSGD:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._gradient, self._released = "used", {}
+        assert self._engine is not None
+        parameters = list(self._engine.parameters)
+        one = parameters[self._steps_here % len(parameters)]
+        compared = parameters if self._steps_here == 0 else [one]
+        self._ranks.require_equal([(part_of(p), local(p)) for p in compared], "parameters after a step")
+        self._steps_here += 1

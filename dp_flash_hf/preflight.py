@@ -41,7 +41,7 @@ def preflight(
     prepare: moves a batch to the device and names its units.
     keys_of: (unit, number) -> the keys of that unit's rows, under that number.
     cut_padding: whether trailing padding will be cut off physical batches.
-    reduced_precision: whether the model computes in bfloat16 somewhere.
+    reduced_precision: whether the model computes in bfloat16 somewhere though its parameters are in float32.
     Raises PrivacyError and UnsupportedError for what cannot be private.
     """
     model = engine.model
@@ -57,9 +57,10 @@ def preflight(
             lambda whole, unit: select_unit(whole, units, unit),
             n_classes=getattr(getattr(model, "config", None), "num_labels", None),
             rows_per_example=rows_per_example,
-            tolerance=1e-2 if reduced_precision else 1e-4,
+            tolerance=1e-2 if reduced_precision or engine.reduces_precision else 1e-4,
         )
     scale = loss.scale(batch, units)
+    reduced_precision = reduced_precision or engine.reduces_precision
     tolerance = 0.05 if reduced_precision else 1e-3
     with_equal_shapes = 1e-3 if reduced_precision else 1e-5  # when there is little rounding to allow for
     if units.kind == "tokens":

@@ -17,7 +17,7 @@ from dp_flash_hf.config import PrivacyConfig
 from dp_flash_hf.engine import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.report import PrivacyReport
-from dp_flash_hf.training import PrivateTraining, accelerator_refusals, refuse
+from dp_flash_hf.training import PrivateTraining, accelerator_refusals, refuse, unwrapped
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]
 
@@ -53,7 +53,8 @@ def make_private(
     model, optimizer: before or after `accelerator.prepare`; the optimizer updates exactly what the model trains.
     train_dataset: one example per row, read by `train_dataset[row]`.
     collate_fn: a list of examples -> a mapping of model inputs.
-    expected_batch_size: units in a step, on average. steps, or epochs (draws that see every unit once on average): how long.
+    expected_batch_size: units in a step, on average, of all processes together.
+    steps, or epochs (draws that see every unit once on average): how long.
     max_rows_per_device, max_tokens_per_device: what is computed at once, in rows, or instead in tokens, padding included.
     loss_fn: (model, batch) -> a scalar, a mean over the batch's rows or labels; default: the loss of a Transformers model.
     strategy: see `ClippingEngine`.
@@ -95,9 +96,9 @@ class PrivateLoop:
         num_workers: int,
         loss_fn: LossFunction | None,
     ) -> None:
-        self._training, self._model, self._accelerator = training, model, accelerator
+        self._training, self._model, self._accelerator = training, unwrapped(model), accelerator
         self._collate_fn, self._num_workers = collate_fn, num_workers
-        self._loss_fn = loss_fn or _ModelLoss(model)
+        self._loss_fn = loss_fn or _ModelLoss(self._model)
         self._checked = False
         self.awaited = False  # whether a draw of `loader` waits for `backward`
 

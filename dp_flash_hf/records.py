@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_flash_hf import planner
+from dp_flash_hf.distributed import device_of
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels.clipped_sum import add_embedding_, add_linear_, add_per_unit_, linear_clipped_sum
 from dp_flash_hf.kernels.ghost_norm import (
@@ -332,6 +333,10 @@ class Recorder:
         self._read: set[nn.Parameter] = set()
         self._factors: Tensor | None = None
         self._sums: dict[nn.Parameter, Tensor] = {}
+        # Of parameters that FSDP2 split up: by module and name, because something else stands there while the module runs, ...
+        self.sharded: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        self._gathered: dict[nn.Parameter, nn.Parameter] = {}  # ... the whole parameter, and whose it is
+        self.left_over: set[nn.Parameter] = set()  # of these, what autograd took a gradient of by itself
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
         # A copied model is not attached: its parameters are unknown here, and its layers behave as without the library.
@@ -339,14 +344,29 @@ class Recorder:
 
     # What layers ask and tell.
 
-    def tracks(self, parameter: object) -> bool:
-        """Whether this parameter's gradient is to be recorded in the present call."""
-        return (
-            self.phase != "idle"
-            and isinstance(parameter, nn.Parameter)
-            and parameter in self._groups
-            and parameter.requires_grad
-        )
+    def tracks(self, parameter: nn.Parameter, place: tuple[nn.Module, str] | None = None) -> bool:
+        """Whether the gradient of this parameter is to be recorded now. place: the module that hands it out, and its name."""
+        original = None if place is None else self.sharded.get(place)
+        if original is parameter:
+            return False  # used outside its module's forward, where no rank has all of it
+        if original is not None and parameter not in self._gathered:
+            self._gathered[parameter] = original
+            parameter.register_post_accumulate_grad_hook(self._note_left_over)
+        return self.phase != "idle" and self.whose(parameter) in self._groups and parameter.requires_grad
+
+    def whose(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The model's own parameter where this is what FSDP2 gathered of it, else itself."""
+        return self._gathered.get(parameter, parameter)
+
+    @property
+    def reduces_precision(self) -> bool:
+        """Whether FSDP2 gathers some parameters in less than float32."""
+        return any(gathered.dtype.itemsize < 4 for gathered in self._gathered)
+
+    def _note_left_over(self, gathered: Tensor) -> None:
+        if self.phase != "idle" and gathered.grad is not None:  # autograd comes by without a gradient too
+            self.left_over.add(self.whose(gathered))  # type: ignore[arg-type]
+            gathered.grad = None  # else FSDP2 would keep it, or add it up over ranks
 
     def layout(self, module: nn.Module, x: Tensor, feature_dims: int = 1) -> Layout | None:
         """How the input x (*lead, *features) of a layer is laid out, or None when that is not certain.
@@ -390,8 +410,8 @@ class Recorder:
 
         If it is, one call with them may leave several records, or none: nobody knows yet what becomes of the result.
         """
-        if not self._read.isdisjoint(parameters):
-            return False
+        if not self._read.isdisjoint(parameters) or not self._gathered.keys().isdisjoint(parameters):
+            return False  # what FSDP2 gathered may be gone when the result is formed
         self._deferred.update(parameters)
         return True
 
@@ -421,10 +441,11 @@ class Recorder:
     def start(
         self, phase: Phase, units: Units, factors: Tensor | None = None, sums: dict[nn.Parameter, Tensor] | None = None
     ) -> None:
-        """Enter a phase for one physical batch. `factors` (units, groups) and `sums` belong to phase "sum"."""
+        """Enter a phase for one physical batch. `factors` (units, groups) belong to phase "sum", which adds to `sums`."""
         self.phase, self.units, self.records = phase, units, {}
         self._norms, self._spent, self._waiting, self._deferred = None, set(), {}, set()
-        self._factors, self._sums = factors, sums or {}
+        self._factors, self._sums = factors, {} if sums is None else sums
+        self.left_over = set()
 
     def stop(self) -> None:
         """Back to idle; every record is dropped."""
@@ -475,9 +496,14 @@ class Recorder:
                 "backward through a model with an attached ClippingEngine, outside engine.backward or engine.batch: its "
                 "gradients would not be clipped; use engine.backward(loss_fn, batch), or engine.detach() first"
             )
+        calls = self.layouts.calls.get(parameter)
+        deferred, parameter = parameter in self._deferred, self.whose(parameter)
         if self.phase == "sum":
             assert self._factors is not None
             factors = self._factors[:, self._groups[parameter]]
+            if parameter not in self._sums:
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                self._sums[parameter] = torch.zeros(parameter.shape, dtype=dtype, device=device_of(parameter))
             if isinstance(use, Tensor):
                 add_per_unit_(self._sums[parameter], use, factors)
             else:
@@ -490,8 +516,8 @@ class Recorder:
             record.add_per_unit(use)
         else:
             record.add(use)
-        whole = parameter not in self._deferred and (not isinstance(use, LinearUse) or use.part is None)
-        if self.phase == "norms" and whole and self.layouts.calls.get(parameter) == 1:  # nothing to come: the records may go
+        whole = not deferred and (not isinstance(use, LinearUse) or use.part is None)
+        if self.phase == "norms" and whole and calls == 1:  # nothing to come: the records may go
             self._spent.add(parameter)
             self._add_when_alone(parameter, self.records.pop(parameter))
 

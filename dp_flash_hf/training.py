@@ -11,12 +11,14 @@ import torch
 from accelerate.accelerator import Accelerator
 from accelerate.utils.dataclasses import DistributedType, DynamoBackend
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
 
 from dp_flash_hf.accountant import PrivacyPlan
 from dp_flash_hf.batches import UNITS, PoissonBatches, UnitCollator, WithUnits, physical_batches, steps_per_epoch, units_of
 from dp_flash_hf.config import PrivacyConfig
+from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.losses import ModelLoss, UnitLoss
@@ -75,6 +77,7 @@ class PrivateTraining:
         self.engine: ClippingEngine | None = None
         self._loss: UnitLoss | None = None
         self._move: Move = dict
+        self._template: tuple[dict[str, Any], Units] = ({}, Units.rows(0))  # one unit, for ranks that have none left
         logger.info(
             f"private training planned: noise multiplier {plan.noise_multiplier:.4g}, sampling rate "
             f"{plan.sampler.sampling_rate:.4g}, {steps} steps, epsilon {plan.epsilon():.4g} at delta {plan.target_delta:g}"
@@ -121,7 +124,7 @@ class PrivateTraining:
         if self.engine is not None:
             self.engine.detach()
         self.engine = ClippingEngine(
-            model, max_grad_norm=self.config.max_grad_norm, clipping=self.config.clipping, strategy=self.strategy
+            unwrapped(model), max_grad_norm=self.config.max_grad_norm, clipping=self.config.clipping, strategy=self.strategy
         )
         self.mechanism.start(self.engine, optimizer)
 
@@ -145,8 +148,10 @@ class PrivateTraining:
             n_units=self.mechanism.plan.sampler.n_units,
             rows_per_example=self.rows_per_example,
             cut_padding=self.max_tokens is not None,
-            reduced_precision=reduced_precision or any(p.dtype.itemsize < 4 for p in self.engine.model.parameters()),
+            reduced_precision=reduced_precision,
         )
+        data: Any = loader.dataset
+        self._template = self._prepared(loader.collate_fn(data.__getitems__(keys_of(0, 0))))
         attention = getattr(getattr(self.engine.model, "config", None), "_attn_implementation", None)
         forms = sorted(set(self.engine.forms().values()))
         logger.info(
@@ -160,17 +165,15 @@ class PrivateTraining:
         if self._loss is None:
             raise PrivacyError("a step before check(): how the loss divides is not known")
         total, labels = torch.zeros(()), 0.0
-        of_example = inputs[UNITS]
-        if len(of_example):
-            batch, units = self._prepared(inputs)
-            examples = torch.bincount(of_example.cpu(), minlength=units.n).tolist()
-            for part, part_units in physical_batches(
-                batch, units, examples, max_examples=self.max_examples, max_tokens=self.max_tokens
-            ):
-                scale = self._loss.scale(part, part_units) if self.config.unit_loss == "mean" else None
-                loss = self.engine.backward(self._loss, part, part_units, scale)
-                total = total.to(loss.device) + loss
-                labels += self._loss.count(part)
+        parts = self._physical_batches(inputs)
+        for part, units in parts:
+            scale = self._loss.scale(part, units) if self.config.unit_loss == "mean" else None
+            loss = self.engine.backward(self._loss, part, units, scale)
+            total = total.to(loss.device) + loss
+            labels += self._loss.count(part)
+        if self.engine.split_up:  # every rank takes part in every forward and backward pass of the others
+            for _ in range(max(Ranks().gathered(len(parts))) - len(parts)):
+                self.engine.attend(self._loss, *self._template)
         return total / max(labels, 1.0)
 
     def stop(self) -> None:
@@ -179,6 +182,14 @@ class PrivateTraining:
         if self.engine is not None:
             self.engine.detach()
             self.engine.model.zero_grad()  # what an interrupted step left was clipped, but has no noise
+
+    def _physical_batches(self, inputs: Mapping[str, Any]) -> list[tuple[dict[str, Any], Units]]:
+        of_example = inputs[UNITS]
+        if not len(of_example):
+            return []
+        batch, units = self._prepared(inputs)
+        examples = torch.bincount(of_example.cpu(), minlength=units.n).tolist()
+        return list(physical_batches(batch, units, examples, max_examples=self.max_examples, max_tokens=self.max_tokens))
 
     def _prepared(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Units]:
         batch = dict(inputs)
@@ -189,10 +200,18 @@ class PrivateTraining:
 
 def accelerator_refusals(accelerator: Accelerator, model: object) -> dict[str, bool]:
     """What of Accelerate's settings cannot be private, and whether it is set."""
+    kind = accelerator.distributed_type
     return {
-        "more than one process: not yet supported; launch one process": accelerator.num_processes > 1,
-        f"{accelerator.distributed_type}: not yet supported; launch one process, without DeepSpeed, FSDP or Megatron": (
-            accelerator.distributed_type != DistributedType.NO and accelerator.num_processes <= 1
+        f"{kind}: its engine owns backward and adds gradients up before they are clipped; use FSDP2 (fsdp_version 2), or DDP": (
+            kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+        ),
+        "FSDP version 1: it flattens parameters, so their per-unit norms cannot be told apart; use FSDP2 (fsdp_version: 2)": (
+            kind == DistributedType.FSDP and not accelerator.is_fsdp2
+        ),
+        f"{kind}: not supported; use DDP or FSDP2 on GPUs or CPUs": kind in (DistributedType.XLA, DistributedType.MULTI_SDAA),
+        "tensor, context or sequence parallelism: no rank sees a unit's whole gradient; use FSDP2 or HSDP (dp_shard_size, "
+        "dp_replicate_size)": any(
+            getattr(accelerator.parallelism_config, f"{way}_size", 1) != 1 for way in ("tp", "cp", "sp", "ep")
         ),
         f"mixed_precision={accelerator.mixed_precision!r}: its scaling depends on other units; use 'bf16' or 'no'": (
             accelerator.mixed_precision not in ("no", "bf16")
@@ -201,6 +220,11 @@ def accelerator_refusals(accelerator: Accelerator, model: object) -> dict[str, b
             accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or hasattr(model, "_orig_mod")
         ),
     }
+
+
+def unwrapped(model: Any) -> Any:
+    """The model that DDP wraps, whose gradients are then added up after they are clipped; any other model as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def refuse(reasons: dict[str, bool]) -> None:

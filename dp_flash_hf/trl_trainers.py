@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -54,6 +55,26 @@ def rows_per_example(trainer: Trainer) -> int:
     """Rows that the trainer's collator makes of an example."""
     base = examined(trainer)
     return 1 if base is None else _ROWS[base.__name__]
+
+
+@contextmanager
+def on_one_rank(trainer: Any) -> Iterator[None]:
+    """Within the context the trainer's metrics are this rank's own.
+
+    Losses gather them from all ranks, which compute different numbers of physical batches and would wait for each other.
+    """
+    accelerator = trainer.accelerator
+    if accelerator.num_processes == 1:
+        yield
+        return
+    names = ("gather", "gather_for_metrics")
+    try:
+        for name in names:
+            setattr(accelerator, name, lambda value, *args, **kwargs: value)
+        yield
+    finally:
+        for name in names:
+            delattr(accelerator, name)  # the class's own are there again
 
 
 def refusals(trainer: Any) -> dict[str, bool]:

@@ -54,9 +54,9 @@ class _Tracking:
 
     def __getattr__(self: Any, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
-        if isinstance(value, nn.Parameter) and torch.is_grad_enabled():
+        if isinstance(value, nn.Parameter):
             recorder = _recorder_of(self)
-            if recorder.tracks(value):
+            if recorder.tracks(value, (self, name)) and torch.is_grad_enabled():
                 return Tracked.of(value, recorder)
         return value
 

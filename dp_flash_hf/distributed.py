@@ -1,0 +1,310 @@
+"""Several processes that train one model: what they agree on, how they add up, and which part of a parameter each one holds.
+
+Every unit of a draw lies on one rank as a whole, so its gradient norm needs no communication. What is added up over ranks is
+the clipped sum: of parameters that every rank holds whole (DDP) once a step, of those that `fully_shard` (FSDP2) split up after
+each physical batch, so that no rank keeps more of a sum than of the parameter. Noise is drawn from secrets that ranks share:
+holders of the same part draw the same noise, holders of different parts draw independently.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.noise import fresh_generator
+
+_BUCKET_BYTES = 32 * 2**20  # smaller sums are added up together: DDP's own buckets have 25 MiB
+_IN_FLIGHT = 2  # buckets on their way while the one before gets its noise
+
+
+class Ranks:
+    """The processes of the default process group, or this process alone; every method is called by all of them alike."""
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.size, self.rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
+        on_gpu = together and "nccl" in str(dist.get_backend())
+        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files."""
+        return self.rank == 0
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each rank gave, by rank: anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on some rank."""
+        return any(self.gathered(flag))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is refused inside on one rank is refused on all; else the others would wait for it in vain."""
+        try:
+            yield
+        except Exception:
+            self.any(True)
+            raise
+        if self.any(False):
+            raise PrivacyError("another rank stopped here, with an error that it prints; so does this one")
+
+    def shared(self, value: Any, source: int = 0) -> Any:
+        """What the rank `source` gave: a tensor or anything that can be pickled."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=source, device=self._device)
+        return values[0]
+
+    def generator(self, device: torch.device | str = "cpu", *, stream: str) -> torch.Generator:
+        """A new generator from fresh entropy: the same on all ranks that name the same stream, and unrelated otherwise."""
+        if self.size == 1:
+            return fresh_generator(device)
+        secret = torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8).to(self._device)
+        dist.broadcast(secret, src=0)
+        return fresh_generator(device, seed=int.from_bytes(bytes(secret.tolist()), "little"), stream=stream)
+
+    def added_up(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Add up each tensor over all ranks, in place, and hand them out bucket by bucket while the next ones are on their way.
+
+        The same shapes and dtypes in the same order on every rank.
+        """
+        if self.size == 1:
+            yield list(tensors)
+            return
+        waiting: list[tuple[Any, Tensor, list[Tensor]]] = []
+        for bucket in _buckets(tensors):
+            flat = bucket[0] if len(bucket) == 1 and bucket[0].is_contiguous() else torch.cat([t.flatten() for t in bucket])
+            on_device = flat.to(self._device) if self._device.type != flat.device.type else flat
+            waiting.append((dist.all_reduce(on_device, async_op=True), on_device, bucket))
+            if len(waiting) > _IN_FLIGHT:
+                yield _arrived(*waiting.pop(0))
+        for work, flat, bucket in waiting:
+            yield _arrived(work, flat, bucket)
+
+    def require_equal(self, tensors: Sequence[tuple[str, Tensor]], what: str) -> None:
+        """Raise PrivacyError unless all ranks that hold the same part hold the same bits. tensors: (part, numbers)."""
+        own: dict[str, int] = {}
+        for part, tensor in tensors:
+            own[part] = own.get(part, 0) + checksum(tensor)
+        seen: dict[str, set[int]] = {}
+        for sums in self.gathered(own):
+            for part, total in sums.items():
+                seen.setdefault(part, set()).add(total)
+        if any(len(totals) > 1 for totals in seen.values()):
+            raise PrivacyError(
+                f"ranks hold different {what}, so they no longer train one model: start all of them from the same weights and "
+                "settings, on devices of one kind, and change no parameter outside optimizer.step()"
+            )
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        full = sum(t.numel() * t.element_size() for t in bucket) >= _BUCKET_BYTES
+        if bucket and (full or bucket[0].dtype != tensor.dtype or bucket[0].device != tensor.device):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def _arrived(work: Any, flat: Tensor, bucket: list[Tensor]) -> list[Tensor]:
+    work.wait()
+    if flat is not bucket[0]:
+        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+    return bucket
+
+
+def checksum(x: Tensor) -> int:
+    """A number that differs, but for chance, where x differs in a bit."""
+    bits = x.detach().contiguous().flatten().view(torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(torch.int64)
+    places = torch.arange(1, len(bits) + 1, device=bits.device) * 0x9E3779B97F4A7C1  # so that exchanged numbers show
+    mixed = (bits ^ (bits >> 31)) * (places | 1)
+    return int((mixed ^ (mixed >> 29)).sum())
+
+
+# --- parameters that are split up -----------------------------------------------------------------------------------------
+
+
+def local(t: Tensor) -> Tensor:
+    """What this rank holds of a tensor: all of it, unless it is split up."""
+    with torch.no_grad():
+        return t.to_local() if isinstance(t, DTensor) else t
+
+
+def part_of(parameter: Tensor) -> str:
+    """Which part of a parameter this rank holds, in a few letters; "" for all of it."""
+    if not isinstance(parameter, DTensor):
+        return ""
+    coordinate: Sequence[int] = parameter.device_mesh.get_coordinate() or ()
+    split = [str(at) for at, placement in zip(coordinate, parameter.placements, strict=True) if not placement.is_replicate()]
+    return "/".join(split)
+
+
+def own_part_of_sum(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """This rank's part of the sum over all ranks of `whole`, which has a split parameter's full shape; where its part lies."""
+    assert isinstance(parameter, DTensor)
+    mesh = parameter.device_mesh
+    total = DTensor.from_local(whole, mesh, [Partial()] * mesh.ndim, run_check=False)
+    if mesh.ndim > 1:  # split up first: less is then left to add up over replicas
+        total = total.redistribute(placements=[Partial(), *parameter.placements[1:]])
+    return local(total.redistribute(placements=parameter.placements)).to(local(parameter).device)
+
+
+def device_of(parameter: Tensor) -> torch.device:
+    """Where the model computes with a parameter: where it lies, unless parts of it are kept elsewhere meanwhile."""
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != "cpu":
+        return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
+    return parameter.device
+
+
+def as_gradient(parameter: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """A gradient of the parameter's dtype and layout, and `numbers`, this rank's part of it: one storage if of one dtype."""
+    if not isinstance(parameter, DTensor):
+        return numbers.to(parameter.dtype), numbers
+    gradient = torch.empty_like(parameter.detach())
+    own = local(gradient)
+    own.copy_(numbers)
+    return gradient, own if own.dtype == numbers.dtype else numbers
+
+
+class Shards:
+    """What `fully_shard` made of a model: its modules, and the parameters that are split up."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.ranks = Ranks()
+        self.modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.ordered = [p for p in model.parameters() if isinstance(p, DTensor)]
+        self.parameters = set(self.ordered)
+        self._refuse(model)
+
+    def __bool__(self) -> bool:
+        return bool(self.parameters)
+
+    @property
+    def copies(self) -> int:
+        """How many ranks add the same to a sum, where all of them compute the same batch."""
+        return self.ranks.size if self.parameters else 1
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on some of the ranks that compute together: on this one, if nothing is split up."""
+        return self.ranks.any(flag) if self.parameters else flag
+
+    def all(self, flag: bool) -> bool:
+        """Whether it holds on all ranks that compute together."""
+        return not self.any(not flag)
+
+    def of_any_rank(self, some: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """The split parameters that are among `some` on any rank, in the model's order."""
+        if not self.parameters:
+            return []
+        own = set(some)
+        found = {
+            number for numbers in self.ranks.gathered([i for i, p in enumerate(self.ordered) if p in own]) for number in numbers
+        }
+        return [self.ordered[number] for number in sorted(found)]
+
+    def square(self, parts: dict[nn.Parameter, Tensor], like: Tensor | None = None) -> Tensor:
+        """The sum of squares, in the dtype of `like` (default float64), of all numbers of these parameters.
+
+        parts: what this rank holds of each; of parameters that are not split up, all ranks hold the same.
+        """
+        dtype = torch.float64 if like is None else like.dtype
+        by_part: dict[str, Tensor] = {}
+        for parameter, own in parts.items():
+            part = part_of(parameter)
+            by_part[part] = own.to(dtype).square().sum() + by_part.get(part, 0)
+        if self.parameters:
+            found = self.ranks.gathered({part: float(total) for part, total in by_part.items()})
+            by_part = {part: torch.tensor(total, dtype=dtype) for own_parts in found for part, total in own_parts.items()}
+        return sum(by_part.values(), torch.zeros((), dtype=dtype, device=None if like is None else like.device))
+
+    def _refuse(self, model: nn.Module) -> None:
+        within = {p for module in self.modules for p in cast(nn.Module, module).parameters()}
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, DTensor) and not (parameter in within and _is_fully_sharded(parameter, self.ranks.size)):
+                raise UnsupportedError(
+                    f"{name} is split up as {parameter.placements} over {parameter.device_mesh}, as tensor parallelism does: "
+                    "its per-unit norms would be those of a part; use FSDP2 (torch's fully_shard, over all ranks), without a "
+                    "tp_plan"
+                )
+
+    @contextmanager
+    def synchronizing(self, value: bool) -> Iterator[None]:
+        """Within the context FSDP2 averages gradients over ranks, or leaves them alone."""
+        try:
+            self._synchronize(value)
+            yield
+        finally:
+            self._synchronize(True)
+
+    def _synchronize(self, value: bool) -> None:
+        for module in self.modules:
+            module.set_requires_gradient_sync(value, recurse=False)
+
+    @contextmanager
+    def at_ends(self, act: Callable[[list[nn.Parameter]], None]) -> Iterator[None]:
+        """Within the context, `act` is called in backward when one of the modules is done, with its own split parameters.
+
+        On all ranks in the same order, which is what FSDP2 itself relies on.
+        """
+        handles = []
+        for module in cast(list[nn.Module], self.modules):
+            inner = {p for m in module.modules() if m is not module and isinstance(m, FSDPModule) for p in m.parameters()}
+            own = [p for p in module.parameters() if p in self.parameters and p.requires_grad and p not in inner]
+            end = partial(_with_end, partial(act, own))
+            handles.append(module.register_forward_pre_hook(end, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _with_end(act: Callable[[], None], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    leaves, structure = tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if torch.is_grad_enabled() and places:
+        for i, out in zip(places, _End.apply(act, *(leaves[i] for i in places)), strict=True):  # type: ignore[no-untyped-call]
+            leaves[i] = out
+    return tree_unflatten(leaves, structure)
+
+
+class _End(torch.autograd.Function):
+    """The inputs of a module; their gradients are there when its backward pass is done."""
+
+    @staticmethod
+    def forward(ctx: Any, act: Callable[[], None], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.act = act
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.act()
+        return (None, *gradients)
+
+
+def _is_fully_sharded(parameter: DTensor, n_ranks: int) -> bool:
+    kinds = [type(placement) for placement in parameter.placements]
+    return parameter.device_mesh.size() == n_ranks and kinds in ([Shard], [Replicate, Shard])

@@ -1,0 +1,102 @@
+"""Several processes on this machine, as `torchrun` would start them: gloo, one thread each, kept for all tests of a session."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SECONDS = 120.0  # a rank that waits in vain for another is an error after that
+
+
+class World:
+    """So many ranks that run functions of test modules: `world.run(function, *args)` -> what each rank returned."""
+
+    def __init__(self, size: int) -> None:
+        context = mp.get_context("spawn")
+        self.size = size
+        self._tasks = [context.Queue() for _ in range(size)]
+        self._results = context.Queue()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._processes = [
+            context.Process(target=_work, args=(rank, size, port, self._tasks[rank], self._results), daemon=True)
+            for rank in range(size)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(*args) on every rank, of results and errors by rank; an error on one is raised here."""
+        for tasks in self._tasks:
+            tasks.put((function, args))
+        found: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        try:
+            while len(found) + len(errors) < self.size:
+                rank, result, error = self._results.get(timeout=SECONDS if not errors else 5.0)
+                if error is not None:
+                    errors[rank] = error
+                else:
+                    found[rank] = result
+        except queue.Empty:
+            self.close()
+            errors.setdefault(-1, f"ranks {sorted({*range(self.size)} - found.keys() - errors.keys())} wait in vain")
+        if errors:
+            raise AssertionError("\n".join(f"rank {rank}: {error}" for rank, error in errors.items()))
+        return [found[rank] for rank in range(self.size)]
+
+    @property
+    def closed(self) -> bool:
+        return not all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def _work(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    while True:
+        function, args = tasks.get()
+        torch.manual_seed(0)
+        try:
+            results.put((rank, function(*args), None))
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
+
+
+_worlds: dict[int, World] = {}
+
+
+def world(size: int) -> World:
+    """The ranks of this size, started when first asked for."""
+    if size not in _worlds or _worlds[size].closed:
+        _worlds[size] = World(size)
+    return _worlds[size]
+
+
+def fails(function: Callable[..., Any], *args: Any) -> str:
+    """The message of the error that function(*args) raises; "" if none."""
+    try:
+        function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
