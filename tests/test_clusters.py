@@ -484,29 +484,27 @@ def test_pods_fail_together_and_go_on_together(data: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_torchrun_on_one_machine(data: Path, tmp_path: Path) -> None:
+def test_torchrun_on_one_machine_starts_again_what_died(data: Path, tmp_path: Path) -> None:
     command, _ = commands("torchrun")
-    command = [part.replace("_per_node=8", "_per_node=1") for part in command]
-    run_together([*command, *sizes(data, tmp_path / "run")], folder=tmp_path, changes={"PET_MASTER_PORT": free_port()})
-    check(tmp_path / "run", 1)
+    (tmp_path / "dying.py").write_text(DYING)
+    changed = {"lora_finetune": str(tmp_path / "dying.py"), "--nproc_per_node=8": "--nproc_per_node=2"}
+    assert changed.keys() <= set(command)
+    command = [*(changed.get(part, part) for part in command), *sizes(data, tmp_path / "run")]
+    printed = run_together(command, folder=tmp_path, changes={"PET_MASTER_PORT": free_port()})
+    check(tmp_path / "run", 2)
+    assert f"resuming from {tmp_path / 'run' / 'checkpoint-1'}" in printed
 
 
 @pytest.mark.slow
-def test_torchrun_on_several_machines_starts_again_what_died(data: Path, tmp_path: Path) -> None:
+def test_torchrun_on_several_machines(data: Path, tmp_path: Path) -> None:
     """Two agents of one process each, which meet at HOST."""
     _, command = commands("torchrun")
-    (tmp_path / "dying.py").write_text(DYING)
-    changed = {
-        "lora_finetune": str(tmp_path / "dying.py"),
-        "--nproc_per_node=8": "--nproc_per_node=1",
-        "--rdzv_endpoint=127.0.0.1:29500": f"--rdzv_endpoint=127.0.0.1:{free_port()}",
-    }
+    endpoint = f"--rdzv_endpoint=127.0.0.1:{free_port()}"
+    changed = {"--rdzv_endpoint=127.0.0.1:29500": endpoint, "--nproc_per_node=8": "--nproc_per_node=1"}
     assert changed.keys() <= set(command)
-    command = [changed.get(part, part) for part in command]
-    command += sizes(data, tmp_path / "run")
-    printed = run_together(command, command, folder=tmp_path)
+    command = [*(changed.get(part, part) for part in command), *sizes(data, tmp_path / "run")]
+    run_together(command, command, folder=tmp_path)
     check(tmp_path / "run", 2)
-    assert f"resuming from {tmp_path / 'run' / 'checkpoint-1'}" in printed
 
 
 def test_accelerate_launch_on_one_machine(data: Path, tmp_path: Path) -> None:
