@@ -25,7 +25,15 @@ from transformers import (
 from dp_flash_hf import DPCallback, PrivacyConfig
 from dp_flash_hf.cli import run
 from dp_flash_hf.errors import invalid
-from dp_flash_hf.recipes.common import encoded, leaving_nothing_behind, load_rows, read_options, require_columns, save
+from dp_flash_hf.recipes.common import (
+    checkpoint,
+    encoded,
+    leaving_nothing_behind,
+    load_rows,
+    read_options,
+    require_columns,
+    save,
+)
 
 
 @dataclass
@@ -113,7 +121,7 @@ def main(overrides: Sequence[str]) -> None:
         )
         if options.private:
             dp = DPCallback(privacy).attach(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint(args))
 
     save(trainer, dp)
     print("NOT private: trained with private=false, no guarantee of any kind." if dp is None else dp.report().to_text())

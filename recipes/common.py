@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from accelerate.utils.operations import broadcast_object_list
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from rich.progress import track
-from transformers import HfArgumentParser, Trainer
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from dp_flash_hf.callback import DPCallback
 from dp_flash_hf.config import PrivacyConfig
@@ -133,6 +134,28 @@ def leaving_nothing_behind(folder: str) -> Iterator[None]:
             if part.is_dir() and not any(part.iterdir()):
                 part.rmdir()
         raise
+
+
+def checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: what `resume_from_checkpoint` names; with `true` the last one in `output_dir`, if any.
+
+    A run that is killed and started again by the same command needs no other one the first time. Passed over is a checkpoint
+    whose writing was cut off: its trainer_state.json is written last. Every process gets the answer of the first, since folders
+    on a network may look different from each machine for a while.
+    """
+    asked = args.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        return None
+    if asked.lower() != "true":
+        return asked
+    whole = (path.parent for path in Path(str(args.output_dir)).glob("checkpoint-*/trainer_state.json"))
+    steps = {int(path.name.partition("-")[2]): str(path) for path in whole if re.fullmatch(r"checkpoint-\d+", path.name)}
+    answer: list[str | None] = [steps[max(steps)] if steps else None]
+    broadcast_object_list(answer)
+    found = answer[0]
+    if args.process_index == 0:
+        print(f"no checkpoint in {args.output_dir}: from the first step" if found is None else f"resuming from {found}")
+    return found
 
 
 def save(trainer: Trainer, dp: DPCallback | None) -> None:

@@ -17,7 +17,15 @@ from trl import DPOConfig, DPOTrainer
 
 from dp_flash_hf import DPCallback, PrivacyConfig
 from dp_flash_hf.cli import run
-from dp_flash_hf.recipes.common import encoded, leaving_nothing_behind, load_rows, read_options, require_columns, save
+from dp_flash_hf.recipes.common import (
+    checkpoint,
+    encoded,
+    leaving_nothing_behind,
+    load_rows,
+    read_options,
+    require_columns,
+    save,
+)
 
 
 @dataclass
@@ -73,7 +81,7 @@ def main(overrides: Sequence[str]) -> None:
         )
         dp = DPCallback(privacy, max_tokens_per_device=options.max_tokens).attach(trainer)
     trainer.model.print_trainable_parameters()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint(args))
 
     save(trainer, dp)
     print(dp.report().to_text())

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from dp_flash_hf import DPCallback, PrivacyConfig
 from dp_flash_hf.cli import run
-from dp_flash_hf.recipes.common import leaving_nothing_behind, load_rows, read_options, save, tokenize_texts
+from dp_flash_hf.recipes.common import checkpoint, leaving_nothing_behind, load_rows, read_options, save, tokenize_texts
 
 
 @dataclass
@@ -72,7 +72,7 @@ def main(overrides: Sequence[str]) -> None:
             processing_class=tokenizer,
         )
         dp = DPCallback(privacy).attach(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint(args))
 
     save(trainer, dp)
     print(dp.report().to_text())

@@ -28,7 +28,15 @@ from transformers import (
 )
 
 from dp_flash_hf.cli import run
-from dp_flash_hf.recipes.common import docstrings, leaving_nothing_behind, load_rows, read_options, require_columns, save
+from dp_flash_hf.recipes.common import (
+    checkpoint,
+    docstrings,
+    leaving_nothing_behind,
+    load_rows,
+    read_options,
+    require_columns,
+    save,
+)
 
 EVERY = 64  # one text in this many is held out
 
@@ -128,7 +136,7 @@ def main(overrides: Sequence[str]) -> None:
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
             processing_class=tokenizer,
         )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint(args))
 
     save(trainer, None)
     warning = "NOT private: trained on text taken to be public, no guarantee of any kind."

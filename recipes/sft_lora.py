@@ -22,7 +22,15 @@ from trl import SFTConfig, SFTTrainer
 from dp_flash_hf import DPCallback, PrivacyConfig
 from dp_flash_hf.cli import run
 from dp_flash_hf.errors import invalid
-from dp_flash_hf.recipes.common import encoded, leaving_nothing_behind, load_rows, read_options, require_columns, save
+from dp_flash_hf.recipes.common import (
+    checkpoint,
+    encoded,
+    leaving_nothing_behind,
+    load_rows,
+    read_options,
+    require_columns,
+    save,
+)
 
 
 @dataclass
@@ -149,7 +157,7 @@ def main(overrides: Sequence[str]) -> None:
     prompts = [prompt for prompt, _ in examples]
     before = answers(trainer.model, tokenizer, prompts, options.max_new_tokens)
     loss_before = None if held_out is None else trainer.evaluate()["eval_loss"]
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint(args))
     loss_after = None if held_out is None else trainer.evaluate()["eval_loss"]
     after = answers(trainer.model, tokenizer, prompts, options.max_new_tokens)
 

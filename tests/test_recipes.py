@@ -200,6 +200,22 @@ def test_a_refused_setup_leaves_no_folder_but_keeps_what_was_there(tmp_path: Pat
     assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
 
 
+def test_the_checkpoint_to_go_on_from_is_the_last_whole_one(tmp_path: Path) -> None:
+    def asked(value: str | None) -> str | None:
+        return common.checkpoint(
+            TrainingArguments(output_dir=str(tmp_path / "run"), resume_from_checkpoint=value, use_cpu=True)
+        )
+
+    assert asked("true") is None
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-12", "checkpoint-old", "checkpoint-99-copy"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        if name != "checkpoint-12":  # killed while it was written
+            (tmp_path / "run" / name / "trainer_state.json").write_text("{}")
+    assert asked("true") == asked("True") == str(tmp_path / "run" / "checkpoint-10")
+    assert asked(None) is asked("false") is None
+    assert asked("runs/other/checkpoint-3") == "runs/other/checkpoint-3"
+
+
 def test_docstrings_come_from_what_parses_and_is_no_test(tmp_path: Path) -> None:
     for name, text in {
         "a": '"""One."""\nclass B:\n    """Two."""\n',
@@ -369,6 +385,20 @@ def test_language_models_train_on_a_csv(
     weights = "adapter_model.safetensors" if name == "lora_finetune" else "model.safetensors"
     assert (tmp_path / "run" / weights).is_file()
     assert re.search(r"loss per token on 128 held-out rows: \d", capsys.readouterr().out)
+
+
+def test_a_finished_run_that_is_started_again_spends_nothing(
+    rows: Path, decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [f"dataset={rows}", "eval_dataset=null", "prompt_column=category", "text_column=text", "max_length=16"]
+    batch = ["per_device_train_batch_size=16", "gradient_accumulation_steps=2", "num_train_epochs=1", "warmup_steps=0"]
+    again = ["save_strategy=steps", "save_steps=2", "resume_from_checkpoint=true", f"output_dir={tmp_path / 'run'}"]
+    for found in (f"no checkpoint in {tmp_path / 'run'}", f"resuming from {tmp_path / 'run' / 'checkpoint-4'}"):
+        cli.main(["train", "full_finetune", f"model={decoder}", *data, *batch, *SMALL, *again])
+        assert found in capsys.readouterr().out
+        report = _report(tmp_path / "run")
+        assert report.steps == 4
+        assert report.epsilon <= 8
 
 
 @pytest.mark.parametrize("chat", [False, True])
