@@ -18,6 +18,7 @@ from dp_flash_hf.clipping import clip_factors
 from dp_flash_hf.config import Clipping
 from dp_flash_hf.coupling import BatchGuard, refuse_model
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
+from dp_flash_hf.layers.compiled import CompiledLayers, is_compiled, is_compiled_function
 from dp_flash_hf.layers.logits import Logits
 from dp_flash_hf.layers.tracking import Tracked
 from dp_flash_hf.records import Recorder, full_precision
@@ -50,6 +51,9 @@ class ClippingEngine:
         at a time), or "auto": bookkeeping, and microbatch for models with parameters that no rule covers and for batches for
         which it is the faster. All give the same numbers. A strategy asked for by name runs or raises PrivacyError.
 
+    A model given to `torch.compile`, whole or in part, runs compiled where that is exact: batches of rows, in the book-keeping and
+    two-pass strategies, once layouts are learnt. Everything else of it runs eagerly.
+
     Raises ValueError for arguments out of range, UnsupportedError for models that couple units (batch normalisation) or have
     nothing to train.
     """
@@ -66,6 +70,8 @@ class ClippingEngine:
         if strategy not in get_args(Strategy):
             raise invalid("strategy", expected=f"one of {get_args(Strategy)}", actual=strategy, remedy="choose one of them")
         refuse_model(model)
+        self._is_compiled = is_compiled(model)
+        model = getattr(model, "_orig_mod", model)
         self.model, self.max_grad_norm, self.clipping, self.strategy = model, float(max_grad_norm), clipping, strategy
         self.parameters = {p: name for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -89,6 +95,8 @@ class ClippingEngine:
         self._attached: list[nn.Module] = []
         self._detached = False
         self._attach()
+        self._compiled = CompiledLayers(self._attached, self._recorder)
+        self._runs_compiled = True  # until a batch shows that autograd sees more of the parameters than the layers do
 
     def backward(
         self,
@@ -119,12 +127,13 @@ class ClippingEngine:
             self.norms = torch.zeros(0)
             return torch.zeros(())
         choose = select or (lambda whole, unit: select_unit(whole, resolved, unit))
-        with self._isolated_gradients():
+        self._is_compiled = self._is_compiled or is_compiled_function(loss_fn)
+        with self._isolated_gradients(), self.eagerly():
             if self.strategy == "auto":
                 self._long_units = not self._together and self._microbatch_is_faster(batch, resolved)
             if self.strategy == "microbatch" or (self.strategy == "auto" and (self._uncovered or self._long_units)):
                 return self._microbatch(loss_fn, batch, resolved, scale, choose)
-            run = self._two_pass if self.strategy == "two_pass" else self._bookkeeping
+            run = partial(self._compiled_or_not, self._two_pass if self.strategy == "two_pass" else self._bookkeeping)
             try:
                 if self._recorder.layouts.knows(resolved, leading_shape(batch)[1:]):
                     try:
@@ -177,7 +186,7 @@ class ClippingEngine:
                 self._learn(forward, inputs, lambda whole, unit: select_unit(whole, resolved, unit), resolved)
             self._recorder.start("record", resolved)
 
-        with self._isolated_gradients():
+        with self._isolated_gradients(), self.eagerly():
             handle = self.model.register_forward_pre_hook(prepare, with_kwargs=True)
             try:
                 yield
@@ -196,6 +205,15 @@ class ClippingEngine:
             if not self._recorder.records:
                 raise PrivacyError("engine.batch: no backward ran inside it; run forward and backward inside the block")
             self._add_recorded(seen[0], scale)
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Within the context a compiled model runs as if it were not compiled."""
+        if not self._is_compiled:  # asking the compiler would import it
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -392,6 +410,41 @@ class ClippingEngine:
         speed = planner.speed_of(first.device, first.dtype)
         return planner.microbatch_is_faster(self._products, self._others, sizes, first.dtype, speed)
 
+    def _compiled_or_not(
+        self,
+        run: Callable[[LossFunction, Batch, Units, Tensor | None], Tensor],
+        loss_fn: LossFunction,
+        batch: Batch,
+        units: Units,
+        scale: Tensor | None,
+    ) -> Tensor:
+        if not self._is_compiled or not self._runs_compiled or units.kind != "rows":
+            return run(loss_fn, batch, units, scale)
+        uncovered = self._compiled.uncovered()
+        if uncovered:
+            if self._recorder.layouts.learnt:
+                self._run_eagerly(uncovered)
+            return run(loss_fn, batch, units, scale)
+        dropped = self.dropped_units
+        try:
+            with self._compiled.recording(units.n_items, self._like):
+                return run(loss_fn, batch, units, scale)
+        except UncoveredParametersError as error:
+            if not self._recorder.layouts.unsettled:
+                self._run_eagerly(error.parameters)
+        self.dropped_units = dropped
+        self._clear_gradients()
+        return run(loss_fn, batch, units, scale)
+
+    def _run_eagerly(self, uncovered: set[nn.Parameter]) -> None:
+        """No batch runs compiled from now on, because of these parameters."""
+        self._runs_compiled = False
+        names = sorted(self.parameters[p] for p in uncovered)
+        warnings.warn(
+            f"compiled code does not show how the model uses {_shown(names)}: from now on it runs eagerly, exact but not compiled",
+            stacklevel=2,
+        )
+
     def _bookkeeping(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
         self._recorder.start("record", units)
         loss = self._loss(loss_fn, batch)
@@ -524,9 +577,12 @@ class ClippingEngine:
         self._sums[parameter] = (total, released, released._version)
 
     def _require_coverage(self) -> None:
-        found = {p: name for p, name in self.parameters.items() if p.grad is not None}
+        unplaced = self._recorder.unplaced
+        found = {p: name for p, name in self.parameters.items() if p.grad is not None or p in unplaced}
         if found:
             raise UncoveredParametersError(found, "no rule covers how the model uses")
+        if not self._recorder.all_taps_recorded:
+            raise UncoveredParametersError(dict(self.parameters), "compiled code does not come by for every use of")
 
     @contextmanager
     def _isolated_gradients(self) -> Iterator[None]:
@@ -579,9 +635,11 @@ class UncoveredParametersError(PrivacyError):
 
     def __init__(self, parameters: dict[nn.Parameter, str], what: str) -> None:
         self.parameters = set(parameters)
-        names = sorted(parameters.values())
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        super().__init__(f"{what} {shown}; use engine.backward with strategy='auto', freeze them, or register a rule.")
+        super().__init__(f"{what} {_shown(sorted(parameters.values()))}; use engine.backward with strategy='auto', freeze them, or register a rule.")
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 @contextmanager
