@@ -53,6 +53,15 @@ _TAPPED: weakref.WeakValueDictionary[int, _Tapped] = weakref.WeakValueDictionary
 _NUMBERS = itertools.count()
 
 
+class _Now:
+    """What taps give their gradients to, at present: (items,). Where a layer has a tensor, traced code would fix its shape."""
+
+    token: Tensor
+
+
+_NOW = _Now()
+
+
 class _Tapped:
     """A layer with taps, and the number by which compiled code knows it: a tensor, so that layers can share code."""
 
@@ -105,7 +114,7 @@ class _Copies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, token: Tensor, dims: int, number: Tensor) -> Tensor:
         ctx.save_for_backward(token, number)
-        return weight.expand(len(token), *(1,) * (dims - 2), *weight.shape).clone()
+        return weight.expand(token.shape[0], *(1,) * (dims - 2), *weight.shape).clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,10 +128,9 @@ class _Copies(torch.autograd.Function):
 class Form:
     """What a layer computes while a compiled model records; a mixin in front of its class.
 
-    Attributes of the layer: `_dp_recorder`, `_dp_number` (of its `_Tapped`), and `_dp_detail`, see `fits`.
+    Attributes of the layer: `_dp_number`, of its `_Tapped`, and `_dp_detail`, see `fits`.
     """
 
-    _dp_recorder: Recorder
     _dp_number: Tensor
     _dp_detail: int
 
@@ -137,7 +145,7 @@ class Form:
         raise NotImplementedError
 
     def _tap(self, out: Tensor, x: Tensor) -> Tensor:
-        tapped: Tensor = _Tap.apply(out, x, self._dp_recorder.token, self._dp_number)  # type: ignore[no-untyped-call]
+        tapped: Tensor = _Tap.apply(out, x, _NOW.token, self._dp_number)  # type: ignore[no-untyped-call]
         return tapped
 
 
@@ -193,7 +201,7 @@ class EmbeddingForm(Form):
 
     def forward(self, ids: Tensor) -> Tensor:  # noqa: D102
         if self._dp_detail:
-            ids = ids.expand(len(self._dp_recorder.token), ids.shape[-1])  # type: ignore[arg-type]
+            ids = ids.expand(_NOW.token.shape[0], ids.shape[-1])
         return self._tap(F.embedding(ids, self.weight.detach(), self.padding_idx), ids)
 
     @staticmethod
@@ -262,9 +270,7 @@ class ScaleForm(Form):
     @property
     def weight(self) -> Tensor:  # noqa: D102
         weight = self._parameters["weight"].detach()
-        copies: Tensor = _Copies.apply(  # type: ignore[no-untyped-call]
-            weight, self._dp_recorder.token, self._dp_detail, self._dp_number
-        )
+        copies: Tensor = _Copies.apply(weight, _NOW.token, self._dp_detail, self._dp_number)  # type: ignore[no-untyped-call]
         return copies
 
     @staticmethod
@@ -359,13 +365,13 @@ class CompiledLayers:
                 if detail is not None:
                     tapped = before[module][0] if module in before else _Tapped(module, form, self._recorder)
                     self._forms[module] = (tapped, detail)
-        owners = (module for module in self._modules if module not in self._forms)
-        return {p for module in owners for p in module.parameters(recurse=False) if p.requires_grad}
+        covered = {p for module in self._forms for p in module.parameters(recurse=False)}
+        return {p for module in self._modules for p in module.parameters(recurse=False) if p.requires_grad} - covered
 
     @contextmanager
     def recording(self, items: int, like: Tensor) -> Iterator[None]:
         """Within the context the layers have their forms, for a batch of so many items. like: dtype and device of the token."""
-        self._recorder.token = torch.zeros(items, dtype=like.dtype, device=like.device, requires_grad=True)
+        self._recorder.token = _NOW.token = torch.zeros(items, dtype=like.dtype, device=like.device, requires_grad=True)
         attached = {module: type(module) for module in self._forms}
         try:
             for module, (tapped, detail) in self._forms.items():
@@ -382,3 +388,4 @@ class CompiledLayers:
                 module.__class__ = attached_class  # type: ignore[assignment]
                 del vars(module)["_dp_number"], vars(module)["_dp_detail"]
             self._recorder.token = None
+            del _NOW.token
