@@ -10,6 +10,7 @@ Autograd leaves no gradient on a parameter that was tapped. Whatever else the mo
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -126,7 +127,7 @@ class _Copies(torch.autograd.Function):
 
 
 class Form:
-    """What a layer computes while a compiled model records; a mixin in front of its class.
+    """What a layer computes while a compiled model records.
 
     Attributes of the layer: `_dp_number`, of its `_Tapped`, and `_dp_detail`, see `fits`.
     """
@@ -149,18 +150,15 @@ class Form:
         return tapped
 
 
-class LinearForm(Form):
+class LinearForm(Form, nn.Linear):
     """nn.Linear."""
-
-    weight: Tensor
-    bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self._tap(F.linear(x, self.weight.detach(), None if self.bias is None else self.bias.detach()), x)
 
     @staticmethod
     def fits(module: Any, layouts: Layouts) -> int | None:  # noqa: D102
-        return 0 if _original(module).forward is nn.Linear.forward else None
+        return 0
 
     @staticmethod
     def record(module: Any, recorder: Recorder, x: Tensor, g: Tensor) -> None:  # noqa: D102
@@ -169,12 +167,8 @@ class LinearForm(Form):
         _record_affine(weight, bias, x, g, _layout(recorder, module, Call(F.linear, (x, weight, bias), {}), x))
 
 
-class Conv1DForm(Form):
+class Conv1DForm(Form, Conv1D):  # type: ignore[misc]
     """Conv1D of Transformers, a product with a matrix stored the other way round."""
-
-    weight: Tensor
-    bias: Tensor
-    nf: int
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         rows = x.view(-1, x.size(-1))
@@ -183,7 +177,7 @@ class Conv1DForm(Form):
 
     @staticmethod
     def fits(module: Any, layouts: Layouts) -> int | None:  # noqa: D102
-        return 0 if _original(module).forward is Conv1D.forward else None
+        return 0
 
     @staticmethod
     def record(module: Any, recorder: Recorder, x: Tensor, g: Tensor) -> None:  # noqa: D102
@@ -193,11 +187,8 @@ class Conv1DForm(Form):
         _record_affine(derived(torch.transpose, weight, -1, -2), bias, x, g, layout)
 
 
-class EmbeddingForm(Form):
+class EmbeddingForm(Form, nn.Embedding):
     """nn.Embedding. `_dp_detail` is 1 where all items look up the same, as positions: each then looks up its own."""
-
-    weight: Tensor
-    padding_idx: int | None
 
     def forward(self, ids: Tensor) -> Tensor:  # noqa: D102
         if self._dp_detail:
@@ -206,8 +197,7 @@ class EmbeddingForm(Form):
 
     @staticmethod
     def fits(module: Any, layouts: Layouts) -> int | None:  # noqa: D102
-        plain = _original(module).forward is nn.Embedding.forward
-        if not plain or module.scale_grad_by_freq or module.max_norm is not None:
+        if module.scale_grad_by_freq or module.max_norm is not None:
             return None
         meetings = layouts.meetings(module.weight)
         lookups = [meeting for meeting in meetings if meeting.func is F.embedding]
@@ -226,16 +216,11 @@ class EmbeddingForm(Form):
         else:
             layout = _layout(recorder, module, Call(F.embedding, (x, weight), {}), x, feature_dims=0)
         if layout is not None:
-            recorder.embedding(module.weight, _kept(x, recorder), _kept(g, recorder), layout, module.padding_idx)
+            recorder.embedding(module.weight, _kept(x, recorder), _copy(g), layout, module.padding_idx)
 
 
-class LayerNormForm(Form):
+class LayerNormForm(Form, nn.LayerNorm):
     """nn.LayerNorm over the last dimension."""
-
-    weight: Tensor
-    bias: Tensor | None
-    normalized_shape: tuple[int, ...]
-    eps: float
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         bias = None if self.bias is None else self.bias.detach()
@@ -243,8 +228,7 @@ class LayerNormForm(Form):
 
     @staticmethod
     def fits(module: Any, layouts: Layouts) -> int | None:  # noqa: D102
-        plain = _original(module).forward is nn.LayerNorm.forward
-        return 0 if plain and len(module.normalized_shape) == 1 and module.weight is not None else None
+        return 0 if len(module.normalized_shape) == 1 and module.weight is not None else None
 
     @staticmethod
     def record(module: Any, recorder: Recorder, x: Tensor, g: Tensor) -> None:  # noqa: D102
@@ -298,10 +282,6 @@ _FORMS: tuple[tuple[type[nn.Module], type[Form]], ...] = (
 )
 
 
-def _original(module: Any) -> Any:
-    return module._dp_original
-
-
 def _tracked(module: Any, recorder: Recorder) -> tuple[Any, Any]:
     """Weight and bias of a layer, tracked if they are trained."""
     found = (module._parameters.get(name) for name in ("weight", "bias"))
@@ -324,11 +304,11 @@ def _record_affine(weight: Any, bias: Any, x: Tensor, g: Tensor, layout: Layout 
     if isinstance(bias, Tracked):
         record_bias(bias, g, layout)
     if isinstance(weight, Tracked):
-        record_product(weight, _kept(x, weight.recorder), _kept(g, weight.recorder), layout)
+        record_product(weight, _kept(x, weight.recorder), _copy(g), layout)
 
 
 def _kept(x: Tensor, recorder: Recorder) -> Tensor:
-    """A copy where the recorder keeps it: compiled code writes other numbers to the same memory afterwards.
+    """A copy of an input where the recorder keeps it: compiled code writes other numbers to the same memory afterwards.
 
     Layers with the very same input, as q, k and v, share one.
     """
@@ -336,13 +316,24 @@ def _kept(x: Tensor, recorder: Recorder) -> Tensor:
         return x
     last = recorder.kept
     if last is None or last.shape != x.shape or last.dtype != x.dtype or not torch.equal(last, x):
-        recorder.kept = last = x.clone(memory_format=torch.contiguous_format)
+        recorder.kept = last = _copy(x)
     return last
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 # --- a model --------------------------------------------------------------------------------------------------------------
 
-_CLASSES: dict[tuple[type[Form], type], type] = {}
+
+@functools.cache
+def _class_of(form: type[Form], original: type[nn.Module]) -> type:
+    """A layer's class with its form: in front of the class it is made for, behind subclasses' own `forward`, which call it."""
+    bases = next(((form,) if kind is original else (original, form) for kind, f in _FORMS if f is form), ())
+    if form is ScaleForm:
+        bases = (form, original)
+    return type(original.__name__, bases, {"__module__": original.__module__, "_dp_original": original})
 
 
 class CompiledLayers:
@@ -376,11 +367,7 @@ class CompiledLayers:
         try:
             for module, (tapped, detail) in self._forms.items():
                 vars(module).update(_dp_number=tapped.number, _dp_detail=detail)
-                key = (tapped.form, _original(module))
-                if key not in _CLASSES:
-                    name, original = key[1].__name__, key[1]
-                    _CLASSES[key] = type(name, key, {"__module__": original.__module__, "_dp_original": original})
-                module.__class__ = _CLASSES[key]  # type: ignore[assignment]
+                module.__class__ = _class_of(tapped.form, module._dp_original)  # type: ignore[assignment,arg-type]
             with torch.compiler.set_stance("default"):
                 yield
         finally:
