@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -51,8 +51,9 @@ class ClippingEngine:
         at a time), or "auto": bookkeeping, and microbatch for models with parameters that no rule covers and for batches for
         which it is the faster. All give the same numbers. A strategy asked for by name runs or raises PrivacyError.
 
-    A model given to `torch.compile`, whole or in part, runs compiled where that is exact: batches of rows, in the book-keeping and
-    two-pass strategies, once layouts are learnt. Everything else of it runs eagerly.
+    A model given to `torch.compile`, whole or in part, runs compiled where that is exact: on batches of rows, with bookkeeping
+    and two_pass, if layers that have a form in `layers.compiled` hold all trained parameters. Else it runs eagerly, as do the
+    passes that learn layouts.
 
     Raises ValueError for arguments out of range, UnsupportedError for models that couple units (batch normalisation) or have
     nothing to train.
@@ -128,7 +129,7 @@ class ClippingEngine:
             return torch.zeros(())
         choose = select or (lambda whole, unit: select_unit(whole, resolved, unit))
         self._is_compiled = self._is_compiled or is_compiled_function(loss_fn)
-        with self._isolated_gradients(), self.eagerly():
+        with self._isolated_gradients(), self._not_compiled():
             if self.strategy == "auto":
                 self._long_units = not self._together and self._microbatch_is_faster(batch, resolved)
             if self.strategy == "microbatch" or (self.strategy == "auto" and (self._uncovered or self._long_units)):
@@ -186,7 +187,7 @@ class ClippingEngine:
                 self._learn(forward, inputs, lambda whole, unit: select_unit(whole, resolved, unit), resolved)
             self._recorder.start("record", resolved)
 
-        with self._isolated_gradients(), self.eagerly():
+        with self._isolated_gradients(), self._not_compiled():
             handle = self.model.register_forward_pre_hook(prepare, with_kwargs=True)
             try:
                 yield
@@ -208,12 +209,13 @@ class ClippingEngine:
 
     @contextmanager
     def eagerly(self) -> Iterator[None]:
-        """Within the context a compiled model runs as if it were not compiled."""
-        if not self._is_compiled:  # asking the compiler would import it
-            yield
-            return
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        """Within the context a compiled model runs as if it were not compiled, called by the engine or not."""
+        before, self._runs_compiled = self._runs_compiled, False
+        try:
+            with self._not_compiled():
+                yield
+        finally:
+            self._runs_compiled = before
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -410,6 +412,10 @@ class ClippingEngine:
         speed = planner.speed_of(first.device, first.dtype)
         return planner.microbatch_is_faster(self._products, self._others, sizes, first.dtype, speed)
 
+    def _not_compiled(self) -> AbstractContextManager[Any]:
+        # Asking the compiler would import it, which takes seconds.
+        return torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
+
     def _compiled_or_not(
         self,
         run: Callable[[LossFunction, Batch, Units, Tensor | None], Tensor],
@@ -441,7 +447,8 @@ class ClippingEngine:
         self._runs_compiled = False
         names = sorted(self.parameters[p] for p in uncovered)
         warnings.warn(
-            f"compiled code does not show how the model uses {_shown(names)}: from now on it runs eagerly, exact but not compiled",
+            f"compiled code does not show how the model uses {_shown(names)}: it runs eagerly from now on, exact but no "
+            "faster than without torch.compile",
             stacklevel=2,
         )
 
@@ -635,7 +642,8 @@ class UncoveredParametersError(PrivacyError):
 
     def __init__(self, parameters: dict[nn.Parameter, str], what: str) -> None:
         self.parameters = set(parameters)
-        super().__init__(f"{what} {_shown(sorted(parameters.values()))}; use engine.backward with strategy='auto', freeze them, or register a rule.")
+        shown = _shown(sorted(parameters.values()))
+        super().__init__(f"{what} {shown}; use engine.backward with strategy='auto', freeze them, or register a rule.")
 
 
 def _shown(names: list[str]) -> str:

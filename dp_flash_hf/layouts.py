@@ -168,7 +168,7 @@ class Meeting:
     made_by: frozenset[str]
 
     def is_elementwise(self, functions: Collection[str], also: Collection[str] = ()) -> bool:
-        """Whether the numbers of a parameter, made by elementwise functions and `also`, meet one row per item in `functions`."""
+        """Whether a parameter, changed by elementwise functions and `also` only, meets one row of each item in `functions`."""
         name = getattr(self.func, "__name__", "")
         return name in functions and self.dims == (0,) and len(self.sizes) == 2 and self.made_by <= _ELEMENTWISE | {*also}
 
@@ -309,8 +309,10 @@ class Layouts:
         """The operations in which a parameter was seen to meet data."""
         found = []
         for (met, _), place in self._places.items():
-            site, number = met if isinstance(met, tuple) and len(met) == 2 else ((), None)
-            if number == 0 and any(p is parameter for p in site[1]):
+            if not isinstance(met, tuple) or met[1] != 0:
+                continue
+            site: Any = met[0]
+            if any(p is parameter for p in site[1]):
                 certain = place is not None and bool(place.proofs) and (not place.dims or place.has_one_row)
                 sizes = tuple(size for _, size in sorted(site[2], reverse=True))
                 dims = place.dims if certain and place is not None else None

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.accelerator import Accelerator
-from accelerate.utils.dataclasses import DistributedType, DynamoBackend
+from accelerate.utils.dataclasses import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
@@ -187,7 +187,7 @@ class PrivateTraining:
         return batch, units_of(batch, of_example, self.rows_per_example)
 
 
-def accelerator_refusals(accelerator: Accelerator, model: object) -> dict[str, bool]:
+def accelerator_refusals(accelerator: Accelerator) -> dict[str, bool]:
     """What of Accelerate's settings cannot be private, and whether it is set."""
     return {
         "more than one process: not yet supported; launch one process": accelerator.num_processes > 1,
@@ -197,8 +197,8 @@ def accelerator_refusals(accelerator: Accelerator, model: object) -> dict[str, b
         f"mixed_precision={accelerator.mixed_precision!r}: its scaling depends on other units; use 'bf16' or 'no'": (
             accelerator.mixed_precision not in ("no", "bf16")
         ),
-        "torch_compile: not yet supported; leave it off": (
-            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or hasattr(model, "_orig_mod")
+        "use_regional_compilation: not yet supported; compile the whole model": bool(
+            accelerator.state.dynamo_plugin.use_regional_compilation
         ),
     }
 

@@ -167,7 +167,7 @@ class LinearForm(Form, nn.Linear):
         _record_affine(weight, bias, x, g, _layout(recorder, module, Call(F.linear, (x, weight, bias), {}), x))
 
 
-class Conv1DForm(Form, Conv1D):  # type: ignore[misc]
+class Conv1DForm(Form, Conv1D):
     """Conv1D of Transformers, a product with a matrix stored the other way round."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -330,9 +330,8 @@ def _copy(x: Tensor) -> Tensor:
 @functools.cache
 def _class_of(form: type[Form], original: type[nn.Module]) -> type:
     """A layer's class with its form: in front of the class it is made for, behind subclasses' own `forward`, which call it."""
-    bases = next(((form,) if kind is original else (original, form) for kind, f in _FORMS if f is form), ())
-    if form is ScaleForm:
-        bases = (form, original)
+    own = dict((f, kind) for kind, f in _FORMS)[form]
+    bases = (form,) if own is original else (form, original) if own is nn.Module else (original, form)
     return type(original.__name__, bases, {"__module__": original.__module__, "_dp_original": original})
 
 
@@ -367,12 +366,12 @@ class CompiledLayers:
         try:
             for module, (tapped, detail) in self._forms.items():
                 vars(module).update(_dp_number=tapped.number, _dp_detail=detail)
-                module.__class__ = _class_of(tapped.form, module._dp_original)  # type: ignore[assignment,arg-type]
+                module.__class__ = _class_of(tapped.form, module._dp_original)  # type: ignore[arg-type]
             with torch.compiler.set_stance("default"):
                 yield
         finally:
             for module, attached_class in attached.items():
-                module.__class__ = attached_class  # type: ignore[assignment]
+                module.__class__ = attached_class
                 del vars(module)["_dp_number"], vars(module)["_dp_detail"]
             self._recorder.token = None
             del _NOW.token
