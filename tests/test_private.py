@@ -369,10 +369,24 @@ def test_settings_changed_later_are_refused_too(monkeypatch: pytest.MonkeyPatch)
         private.backward(next(iter(private.loader)))
 
 
-def test_a_compiled_model_is_refused() -> None:
-    model = torch.compile(without_dropout(tiny("gpt2")))
-    with pytest.raises(UnsupportedError, match="torch_compile"):
-        loop(model)
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    seen: list[Seen] = []
+    for compiled in (False, True):
+        with monkeypatch.context() as patch:
+            seen.append(watch(patch))
+            draws(patch, *DRAWS)
+            model = without_dropout(tiny("llama"))
+            still = torch.optim.SGD(model.parameters(), lr=0.0)
+            private, _, _ = loop(torch.compile(model, backend="aot_eager") if compiled else model, optimizer=still)
+            assert run(private, still) == 3
+    engine = private._training.engine
+    assert engine is not None
+    assert engine._is_compiled
+    assert engine._runs_compiled
+    assert distance(seen[1].sums[0], seen[0].sums[0]) <= ROUNDING
+    assert distance(seen[1].sums[2], seen[0].sums[2]) <= ROUNDING
 
 
 def test_a_model_without_a_loss_is_named() -> None:
