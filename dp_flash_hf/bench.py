@@ -193,7 +193,8 @@ def _plain(
     work: Work, length: int, batch: dict[str, Tensor], attention: str, *, compiled: bool = False
 ) -> tuple[nn.Module, Step]:
     model = model_of(work, length, attention)
-    model = torch.compile(model) if compiled else model
+    if compiled:
+        model.compile()
     optimizer = _optimizer(model)
 
     def step() -> None:
@@ -218,7 +219,8 @@ def _private(
     compiled: bool = False,
 ) -> tuple[nn.Module, Step]:
     model = model_of(work, length, attention)
-    model = torch.compile(model) if compiled else model
+    if compiled:
+        model.compile()
     optimizer = _optimizer(model)
     # The mean over rows, as the other methods take it, but without a pass over the gradients: that comes with the noise.
     engine = ClippingEngine(model, max_grad_norm=MAX_GRAD_NORM / work.batch, strategy=strategy)

@@ -19,6 +19,7 @@ from dp_flash_hf.batches import UNITS, PoissonBatches, UnitCollator, WithUnits, 
 from dp_flash_hf.config import PrivacyConfig
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
+from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.losses import ModelLoss, UnitLoss
 from dp_flash_hf.mechanism import DPSGD
 from dp_flash_hf.preflight import preflight
@@ -123,6 +124,12 @@ class PrivateTraining:
         self.engine = ClippingEngine(
             model, max_grad_norm=self.config.max_grad_norm, clipping=self.config.clipping, strategy=self.strategy
         )
+        attention = str(getattr(getattr(self.engine.model, "config", None), "_attn_implementation", ""))
+        if attention.startswith("dp_flash") and is_compiled(model):
+            logger.warning(
+                f"{attention} attention reads its masks, which breaks the compiled graph in every layer: exact, but slow to "
+                'compile; use attn_implementation="sdpa" with torch.compile'
+            )
         self.mechanism.start(self.engine, optimizer)
 
     def check(self, loader: DataLoader[Any], model_loss: ModelLoss, move: Move, *, reduced_precision: bool) -> None:

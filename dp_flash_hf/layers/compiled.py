@@ -243,6 +243,25 @@ class LayerNormForm(Form, nn.LayerNorm):
             record_bias(bias, g, layout)
 
 
+class RMSNormForm(Form, nn.RMSNorm):
+    """nn.RMSNorm over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self._tap(F.rms_norm(x, self.normalized_shape, self.weight.detach(), self.eps), x)
+
+    @staticmethod
+    def fits(module: Any, layouts: Layouts) -> int | None:  # noqa: D102
+        return 0 if len(module.normalized_shape) == 1 and module.weight is not None else None
+
+    @staticmethod
+    def record(module: Any, recorder: Recorder, x: Tensor, g: Tensor) -> None:  # noqa: D102
+        weight, _ = _tracked(module, recorder)
+        layout = _layout(recorder, module, Call(F.rms_norm, (x, module.normalized_shape, weight, module.eps), {}), x)
+        if layout is not None:
+            eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+            record_bias(weight, g * F.rms_norm(upcast(x), module.normalized_shape, eps=eps), layout)
+
+
 class ScaleForm(Form):
     """A layer that multiplies every item by its weight (d,), or by numbers made of it: the RMS norms of most decoders.
 
@@ -278,6 +297,7 @@ _FORMS: tuple[tuple[type[nn.Module], type[Form]], ...] = (
     (Conv1D, Conv1DForm),
     (nn.Embedding, EmbeddingForm),
     (nn.LayerNorm, LayerNormForm),
+    (nn.RMSNorm, RMSNormForm),
     (nn.Module, ScaleForm),
 )
 
