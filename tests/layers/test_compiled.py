@@ -15,7 +15,6 @@ from torch._dynamo.utils import counters
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.layers.compiled import EmbeddingForm, LayerNormForm, LinearForm, is_compiled
-from dp_flash_hf.records import Recorder
 from tests.models import Batch, batch_of, loss_of, tiny
 from tests.oracle import clipped_sum, distance, each_row, grads, rows_of, unit_gradients
 
