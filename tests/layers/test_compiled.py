@@ -233,7 +233,7 @@ def test_what_is_recorded_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Small(width=64).double()
     compiled = compile_whole(model)
     for strategy in ("bookkeeping", "two_pass"):
-        engine = ClippingEngine(compiled, max_grad_norm=1.0, strategy=strategy)  # type: ignore[arg-type]
+        engine = ClippingEngine(compiled, max_grad_norm=1.0, strategy=strategy)
         assert_exact(engine, model, squares(compiled), squares(model), ids_of(3, 2), 1e-11)
         assert engine._runs_compiled
         assert engine.forms()["hidden.weight"].startswith("ghost norm")
