@@ -153,6 +153,15 @@ def deferring(work: Work, length: int, bytes_at_once: int) -> tuple[nn.Module, S
     return model, limited
 
 
+def with_sdpa(work: Work, length: int, *, private: bool, compiled: bool) -> tuple[nn.Module, Step]:
+    """The model, and a step of it with torch's attention, which does not break a compiled graph; compiled whole, or eager."""
+    tokens = tokens_of(work, length)
+    batch = {"input_ids": tokens, "labels": tokens}
+    if not private:
+        return _plain(work, length, batch, "sdpa", compiled=compiled)
+    return _private(work, length, batch, None, [length] * work.batch, attention="sdpa", compiled=compiled)
+
+
 def text_lengths(work: Work) -> list[int]:
     """Tokens of each text of the physical batch, drawn from BANKING77's; the same at every call."""
     place = torch.rand(work.batch, generator=torch.Generator().manual_seed(2)) * (len(BANKING77) - 1)
@@ -180,8 +189,12 @@ def padding_free(work: Work, length: int, *, private: bool) -> tuple[nn.Module, 
     return _private(work, length, batch, units, lengths) if private else _plain(work, length, batch, "dp_flash")
 
 
-def _plain(work: Work, length: int, batch: dict[str, Tensor], attention: str) -> tuple[nn.Module, Step]:
+def _plain(
+    work: Work, length: int, batch: dict[str, Tensor], attention: str, *, compiled: bool = False
+) -> tuple[nn.Module, Step]:
     model = model_of(work, length, attention)
+    if compiled:
+        model.compile()
     optimizer = _optimizer(model)
 
     def step() -> None:
@@ -201,8 +214,13 @@ def _private(
     units: Tensor | None,
     lengths: list[int],
     strategy: Strategy = "bookkeeping",
+    *,
+    attention: str = "dp_flash",
+    compiled: bool = False,
 ) -> tuple[nn.Module, Step]:
-    model = model_of(work, length, "dp_flash")
+    model = model_of(work, length, attention)
+    if compiled:
+        model.compile()
     optimizer = _optimizer(model)
     # The mean over rows, as the other methods take it, but without a pass over the gradients: that comes with the noise.
     engine = ClippingEngine(model, max_grad_norm=MAX_GRAD_NORM / work.batch, strategy=strategy)
@@ -322,6 +340,12 @@ FULL: Methods = {
 LORA: Methods = {name: FULL[name] for name in (BASELINE, "dp_flash", "dp_flash two_pass", "Opacus ghost")}
 
 
+COMPILE: Methods = {
+    BASELINE: non_private,
+    "non-private, compiled": functools.partial(with_sdpa, private=False, compiled=True),
+    "dp_flash, sdpa": functools.partial(with_sdpa, private=True, compiled=False),
+    "dp_flash, sdpa, compiled": functools.partial(with_sdpa, private=True, compiled=True),
+}
 VOCABULARY: Methods = {
     BASELINE: non_private,
     "dp_flash, logits in blocks": functools.partial(deferring, bytes_at_once=0),
@@ -351,6 +375,7 @@ PRESETS = {
     "cuda": Preset(_CUDA, METHODS),
     "full": Preset(replace(_CUDA, batch=16, lengths=(512,)), FULL),
     "lora": Preset(replace(_CUDA, batch=16, lengths=(512,), lora=16), LORA),
+    "compile": Preset(replace(_CUDA, device="cpu", autocast=False, width=512, vocabulary=8192, lengths=(128,)), COMPILE),
     "vocab": Preset(replace(_CUDA, layers=2, vocabulary=2**17, lengths=(1024,)), VOCABULARY),
 }
 

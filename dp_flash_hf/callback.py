@@ -21,6 +21,7 @@ from dp_flash_hf.config import PrivacyConfig
 from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
+from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.mechanism import DPSGD
 from dp_flash_hf.preflight import length_of
 from dp_flash_hf.report import PrivacyReport
@@ -152,7 +153,9 @@ class DPCallback(TrainerCallback, ExportableState):
                 )
         if mechanism.steps_left < min(1, state.max_steps - state.global_step):
             raise PrivacyError(f"the {mechanism.plan.steps} planned steps are spent; more would exceed the privacy budget")
-        self.training.start(trainer.model, kwargs["optimizer"])
+        # A compiled model is only known by what wraps it.
+        compiled = is_compiled(trainer.model_wrapped)
+        self.training.start(trainer.model_wrapped if compiled else trainer.model, kwargs["optimizer"])
         self.training.check(
             loader,
             self._model_loss,
@@ -293,8 +296,7 @@ def _refuse_settings(trainer: Trainer) -> None:
         "DataParallel: each replica sees part of a batch; launch one process for each device (torchrun), with DDP or FSDP2": (
             args.n_gpu > 1
         ),
-        **accelerator_refusals(trainer.accelerator, trainer.model),
-        "torch_compile: not yet supported; set it to False": args.torch_compile,
+        **accelerator_refusals(trainer.accelerator),
         "dataloader_drop_last: Poisson batches have no remainder to drop; set it to False": args.dataloader_drop_last,
         f"train_sampling_strategy={args.train_sampling_strategy!r} is not accounted; use 'random' or 'group_by_length'": (
             getattr(args, "train_sampling_strategy", "random") not in ("random", "group_by_length")

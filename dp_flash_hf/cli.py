@@ -29,7 +29,7 @@ _AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
-_PRESETS = ("cpu", "cuda", "full", "lora", "vocab", "attention")
+_PRESETS = ("cpu", "cuda", "full", "lora", "vocab", "compile", "attention")
 _PACKAGES = (
     "dp-flash-hf",
     "torch",

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,7 @@ from dp_flash_hf.config import Clipping
 from dp_flash_hf.coupling import BatchGuard, refuse_model
 from dp_flash_hf.distributed import Shards, as_gradient, device_of, local, own_part_of_sum
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
+from dp_flash_hf.layers.compiled import CompiledLayers, is_compiled, is_compiled_function
 from dp_flash_hf.layers.logits import Logits
 from dp_flash_hf.layers.tracking import Tracked
 from dp_flash_hf.records import Recorder, full_precision
@@ -52,6 +53,10 @@ class ClippingEngine:
         at a time), or "auto": bookkeeping, and microbatch for models with parameters that no rule covers and for batches for
         which it is the faster. All give the same numbers. A strategy asked for by name runs or raises PrivacyError.
 
+    A model given to `torch.compile`, whole or in part, runs compiled where that is exact: on batches of rows, with bookkeeping
+    and two_pass, if layers that have a form in `layers.compiled` hold all trained parameters. Else it runs eagerly, as do the
+    passes that learn layouts.
+
     Raises ValueError for arguments out of range, UnsupportedError for models that couple units (batch normalisation) or have
     nothing to train.
     """
@@ -74,6 +79,10 @@ class ClippingEngine:
                 "strategy='microbatch' on a model split up by FSDP2: a unit's gradient would be averaged over ranks; use "
                 "'auto', 'bookkeeping' or 'two_pass'"
             )
+        self._is_compiled = is_compiled(model)
+        if self._shards and self._is_compiled:
+            raise UnsupportedError("torch.compile on a model split up by FSDP2 is not supported; use one of them")
+        model = getattr(model, "_orig_mod", model)
         self.model, self.max_grad_norm, self.clipping, self.strategy = model, float(max_grad_norm), clipping, strategy
         self.parameters = {p: name for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -101,6 +110,8 @@ class ClippingEngine:
         self._attached: list[nn.Module] = []
         self._detached = False
         self._attach()
+        self._compiled = CompiledLayers(self._attached, self._recorder)
+        self._runs_compiled = True  # until a batch shows that autograd sees more of the parameters than the layers do
 
     def backward(
         self,
@@ -195,13 +206,14 @@ class ClippingEngine:
 
     def _once(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select) -> Tensor:
         self._adding = False
-        with self._isolated_gradients():
+        self._is_compiled = self._is_compiled or is_compiled_function(loss_fn)
+        with self._isolated_gradients(), self._not_compiled():
             if self.strategy == "auto":
                 alone_pays = not self._together and not self._shards
                 self._long_units = alone_pays and self._microbatch_is_faster(batch, units)
             if self.strategy == "microbatch" or (self.strategy == "auto" and (self._uncovered or self._long_units)):
                 return self._microbatch(loss_fn, batch, units, scale, select)
-            run = self._two_pass if self.strategy == "two_pass" else self._bookkeeping
+            run = partial(self._compiled_or_not, self._two_pass if self.strategy == "two_pass" else self._bookkeeping)
             try:
                 if self._shards.all(self._knows(batch, units)):
                     try:
@@ -260,7 +272,7 @@ class ClippingEngine:
                 "engine.batch on a model split up by FSDP2: use engine.backward(loss_fn, batch) on every rank"
             )
         self._adding = False
-        with self._isolated_gradients():
+        with self._isolated_gradients(), self._not_compiled():
             handle = self.model.register_forward_pre_hook(prepare, with_kwargs=True)
             try:
                 yield
@@ -279,6 +291,16 @@ class ClippingEngine:
             if not self._recorder.records:
                 raise PrivacyError("engine.batch: no backward ran inside it; run forward and backward inside the block")
             self._add_recorded(seen[0], scale)
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Within the context a compiled model runs as if it were not compiled, called by the engine or not."""
+        before, self._runs_compiled = self._runs_compiled, False
+        try:
+            with self._not_compiled():
+                yield
+        finally:
+            self._runs_compiled = before
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -499,6 +521,46 @@ class ClippingEngine:
         speed = planner.speed_of(first.device, first.dtype)
         return planner.microbatch_is_faster(self._products, self._others, sizes, first.dtype, speed)
 
+    def _not_compiled(self) -> AbstractContextManager[Any]:
+        # Asking the compiler would import it, which takes seconds.
+        return torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
+
+    def _compiled_or_not(
+        self,
+        run: Callable[[LossFunction, Batch, Units, Tensor | None], Tensor],
+        loss_fn: LossFunction,
+        batch: Batch,
+        units: Units,
+        scale: Tensor | None,
+    ) -> Tensor:
+        if not self._is_compiled or not self._runs_compiled or units.kind != "rows":
+            return run(loss_fn, batch, units, scale)
+        uncovered = self._compiled.uncovered()
+        if uncovered:
+            if self._recorder.layouts.learnt:
+                self._run_eagerly(uncovered)
+            return run(loss_fn, batch, units, scale)
+        dropped = self.dropped_units
+        try:
+            with self._compiled.recording(units.n_items, self._like):
+                return run(loss_fn, batch, units, scale)
+        except UncoveredParametersError as error:
+            if not self._recorder.layouts.unsettled:
+                self._run_eagerly(error.parameters)
+        self.dropped_units = dropped
+        self._clear_gradients()
+        return run(loss_fn, batch, units, scale)
+
+    def _run_eagerly(self, uncovered: set[nn.Parameter]) -> None:
+        """No batch runs compiled from now on, because of these parameters."""
+        self._runs_compiled = False
+        names = sorted(self.parameters[p] for p in uncovered)
+        warnings.warn(
+            f"compiled code does not show how the model uses {_shown(names)}: it runs eagerly from now on, exact but no "
+            "faster than without torch.compile",
+            stacklevel=2,
+        )
+
     def _bookkeeping(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
         self._recorder.start("record", units)
         loss = self._loss(loss_fn, batch)
@@ -695,10 +757,13 @@ class ClippingEngine:
         self._sums[parameter] = (total, released, own._version)
 
     def _require_coverage(self) -> None:
-        found = {p: name for p, name in self.parameters.items() if p.grad is not None or p in self._recorder.left_over}
+        left_over = self._recorder.left_over | self._recorder.unplaced
+        found = {p: name for p, name in self.parameters.items() if p.grad is not None or p in left_over}
         self._unsettled = self._shards.any(self._recorder.layouts.unsettled)
         if self._shards.any(bool(found)):
             raise UncoveredParametersError(found, "no rule covers how the model uses")
+        if not self._recorder.all_taps_recorded:
+            raise UncoveredParametersError(dict(self.parameters), "compiled code does not come by for every use of")
 
     @contextmanager
     def _isolated_gradients(self) -> Iterator[None]:
@@ -753,9 +818,12 @@ class UncoveredParametersError(PrivacyError):
 
     def __init__(self, parameters: dict[nn.Parameter, str], what: str) -> None:
         self.parameters = set(parameters)
-        names = sorted(parameters.values()) or ["parameters named on another rank"]
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        shown = _shown(sorted(parameters.values()) or ["parameters named on another rank"])
         super().__init__(f"{what} {shown}; use engine.backward with strategy='auto', freeze them, or register a rule.")
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 @contextmanager

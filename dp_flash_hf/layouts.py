@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -141,12 +141,42 @@ class Place:
             or all(rows * met == proven * length for met, (proven,) in self.proofs)
         )
 
+    @property
+    def has_one_row(self) -> bool:
+        """Whether every item had one row, in all batches."""
+        return all(rows == (1,) for _, rows in self.proofs)
+
     def allows_shape(self, shape: tuple[int, ...], length: int) -> bool:
         """Whether an input that is the same for all items may have this shape: one met before, sizes that are lengths apart."""
         return any(
             all(size == met or (size == length and met == met_length) for size, met in zip(shape, met_shape, strict=True))
             for met_length, met_shape in self.proofs
         )
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """One way in which a parameter meets a tensor of data: a function of both.
+
+    sizes: dimensions of what was made of the parameter, and of the data. dims: which of the data's run over items, where there
+    is one row for each; None if that is not certain. made_by: the functions that made it of the parameter.
+    """
+
+    func: Callable[..., Any]
+    sizes: tuple[int, ...]
+    dims: tuple[int, ...] | None
+    made_by: frozenset[str]
+
+    def is_elementwise(self, functions: Collection[str], also: Collection[str] = ()) -> bool:
+        """Whether a parameter, changed by elementwise functions and `also` only, meets one row of each item in `functions`."""
+        name = getattr(self.func, "__name__", "")
+        return name in functions and self.dims == (0,) and len(self.sizes) == 2 and self.made_by <= _ELEMENTWISE | {*also}
+
+
+# Beside numbers of Python, these make as many numbers of a parameter, in the same places.
+_ELEMENTWISE = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "neg", "exp"} | {
+    f"{left}{name}{right}" for name in ("add", "sub", "mul") for left, right in (("", ""), ("__", "__"), ("__r", "__"))
+}
 
 
 class Layouts:
@@ -162,7 +192,9 @@ class Layouts:
     def __init__(self) -> None:
         self.unsettled = False  # whether an input came in a shape that its place was not proven for
         self.calls: dict[nn.Parameter, int] = {}  # how often a forward pass uses each parameter
+        self.learnt = 0  # how often layouts were learnt
         self._places: dict[Site, Place | None] = {}
+        self._made_by: dict[Hashable, frozenset[str]] = {}
         self._unknown: set[Site] = set()  # come by since the layouts were learnt, but not then
         self._kind: str | None = None
         self._known = False
@@ -270,7 +302,26 @@ class Layouts:
         self._known, self._unknown = True, set()
         self._lengths.add(self._length)
         self._seen = {}
+        self.learnt += 1
         return more
+
+    def meetings(self, parameter: nn.Parameter) -> list[Meeting]:
+        """The operations in which a parameter was seen to meet data."""
+        found = []
+        for (met, _), place in self._places.items():
+            if not isinstance(met, tuple) or met[1] != 0:
+                continue
+            site: Any = met[0]
+            if any(p is parameter for p in site[1]):
+                certain = place is not None and bool(place.proofs) and (not place.dims or place.has_one_row)
+                sizes = tuple(size for _, size in sorted(site[2], reverse=True))
+                dims = place.dims if certain and place is not None else None
+                found.append(Meeting(site[0], sizes, dims, self._made_by.get(site, frozenset())))
+        return found
+
+    def make(self, site: Hashable, functions: frozenset[str]) -> None:
+        """What meets data at this site was made of its parameters by these functions."""
+        self._made_by[site] = self._made_by.get(site, frozenset()) | functions
 
     def count(self, parameter: nn.Parameter) -> None:
         """A parameter was used once more, in one of the passes."""

@@ -49,7 +49,7 @@ def preflight(
     keys = [key for number, unit in enumerate(chosen) for key in keys_of(unit, number)]
     batch, units = prepare(collate(dataset.__getitems__(keys)))
     check_collator(dataset, collate, prepare, keys, rows_per_example)
-    with training_mode(model, False):
+    with training_mode(model, False), engine.eagerly():  # it tries many shapes, and looks at values only
         loss = learn_loss(
             model_loss,
             batch,
@@ -64,7 +64,8 @@ def preflight(
     tolerance = 0.05 if reduced_precision else 1e-3
     with_equal_shapes = 1e-3 if reduced_precision else 1e-5  # when there is little rounding to allow for
     if units.kind == "tokens":
-        check_packing(model, loss, batch, units, tolerance=tolerance, with_equal_shapes=with_equal_shapes)
+        with engine.eagerly():
+            check_packing(model, loss, batch, units, tolerance=tolerance, with_equal_shapes=with_equal_shapes)
 
     def alone(number: int) -> dict[str, Any]:
         own = prepare(collate(dataset.__getitems__(keys_of(chosen[number], 0))))[0]
@@ -72,7 +73,8 @@ def preflight(
 
     with engine.together():
         engine.check(loss, batch, units, scale, tolerance=tolerance)
-        check_alone(engine, loss, batch, units, scale, alone, tolerance=tolerance)
+        with engine.eagerly():
+            check_alone(engine, loss, batch, units, scale, alone, tolerance=tolerance)
         check_training_mode(engine, loss, batch, units, scale, tolerance=with_equal_shapes)
     return loss
 

@@ -62,7 +62,7 @@ def make_private(
     Raises UnsupportedError for settings and data under which privacy would be lost, PrivacyError for an optimizer of other
     parameters, ValueError for arguments out of range and a budget that cannot be met.
     """
-    _refuse_settings(accelerator, model)
+    _refuse_settings(accelerator)
     if not isinstance(config, PrivacyConfig):
         raise invalid("config", expected="a PrivacyConfig", actual=config, remedy="make one")
     if (steps is None) == (epochs is None):
@@ -130,7 +130,7 @@ class PrivateLoop:
         inputs, move = {**batch}, cast(Callable[..., dict[str, Any]], send_to_device)
         del batch[UNITS]
         if not self._checked:
-            _refuse_settings(self._accelerator, self._model)  # again: they may have changed
+            _refuse_settings(self._accelerator)  # again: they may have changed
             self._training.check(
                 self._loader(),
                 self._loss,
@@ -202,7 +202,8 @@ class _ModelLoss:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's forward takes anything
+        inner = getattr(model, "_orig_mod", model)
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT's forward takes anything
         parameters = inspect.signature(type(inner).forward).parameters
         # With a cache, models do not look for the texts of a flattened row.
         self.always = {"use_cache": False} if "use_cache" in parameters else {}
@@ -218,10 +219,10 @@ class _ModelLoss:
         return loss
 
 
-def _refuse_settings(accelerator: Accelerator, model: nn.Module) -> None:
+def _refuse_settings(accelerator: Accelerator) -> None:
     refuse(
         {
-            **accelerator_refusals(accelerator, model),
+            **accelerator_refusals(accelerator),
             "gradient_accumulation_steps: every batch of the loader is a whole step already; leave it at 1": (
                 accelerator.gradient_accumulation_steps != 1
             ),

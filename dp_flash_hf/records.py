@@ -324,6 +324,12 @@ class Recorder:
         self.layouts = Layouts()
         self.records: dict[nn.Parameter, GradientRecord] = {}
         self.forms: dict[nn.Parameter, str] = {}  # how the norm of each parameter was last computed
+        # Of a compiled model, see `layers.compiled`. token: what taps give their gradients to, while it records. taps: how many
+        # did since `start`. unplaced: parameters whose gradients they could not record. kept: the last input that was copied.
+        self.token: Tensor | None = None
+        self.taps = 0
+        self.unplaced: set[nn.Parameter] = set()
+        self.kept: Tensor | None = None
         self._groups = groups
         self._n_groups = max(groups.values(), default=-1) + 1
         self._waiting: dict[nn.Parameter, GradientRecord] = {}  # in phase "norms": complete, and the next may share their input
@@ -438,6 +444,13 @@ class Recorder:
 
     # What the engine does.
 
+    @property
+    def all_taps_recorded(self) -> bool:
+        """Whether backward passed as many taps as were recorded."""
+        if self.token is None or self.token.grad is None:
+            return self.taps == 0
+        return bool((self.token.grad == self.taps).all())
+
     def start(
         self, phase: Phase, units: Units, factors: Tensor | None = None, sums: dict[nn.Parameter, Tensor] | None = None
     ) -> None:
@@ -446,6 +459,9 @@ class Recorder:
         self._norms, self._spent, self._waiting, self._deferred = None, set(), {}, set()
         self._factors, self._sums = factors, {} if sums is None else sums
         self.left_over = set()
+        self.taps, self.unplaced, self.kept = 0, set(), None
+        if self.token is not None:
+            self.token.grad = None
 
     def stop(self) -> None:
         """Back to idle; every record is dropped."""

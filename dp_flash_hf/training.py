@@ -21,6 +21,7 @@ from dp_flash_hf.config import PrivacyConfig
 from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
+from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.losses import ModelLoss, UnitLoss
 from dp_flash_hf.mechanism import DPSGD
 from dp_flash_hf.preflight import preflight
@@ -123,9 +124,17 @@ class PrivateTraining:
         """From now on the optimizer refuses gradients without noise. Raises PrivacyError unless it trains exactly the model."""
         if self.engine is not None:
             self.engine.detach()
+        if Ranks().size > 1 and is_compiled(model):
+            raise UnsupportedError("torch.compile on several processes is not supported; leave it off, or use one process")
         self.engine = ClippingEngine(
             unwrapped(model), max_grad_norm=self.config.max_grad_norm, clipping=self.config.clipping, strategy=self.strategy
         )
+        attention = str(getattr(getattr(self.engine.model, "config", None), "_attn_implementation", ""))
+        if attention.startswith("dp_flash") and is_compiled(model):
+            logger.warning(
+                f"{attention} attention reads its masks, which breaks the compiled graph in every layer: exact, but slow to "
+                'compile; use attn_implementation="sdpa" with torch.compile'
+            )
         self.mechanism.start(self.engine, optimizer)
 
     def check(self, loader: DataLoader[Any], model_loss: ModelLoss, move: Move, *, reduced_precision: bool) -> None:
@@ -199,7 +208,7 @@ class PrivateTraining:
         return batch, units_of(batch, of_example, self.rows_per_example)
 
 
-def accelerator_refusals(accelerator: Accelerator, model: object) -> dict[str, bool]:
+def accelerator_refusals(accelerator: Accelerator) -> dict[str, bool]:
     """What of Accelerate's settings cannot be private, and whether it is set."""
     kind = accelerator.distributed_type
     return {
@@ -217,8 +226,11 @@ def accelerator_refusals(accelerator: Accelerator, model: object) -> dict[str, b
         f"mixed_precision={accelerator.mixed_precision!r}: its scaling depends on other units; use 'bf16' or 'no'": (
             accelerator.mixed_precision not in ("no", "bf16")
         ),
-        "torch_compile: not yet supported; leave it off": (
-            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or hasattr(model, "_orig_mod")
+        "torch_compile on several processes: not supported; leave it off, or use one process": (
+            accelerator.num_processes > 1 and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        ),
+        "use_regional_compilation: not yet supported; compile the whole model": bool(
+            accelerator.state.dynamo_plugin.use_regional_compilation
         ),
     }
 

@@ -134,6 +134,16 @@ def test_the_command_prints_one_table(capsys: pytest.CaptureFixture[str], monkey
     assert "once per logical batch" in below
 
 
+@pytest.mark.slow
+def test_compiled_models_scaled_down(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: 3 * 2**20)
+    monkeypatch.setitem(bench._MEASURED_SECONDS, "cpu", 0.01)
+    sizes = ["--layers", "1", "--width", "64", "--vocabulary", "99", "--lengths", "8", "--batch", "2"]
+    cli.main(["bench", "--preset", "compile", *sizes, "--repeats", "1", "--threads", "1"])
+    printed = capsys.readouterr().out
+    assert all(f"│ {method} " in printed for method in bench.COMPILE)
+
+
 @pytest.mark.parametrize("preset", ["cuda", "full", "lora", "vocab", "attention"])
 def test_cuda_without_a_device_is_refused(
     preset: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import transformers as hf
 from accelerate.accelerator import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils.dataclasses import DistributedType
 from torch import Tensor, nn
 
 from dp_flash_hf import PrivacyConfig, make_private
@@ -21,6 +23,7 @@ from dp_flash_hf import mechanism as mechanism_module
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.private import PrivateLoop
+from dp_flash_hf.training import accelerator_refusals
 from tests.models import tiny
 from tests.oracle import distance, total_norm
 from tests.trainers import Pad, Seen, attached, config, draws, texts, trainer_for, watch, without_dropout
@@ -350,8 +353,9 @@ def test_bad_arguments_are_named(changes: dict[str, Any], match: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "match"),
     [
-        ("num_processes", 2, "more than one process"),
-        ("distributed_type", "FSDP", "FSDP: not yet supported"),
+        ("distributed_type", DistributedType.DEEPSPEED, "DEEPSPEED: its engine owns backward.*use FSDP2"),
+        ("distributed_type", DistributedType.FSDP, "FSDP version 1.*use FSDP2"),
+        ("distributed_type", DistributedType.XLA, "XLA: not supported; use DDP or FSDP2"),
         ("mixed_precision", "fp16", "its scaling depends on other units"),
         ("gradient_accumulation_steps", 2, "a whole step already"),
     ],
@@ -362,6 +366,15 @@ def test_settings_of_accelerate_are_refused_by_name(name: str, value: Any, match
         loop()
 
 
+@pytest.mark.parametrize("way", ["tp", "cp", "sp"])
+def test_other_parallelism_is_refused_by_name(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator()
+    assert not any(accelerator_refusals(accelerator).values())
+    parallel = types.SimpleNamespace(**{"dp_shard_size": 2, f"{way}_size": 2})
+    monkeypatch.setattr(Accelerator, "parallelism_config", property(lambda self: parallel))
+    assert [text for text, found in accelerator_refusals(accelerator).items() if found and "FSDP2 or HSDP" in text]
+
+
 def test_settings_changed_later_are_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     private, _, _ = loop()
     monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp16"))
@@ -369,10 +382,24 @@ def test_settings_changed_later_are_refused_too(monkeypatch: pytest.MonkeyPatch)
         private.backward(next(iter(private.loader)))
 
 
-def test_a_compiled_model_is_refused() -> None:
-    model = torch.compile(without_dropout(tiny("gpt2")))
-    with pytest.raises(UnsupportedError, match="torch_compile"):
-        loop(model)
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    seen: list[Seen] = []
+    for compiled in (False, True):
+        with monkeypatch.context() as patch:
+            seen.append(watch(patch))
+            draws(patch, *DRAWS)
+            model = without_dropout(tiny("llama"))
+            still = torch.optim.SGD(model.parameters(), lr=0.0)
+            private, _, _ = loop(torch.compile(model, backend="aot_eager") if compiled else model, optimizer=still)
+            assert run(private, still) == 3
+    engine = private._training.engine
+    assert engine is not None
+    assert engine._is_compiled
+    assert engine._runs_compiled
+    assert distance(seen[1].sums[0], seen[0].sums[0]) <= ROUNDING
+    assert distance(seen[1].sums[2], seen[0].sums[2]) <= ROUNDING
 
 
 def test_a_model_without_a_loss_is_named() -> None:

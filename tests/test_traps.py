@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from accelerate.state import AcceleratorState
 from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -56,11 +57,14 @@ def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 # 6.1
 
 
-def worst_error(name: str, path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> float:
+def worst_error(
+    name: str, path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any] | None = None, **changes: Any
+) -> float:
     """Largest relative error of three steps' sums, at a bound that clips about half of the units."""
     seen, data = watch(monkeypatch), texts()
     cls = hf.Seq2SeqTrainer if name == "t5" else hf.Trainer
-    trainer = trainer_for(name, path, data, cls=cls, max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=3)
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, **(settings or {})}
+    trainer = trainer_for(name, path, data, cls=cls, **settings)
     single = unit_means(name, trainer.model.eval(), data, list(range(len(data))))
     bound = float(clipped_sum(single, 1.0)[1].median())
     attached(trainer, max_grad_norm=bound, **changes)
@@ -80,6 +84,27 @@ def test_6_1_the_sum_that_gets_noise_is_that_of_the_drawn_units_clipped_one_by_o
 ) -> None:
     """Promise 1: exactness, through sampler, collator, split, loss, engine and mechanism."""
     assert worst_error(name, tmp_path, monkeypatch, seed=3) <= ROUNDING
+
+
+@pytest.mark.slow
+def test_6_1_also_of_a_compiled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preflight runs compiled too, and none of it falls back to eager."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the settings of a process's first trainer
+    torch._dynamo.reset()
+    running: list[bool] = []
+    take = ClippingEngine.take_sums
+
+    def taken(self: ClippingEngine) -> Any:
+        running.append(self._is_compiled and self._runs_compiled)
+        return take(self)
+
+    monkeypatch.setattr(ClippingEngine, "take_sums", taken)
+    compiling = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    assert worst_error("llama", tmp_path, monkeypatch, compiling, seed=3) <= ROUNDING
+    assert len(running) >= 3
+    assert all(running)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch._dynamo.reset()
 
 
 def test_6_1_would_fail_without_clipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -612,7 +637,6 @@ ARGUMENTS: dict[str, Any] = {
     "neftune_noise_alpha": 5.0,
     "include_num_input_tokens_seen": "all",
     "restore_callback_states_from_checkpoint": True,
-    "torch_compile": True,
 }
 FAKED: dict[str, Any] = {  # cannot be constructed on this machine
     "fp16": True,
@@ -657,10 +681,10 @@ def test_6_6_what_a_launcher_sets_behind_the_arguments_is_refused(
     assert_refused(trainer, match)
 
 
-def test_6_6_compiled_models_are_refused(tmp_path: Path) -> None:
+def test_6_6_regional_compilation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_for("gpt2", tmp_path)
-    trainer.model = torch.compile(trainer.model)
-    assert_refused(trainer, "torch_compile")
+    monkeypatch.setattr(trainer.accelerator.state.dynamo_plugin, "use_regional_compilation", True)
+    assert_refused(trainer, "use_regional_compilation: not yet supported; compile the whole model")
 
 
 def test_6_6_data_and_losses_are_refused_by_name(tmp_path: Path) -> None:

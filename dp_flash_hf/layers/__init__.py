@@ -54,7 +54,8 @@ class _Tracking:
 
     def __getattr__(self: Any, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
-        if isinstance(value, nn.Parameter):
+        # Traced code has no use for what holds in one batch only: autograd's gradient tells the engine that it was traced.
+        if isinstance(value, nn.Parameter) and not torch.compiler.is_compiling():
             recorder = _recorder_of(self)
             if recorder.tracks(value, (self, name)) and torch.is_grad_enabled():
                 return Tracked.of(value, recorder)

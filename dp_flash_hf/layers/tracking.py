@@ -76,6 +76,15 @@ class Tracked(Tensor):
         return tuple(dict.fromkeys(found))
 
     @property
+    def made_by(self) -> frozenset[str]:
+        """Names of the functions that made this of parameters."""
+        if self.how is None:
+            return frozenset()
+        own = getattr(self.how.func, "__name__", "")
+        found = (t.made_by for t in _tensors(self.how.args, self.how.kwargs) if isinstance(t, Tracked))
+        return frozenset((own,)).union(*found)
+
+    @property
     def rows(self) -> tuple[int, int] | None:
         """Which rows (along its first dimension) of one parameter this is, as that parameter stores them; None if it is not."""
         if len(self.parameters) != 1:
@@ -407,6 +416,7 @@ def _learn(call: Call) -> Any:
         layouts.meet((call.site, "out"), out, _lead_dims(out))
     for parameter in call.site[1]:
         layouts.count(parameter)
+    layouts.make(call.site, frozenset(name for t in call.tracked for name in t.made_by))
     return out
 
 
