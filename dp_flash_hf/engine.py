@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -31,6 +31,8 @@ Select = Callable[[Batch, int], Batch]
 # shapes follow the data: the first scatters rows over a router's choices, the second sends them all to one. With one more token
 # masked and one label ignored, and without: a batch without padding may take another way through the model.
 DISTURBANCES = tuple((each, alike, masked) for masked in (True, False) for each, alike in ((3.0, 0.0), (1.0, 10.0)))
+
+_INCOMPLETE = -1  # in place of the version of a sum to which a part of a batch may have been added
 
 
 class ClippingEngine:
@@ -77,6 +79,7 @@ class ClippingEngine:
         self._uncovered: set[nn.Parameter] = set()
         self._long_units = False  # whether the last batch was computed unit by unit because that is faster
         self._together = False  # see `together`
+        self._learns_lean = True  # whether layouts are learnt in passes that keep nothing for a backward pass
         self._reached: set[nn.Parameter] = set()  # parameters that the last batch's loss depended on
         self._groups = _groups(model, self.parameters, clipping)
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -108,7 +111,9 @@ class ClippingEngine:
         loss_scale: (units,), finite; multiplies each unit's gradient before clipping (1 / label count makes means of sums).
         select: (batch, unit) -> that unit's batch, for batches whose tensors are not laid out by rows.
 
-        Either the whole batch is added, or an exception is raised and `.grad` is what it was before.
+        Either the whole batch is added, or an exception is raised and `.grad` is what it was before. Not so if the second
+        backward of strategy "two_pass" fails (for want of memory, say) after other batches: sums are then refused until
+        `zero_grad()`.
         """
         if not isinstance(batch, Mapping):
             raise invalid("batch", expected="a mapping of model inputs", actual=type(batch).__name__, remedy="pass a dict")
@@ -224,6 +229,11 @@ class ClippingEngine:
                     f"{self.parameters[parameter]}.grad was not made by the engine: it is not clipped; zero_grad() first"
                 )
             return self._hold(parameter, torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)))
+        if version == _INCOMPLETE:
+            raise PrivacyError(
+                "the second pass of strategy='two_pass' failed while a batch was being added, so the sums are of no whole number "
+                "of units: zero_grad() and begin the step again, with smaller batches if memory ran out"
+            )
         if parameter.grad is not released or released._version != version:
             if bool((parameter.grad == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
                 parameter.grad = None
@@ -342,8 +352,15 @@ class ClippingEngine:
         """Run the whole batch and every unit alone, without dropout, so that it is known where each layer keeps which unit."""
         if units.is_single:
             return
-        while self._observe(forward, batch, select, units):  # what is the same for all units leads to more operations
-            pass
+        again = True
+        while again:  # what is the same for all units leads to more operations
+            try:
+                with _graphs_without_numbers() if self._learns_lean else nullcontext():
+                    again = self._observe(forward, batch, select, units)
+            except RuntimeError as error:
+                if not self._learns_lean or "saved tensor" not in str(error):
+                    raise
+                self._learns_lean = False  # the loss takes gradients itself, or the model transforms functions
 
     def _observe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> bool:
         devices = {p.device for p in self.parameters if p.device.type != "cpu"}
@@ -406,22 +423,33 @@ class ClippingEngine:
             self._recorder.start("norms", units)
             loss = self._loss(loss_fn, batch)
             _plain_backward(loss)
+            loss = loss.detach()  # its graph goes before the next one comes
             self._require_coverage()
             self._reached = self._recorder.reached
             factors = self._factors(self._recorder.squared_norms(self._like), scale)
-        sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.parameters}
+        held = {p for p, gradient in self._held.items() if gradient is not None}
+        sums = {p: self._sums[p][0] for p in held}  # added to in place, and new ones made in backward: memory for no second set
         self._recorder.start("sum", units, factors, sums)
         again = loss_fn(batch)
         if not torch.allclose(again, loss, rtol=1e-5, atol=1e-6, equal_nan=True):
             raise PrivacyError(
-                f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss.detach())}; the "
-                "model draws random numbers that torch does not replay, use strategy='bookkeeping'"
+                f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss)}; the model draws "
+                "random numbers that torch does not replay, use strategy='bookkeeping'"
             )
+        for parameter in held:
+            self._sums[parameter] = (*self._sums[parameter][:2], _INCOMPLETE)
         _plain_backward(again)
         self._require_coverage()
         self._recorder.stop()
-        self._commit(sums)
-        return loss.detach()
+        self._restore_gradients()
+        for parameter in self.parameters:
+            if parameter in held:
+                self._publish(parameter)
+            elif parameter in sums:
+                self._hold(parameter, sums.pop(parameter))
+            else:
+                self.clipped_sum(parameter)
+        return loss
 
     def _microbatch(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select) -> Tensor:
         sums = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.parameters}
@@ -535,7 +563,9 @@ class ClippingEngine:
             raise PrivacyError("the engine was detached; make a new ClippingEngine")
         self._require_same_parameters()
         for parameter in self.parameters:
-            if parameter.grad is not None:
+            if parameter.grad is None:
+                self._sums.pop(parameter, None)  # zero_grad() gave it up
+            else:
                 self.clipped_sum(parameter)
         self._held = {p: p.grad for p in self.parameters}
         self._clear_gradients()
@@ -594,6 +624,17 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _graphs_without_numbers() -> Iterator[None]:
+    """Forward passes within know what requires gradients, and keep nothing for backward, which raises RuntimeError."""
+
+    def missing(nothing: None) -> Tensor:
+        raise RuntimeError("a saved tensor was not kept")
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: None, missing):
+        yield
 
 
 def _units_of(units: Tensor | Units | None, batch: Batch) -> Units:

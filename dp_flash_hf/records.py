@@ -421,10 +421,10 @@ class Recorder:
     def start(
         self, phase: Phase, units: Units, factors: Tensor | None = None, sums: dict[nn.Parameter, Tensor] | None = None
     ) -> None:
-        """Enter a phase for one physical batch. `factors` (units, groups) and `sums` belong to phase "sum"."""
+        """Enter a phase for one physical batch. `factors` (units, groups) and `sums`, added to and completed, belong to "sum"."""
         self.phase, self.units, self.records = phase, units, {}
         self._norms, self._spent, self._waiting, self._deferred = None, set(), {}, set()
-        self._factors, self._sums = factors, sums or {}
+        self._factors, self._sums = factors, {} if sums is None else sums
 
     def stop(self) -> None:
         """Back to idle; every record is dropped."""
@@ -476,12 +476,7 @@ class Recorder:
                 "gradients would not be clipped; use engine.backward(loss_fn, batch), or engine.detach() first"
             )
         if self.phase == "sum":
-            assert self._factors is not None
-            factors = self._factors[:, self._groups[parameter]]
-            if isinstance(use, Tensor):
-                add_per_unit_(self._sums[parameter], use, factors)
-            else:
-                use.add_clipped_sum_(self._sums[parameter], factors)
+            self._add_to_sum(parameter, use)
             return
         if parameter in self._spent:
             raise PrivacyError("a parameter was used more often than when its layer was first observed; use strategy='auto'")
@@ -494,6 +489,17 @@ class Recorder:
         if self.phase == "norms" and whole and self.layouts.calls.get(parameter) == 1:  # nothing to come: the records may go
             self._spent.add(parameter)
             self._add_when_alone(parameter, self.records.pop(parameter))
+
+    def _add_to_sum(self, parameter: nn.Parameter, use: LinearUse | HeadUse | EmbeddingUse | Tensor) -> None:
+        assert self._factors is not None
+        factors = self._factors[:, self._groups[parameter]]
+        if parameter not in self._sums:
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            self._sums[parameter] = torch.zeros_like(parameter, dtype=wide)
+        if isinstance(use, Tensor):
+            add_per_unit_(self._sums[parameter], use, factors)
+        else:
+            use.add_clipped_sum_(self._sums[parameter], factors)
 
     def _add_when_alone(self, parameter: nn.Parameter, record: GradientRecord) -> None:
         """Add the norms of complete records as soon as no more of their input are coming."""
