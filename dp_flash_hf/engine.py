@@ -20,7 +20,7 @@ from dp_flash_hf.coupling import BatchGuard, refuse_model
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.logits import Logits
 from dp_flash_hf.layers.tracking import Tracked
-from dp_flash_hf.records import Recorder, full_precision
+from dp_flash_hf.records import Recorder, TwoPassError, full_precision
 from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_items, select_unit
 
 Strategy = Literal["auto", "bookkeeping", "two_pass", "microbatch"]
@@ -49,8 +49,9 @@ class ClippingEngine:
     max_grad_norm: C > 0.
     clipping: "flat", "automatic" or "per_layer" (a layer is the module that owns the parameters); see `clipping.clip_factors`.
     strategy: "bookkeeping" (one backward), "two_pass" (two forward and backward passes, least memory), "microbatch" (one unit
-        at a time), or "auto": bookkeeping, and microbatch for models with parameters that no rule covers and for batches for
-        which it is the faster. All give the same numbers. A strategy asked for by name runs or raises PrivacyError.
+        at a time), or "auto": what `whole` says, which is bookkeeping unless somebody who knows the memory sets it to two_pass,
+        and microbatch for models with parameters that no rule covers and for batches for which it is the faster. All give the
+        same numbers. A strategy asked for by name runs or raises PrivacyError.
 
     Raises ValueError for arguments out of range, UnsupportedError for models that couple units (batch normalisation) or have
     nothing to train.
@@ -69,6 +70,7 @@ class ClippingEngine:
             raise invalid("strategy", expected=f"one of {get_args(Strategy)}", actual=strategy, remedy="choose one of them")
         refuse_model(model)
         self.model, self.max_grad_norm, self.clipping, self.strategy = model, float(max_grad_norm), clipping, strategy
+        self.whole: Literal["bookkeeping", "two_pass"] = "bookkeeping"  # how strategy="auto" computes whole batches
         self.parameters = {p: name for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UnsupportedError("the model has no parameter with requires_grad=True; unfreeze what is to be trained")
@@ -129,7 +131,8 @@ class ClippingEngine:
                 self._long_units = not self._together and self._microbatch_is_faster(batch, resolved)
             if self.strategy == "microbatch" or (self.strategy == "auto" and (self._uncovered or self._long_units)):
                 return self._microbatch(loss_fn, batch, resolved, scale, choose)
-            run = self._two_pass if self.strategy == "two_pass" else self._bookkeeping
+            whole = self.whole if self.strategy == "auto" else self.strategy
+            run = self._two_pass if whole == "two_pass" else self._bookkeeping
             try:
                 if self._recorder.layouts.knows(resolved, leading_shape(batch)[1:]):
                     try:
@@ -231,8 +234,8 @@ class ClippingEngine:
             return self._hold(parameter, torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)))
         if version == _INCOMPLETE:
             raise PrivacyError(
-                "the second pass of strategy='two_pass' failed while a batch was being added, so the sums are of no whole number "
-                "of units: zero_grad() and begin the step again, with smaller batches if memory ran out"
+                "the second pass of strategy='two_pass' failed while a batch was being added, so the sums hold parts of units: "
+                "zero_grad() and begin the step again, with smaller batches if memory ran out"
             )
         if parameter.grad is not released or released._version != version:
             if bool((parameter.grad == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
@@ -418,6 +421,17 @@ class ClippingEngine:
         return loss.detach()
 
     def _two_pass(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
+        try:
+            return self._two_passes(loss_fn, batch, units, scale)
+        except TwoPassError as error:
+            if self.strategy != "auto":
+                raise
+            warnings.warn(f"{error}. strategy='auto' keeps books from now on, which takes more memory.", stacklevel=3)
+            self.whole = "bookkeeping"
+            self._clear_gradients()
+            return self._bookkeeping(loss_fn, batch, units, scale)
+
+    def _two_passes(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
         devices = sorted({p.device.index or 0 for p in self.parameters if p.device.type == "cuda"})
         with torch.random.fork_rng(devices):  # both passes must see the same dropout
             self._recorder.start("norms", units)
@@ -432,7 +446,7 @@ class ClippingEngine:
         self._recorder.start("sum", units, factors, sums)
         again = loss_fn(batch)
         if not torch.allclose(again, loss, rtol=1e-5, atol=1e-6, equal_nan=True):
-            raise PrivacyError(
+            raise TwoPassError(
                 f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss)}; the model draws "
                 "random numbers that torch does not replay, use strategy='bookkeeping'"
             )

@@ -36,6 +36,10 @@ from dp_flash_hf.units import Units
 Phase = Literal["idle", "learn", "record", "norms", "sum"]
 
 
+class TwoPassError(PrivacyError):
+    """This model cannot be computed in two passes, before anything was added."""
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Sums over units run in float32 here, whatever the user set: no autocast, no TF32 or bfloat16 inside float32 products.
@@ -421,7 +425,7 @@ class Recorder:
     def start(
         self, phase: Phase, units: Units, factors: Tensor | None = None, sums: dict[nn.Parameter, Tensor] | None = None
     ) -> None:
-        """Enter a phase for one physical batch. `factors` (units, groups) and `sums`, added to and completed, belong to "sum"."""
+        """Enter a phase for one physical batch. `factors` (units, groups) and `sums`, which it adds to, belong to "sum"."""
         self.phase, self.units, self.records = phase, units, {}
         self._norms, self._spent, self._waiting, self._deferred = None, set(), {}, set()
         self._factors, self._sums = factors, {} if sums is None else sums
@@ -479,7 +483,7 @@ class Recorder:
             self._add_to_sum(parameter, use)
             return
         if parameter in self._spent:
-            raise PrivacyError("a parameter was used more often than when its layer was first observed; use strategy='auto'")
+            raise TwoPassError("a parameter was used more often than when its layer was first observed; use strategy='auto'")
         record = self.records.setdefault(parameter, GradientRecord(parameter.shape, self.units.n))
         if isinstance(use, Tensor):
             record.add_per_unit(use)
