@@ -129,9 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="speed and memory beside non-private training and peers",
-        description="Presets: cpu and cuda, training beside Opacus; memory, strategies with and without gradient checkpointing, "
-        "126 M parameters on the CPU; on a GPU also full, all weights in bfloat16 at 512 tokens, "
-        "lora, adapters of rank 16, vocab, a head of 128k tokens, and attention, the kernels beside torch's and flash-attn's.",
+        description="Presets: cpu and cuda, training beside Opacus; memory, strategies with and without checkpointing, 126 M "
+        "parameters on the CPU; on a GPU also full, all weights in bfloat16 at 512 tokens, lora, adapters of rank 16, vocab, a "
+        "head of 128k tokens, and attention, the kernels beside torch's and flash-attn's.",
     )
     bench.add_argument("--preset", choices=_PRESETS, default="cpu", help="what is measured (default: cpu)")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
@@ -316,9 +316,9 @@ def _plan_memory(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) / 1e6 for every in (True, False))
     print(
-        f"{type(model).__name__}, {size:,.1f} M parameters in {options.dtype}, {trained:,.1f} M trained with "
-        f"{options.optimizer}, {rows} rows of {length} tokens, {'with' if options.checkpointing else 'without'} checkpointing; "
-        f"free on {device} now: {free_memory(device) / 2**20:,.0f} MiB"
+        f"{type(model).__name__}: {size:,.1f} M parameters in {options.dtype}, {trained:,.1f} M trained with "
+        f"{options.optimizer}.\n{rows} rows of {length} tokens, {'with' if options.checkpointing else 'without'} "
+        f"checkpointing. Free on {device} now: {free_memory(device) / 2**20:,.0f} MiB."
     )
 
 

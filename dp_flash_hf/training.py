@@ -138,6 +138,11 @@ class PrivateTraining:
             own = [unit] if self.rows is None else self.rows[unit][: self.config.max_examples_per_unit].tolist()
             return [(row, number) for row in own]
 
+        if self.strategy == "auto":
+            longest = choose_units(self.mechanism.plan.sampler.n_units, lambda unit: loader.dataset[keys_of(unit, 0)[0]][0])[0]
+            example = loader.collate_fn(loader.dataset.__getitems__(keys_of(longest, 0)))  # type: ignore[attr-defined]
+            self._choose_by_memory(*self._prepared(example), torch.bfloat16 if reduced_precision else None)
+
         self._loss = preflight(
             self.engine,
             model_loss,
@@ -157,11 +162,6 @@ class PrivateTraining:
             f"gradients are exact by {', '.join(forms)}"
         )
 
-        if self.strategy == "auto":
-            longest = choose_units(self.mechanism.plan.sampler.n_units, lambda unit: loader.dataset[keys_of(unit, 0)[0]][0])[0]
-            example = loader.collate_fn(loader.dataset.__getitems__(keys_of(longest, 0)))  # type: ignore[attr-defined]
-            self._choose_by_memory(*self._prepared(example), torch.bfloat16 if reduced_precision else None)
-
     def _choose_by_memory(self, batch: dict[str, Any], units: Units, autocast: torch.dtype | None) -> None:
         """Book-keeping if its estimate fits in free memory, else two passes; says so. batch: of one unit, a long one."""
         assert self.engine is not None
@@ -171,8 +171,8 @@ class PrivateTraining:
             _, books, passes = estimate(
                 self.engine.model, wide, n_units, loss_fn=model_loss_of, moments=self._moments, autocast=autocast
             )
-        except UnsupportedError as error:
-            logger.warning(f"strategy='auto' chose bookkeeping: {error}")
+        except Exception as error:  # what cannot be estimated can still be trained
+            logger.warning(f"strategy='auto' chose bookkeeping: {' '.join(str(error).split())}")
             return
         free, present = free_memory(device), books.parameters
         self.engine.whole = "bookkeeping" if books.total - present <= free else "two_pass"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dp_flash_hf import PrivacyConfig, make_private
 from dp_flash_hf import mechanism as mechanism_module
+from dp_flash_hf import training as training_module
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.private import PrivateLoop
@@ -64,6 +65,46 @@ def run(private: PrivateLoop, optimizer: Any) -> int:
         optimizer.zero_grad()
         steps += 1
     return steps
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("collate", [Pad(), hf.DataCollatorWithFlattening()])  # type: ignore[no-untyped-call]
+@pytest.mark.parametrize(("free", "whole"), [(2**40, "bookkeeping"), (2**10, "two_pass")])
+def test_auto_chooses_by_memory_and_says_so(free: int, whole: str, collate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both train alike; what is printed once names the choice, both estimates and what is free."""
+    said: list[str] = []
+    monkeypatch.setattr(training_module, "free_memory", lambda device: free)
+    monkeypatch.setattr(training_module.logger, "warning", said.append)
+    weights = []
+    for strategy in ("auto", whole):
+        torch.manual_seed(0)
+        private, model, optimizer = loop(
+            strategy=strategy, privacy=config(seed=3), steps=2, collate_fn=collate, max_rows_per_device=8
+        )
+        assert run(private, optimizer) == 2
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        engine = private._training.engine
+        assert engine is not None
+        assert engine.whole == (whole if strategy == "auto" else "bookkeeping")
+    (line,) = said
+    assert f"chose {whole}:" in line
+    assert "free on cpu" in line
+    assert distance(*weights) < 1e-6
+
+
+def test_what_cannot_be_estimated_keeps_books_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(training_module.logger, "warning", said.append)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError("from shapes alone")
+
+    monkeypatch.setattr(training_module, "estimate", failing)
+    private, _, optimizer = loop(steps=1)
+    assert run(private, optimizer) == 1
+    assert said == ["strategy='auto' chose bookkeeping: from shapes alone"]
 
 
 # Training.
