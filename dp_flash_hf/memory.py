@@ -127,6 +127,7 @@ def _without_numbers(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     for module in copied.modules():
         if layers.is_attached(module):
             layers.detach(module)
+        vars(module).pop("forward", None)  # Accelerate's, under autocast, which would call the original
     if hasattr(copied, "set_attn_implementation"):
         try:
             copied.set_attn_implementation("sdpa")  # dp_flash looks at masks; what it keeps is as much

@@ -1018,7 +1018,7 @@ def test_two_passes_need_no_second_set_of_sums() -> None:
     del gradient
 
     def looked(batch: Any) -> Tensor:
-        assert not any(ref() for ref in gone)
+        assert all(ref() is None for ref in gone)
         return loss(batch)
 
     engine.backward(looked, batch)
@@ -1093,10 +1093,8 @@ def _saved(node: Any) -> list[Any]:
         left += [following for following, _ in node.next_functions]
         for name in dir(node):
             if name.startswith("_raw_saved_"):
-                try:
+                with contextlib.suppress(RuntimeError):  # "a saved tensor was not kept"
                     found.append(getattr(node, name[4:], None))
-                except RuntimeError as error:
-                    assert "not kept" in str(error)
     return [x for x in found if isinstance(x, Tensor)]
 
 
@@ -1145,7 +1143,7 @@ def test_auto_keeps_books_of_what_two_passes_cannot_compute() -> None:
     engine.whole = "two_pass"
     with pytest.warns(UserWarning, match="keeps books from now on"):
         engine.backward(toy_loss(model), batch)
-    assert engine.whole == "bookkeeping"
+    assert str(engine.whole) == "bookkeeping"
     assert grads(model)
     model.eval()
     model.zero_grad()

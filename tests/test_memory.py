@@ -139,9 +139,10 @@ def test_a_model_that_cannot_do_without_numbers_is_refused() -> None:
             self.layer = nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x[x.sum(1).nonzero().flatten()]).sum()
+            out: Tensor = self.layer(x[x.sum(1).nonzero().flatten()]).sum()
+            return out
 
-    with pytest.raises(UnsupportedError, match="from shapes alone.*choose a strategy by name"):
+    with pytest.raises(UnsupportedError, match=r"from shapes alone.*choose a strategy by name"):
         estimate(Routed(), {"x": torch.ones(2, 3)}, 2, loss_fn=lambda model, batch: model(**batch))
 
 

@@ -94,6 +94,19 @@ def test_auto_chooses_by_memory_and_says_so(free: int, whole: str, collate: Any,
     assert distance(*weights) < 1e-6
 
 
+def test_auto_estimates_under_autocast_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_module, "free_memory", lambda device: 2**10)
+    model = without_dropout(tiny("gpt2")).float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    private, _, optimizer = loop(model, optimizer=optimizer, accelerator=accelerator, steps=1)
+    assert run(private, optimizer) == 1
+    engine = private._training.engine
+    assert engine is not None
+    assert engine.whole == "two_pass"
+
+
 def test_what_cannot_be_estimated_keeps_books_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(training_module.logger, "warning", said.append)
