@@ -336,7 +336,11 @@ def _doctor(options: argparse.Namespace) -> None:
     table.add_row("cpu", f"{torch.get_num_threads()} threads")
     kernels = "torch; Triton for soft-caps, sinks and masks" if torch.cuda.is_available() and _has("triton") else "torch"
     table.add_row("attention", f'attn_implementation="dp_flash" is computed by {kernels}')
-    table.add_row("strategy", "bookkeeping; microbatch for models with parameters that no rule covers (see --model)")
+    table.add_row(
+        "strategy",
+        "bookkeeping, two_pass where memory is short (see plan --memory), microbatch for models with parameters that no rule "
+        "covers (see --model)",
+    )
     _print(table)
     if options.model is not None:
         _print(_trial(options.model, options.task, options.length))

@@ -166,7 +166,7 @@ class PrivateTraining:
         """Book-keeping if its estimate fits in free memory, else two passes; says so. batch: of one unit, a long one."""
         assert self.engine is not None
         device = next(iter(self.engine.parameters)).device
-        wide, n_units = widest(batch, units, max_examples=self.max_examples, max_tokens=self.max_tokens)
+        wide, n_units = widest(batch, units, max_rows=self.max_examples * self.rows_per_example, max_tokens=self.max_tokens)
         try:
             _, books, passes = estimate(
                 self.engine.model, wide, n_units, loss_fn=model_loss_of, moments=self._moments, autocast=autocast
@@ -221,11 +221,11 @@ def model_loss_of(model: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def widest(batch: Mapping[str, Any], units: Units, *, max_examples: int, max_tokens: int | None) -> tuple[dict[str, Any], int]:
+def widest(batch: Mapping[str, Any], units: Units, *, max_rows: int, max_tokens: int | None) -> tuple[dict[str, Any], int]:
     """The largest physical batch of units like this one, in tensors without numbers, and how many units it has."""
-    shape = leading_shape(batch)
-    length = math.prod(shape[1:]) * (len(units.of_item) if units.kind == "rows" else 1)
-    times = max_examples if max_tokens is None else max(1, max_tokens // max(1, length))
+    rows = units.n_items if units.kind == "rows" else 1
+    length = rows * math.prod(leading_shape(batch)[1:])
+    times = max(1, max_rows // rows if max_tokens is None else max_tokens // max(1, length))
     out: dict[str, Any] = {}
     for name, value in batch.items():
         if name.startswith(("cu_seq_lens", "max_length")):
