@@ -54,6 +54,7 @@ _OURS = (BASELINE, "dp_flash")  # whose failure is an error; a peer's leaves a n
 _MEASURED_SECONDS = {"cpu": 3.0, "cuda": 0.5}  # a turn has as many steps as it takes to last this long
 
 Step = Callable[[], None]
+Method = Callable[["Work", int], tuple[nn.Module, Step]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,8 @@ class Work:
     """A Llama decoder with an untied head (Opacus' ghost clipping refuses tied ones) and the batches it is trained on.
 
     heads are 64 wide and the feed-forward layers 4 * width. autocast: bfloat16 autocast over float32 weights. lora: rank of
-    adapters on all linear layers but the head, which are then all that is trained; 0: everything is.
+    adapters on all linear layers but the head, which are then all that is trained; 0: everything is. checkpointing: the layers
+    keep their inputs only, and compute the rest again in the backward pass.
     """
 
     device: str
@@ -73,6 +75,7 @@ class Work:
     lengths: tuple[int, ...]
     threads: int
     lora: int = 0
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,8 @@ def model_of(work: Work, length: int, attention: str) -> Any:
             # Not the usual zeros in B: they would make every gradient of A zero.
             adapter = LoraConfig(r=work.lora, target_modules="all-linear", init_lora_weights=False)
             model = get_peft_model(model, adapter)
+    if work.checkpointing:
+        model.gradient_checkpointing_enable()
     return model.train()
 
 
@@ -160,6 +165,11 @@ def with_sdpa(work: Work, length: int, *, private: bool, compiled: bool) -> tupl
     if not private:
         return _plain(work, length, batch, "sdpa", compiled=compiled)
     return _private(work, length, batch, None, [length] * work.batch, attention="sdpa", compiled=compiled)
+
+
+def checkpointed(work: Work, length: int, make: Method) -> tuple[nn.Module, Step]:
+    """As `make`, with gradient checkpointing."""
+    return make(replace(work, checkpointing=True), length)
 
 
 def text_lengths(work: Work) -> list[int]:
@@ -317,7 +327,7 @@ def opacus(work: Work, length: int, mode: str) -> tuple[nn.Module, Step]:
     return model, step
 
 
-Methods = Mapping[str, Callable[[Work, int], tuple[nn.Module, Step]]]  # ratios are to the first
+Methods = Mapping[str, Method]  # ratios are to the first
 METHODS: Methods = {
     BASELINE: non_private,
     "dp_flash": dp_flash,
@@ -351,6 +361,11 @@ VOCABULARY: Methods = {
     "dp_flash, logits in blocks": functools.partial(deferring, bytes_at_once=0),
     "dp_flash, all logits": functools.partial(deferring, bytes_at_once=2**62),
 }
+_STRATEGIES: Methods = {name: FULL[name] for name in (BASELINE, "dp_flash two_pass", "dp_flash")}
+MEMORY: Methods = {
+    **{f"{name}, checkpointing": functools.partial(checkpointed, make=make) for name, make in _STRATEGIES.items()},
+    **_STRATEGIES,
+}
 
 
 class Preset(NamedTuple):
@@ -372,6 +387,9 @@ _CUDA = Work(
 )
 PRESETS = {
     "cpu": Preset(replace(_CUDA, device="cpu", autocast=False, width=512, vocabulary=8192, lengths=(128, 512)), METHODS),
+    "memory": Preset(
+        replace(_CUDA, device="cpu", autocast=False, layers=12, width=768, vocabulary=8192, batch=4, lengths=(256,)), MEMORY
+    ),
     "cuda": Preset(_CUDA, METHODS),
     "full": Preset(replace(_CUDA, batch=16, lengths=(512,)), FULL),
     "lora": Preset(replace(_CUDA, batch=16, lengths=(512,), lora=16), LORA),
@@ -415,7 +433,7 @@ def turns(work: Work, methods: Methods, repeats: int) -> int:
     return len(work.lengths) * len(methods) * (2 + repeats)
 
 
-def _step_of(make: Callable[[Work, int], tuple[nn.Module, Step]], work: Work, length: int) -> Step:
+def _step_of(make: Method, work: Work, length: int) -> Step:
     return make(work, length)[1]
 
 
@@ -471,7 +489,11 @@ def _timed(work: Work, step: Step, count: int) -> float:
 
 
 def peak_memory(work: Work, length: int, method: str, advance: Callable[[], None] = lambda: None) -> int | None:
-    """Bytes that two steps of a method need at their peak; None if it fails. Off the GPU, in a process of their own."""
+    """Bytes that two steps of a method need at their peak; None if it fails.
+
+    Off the GPU it is what a process of their own holds at its peak, and what it frees goes back at once: what glibc would keep
+    for later depends on the sizes and the order of all that was freed before.
+    """
     try:
         if work.device == "cuda":
             gc.collect()
@@ -480,7 +502,8 @@ def peak_memory(work: Work, length: int, method: str, advance: Callable[[], None
             _two_steps(work, length, method)
             return torch.cuda.max_memory_allocated() - before
         command = [sys.executable, "-m", "dp_flash_hf.bench", json.dumps(asdict(work)), str(length), method]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {"MALLOC_MMAP_THRESHOLD_": str(2**16), **os.environ}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         return int(done.stdout) if done.returncode == 0 else None
     except Exception:  # the same method's turn says why
         return None

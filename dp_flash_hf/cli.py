@@ -29,7 +29,9 @@ _AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
-_PRESETS = ("cpu", "cuda", "full", "lora", "vocab", "compile", "attention")
+_DTYPES = ("float32", "bfloat16")
+_OPTIMIZERS = {"adamw": 2, "sgd": 0}  # numbers of state for each trained one
+_PRESETS = ("cpu", "memory", "cuda", "full", "lora", "vocab", "compile", "attention")
 _PACKAGES = (
     "dp-flash-hf",
     "torch",
@@ -80,12 +82,13 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser(
         "plan",
-        help="epsilon, noise and steps of a run, before anything is spent",
-        description="Give two of --epsilon, --noise-multiplier and --steps (or --epochs); the third is computed. "
-        "Each may be a comma-separated list: the table has every combination.",
+        help="epsilon, noise and steps of a run, or its memory, before anything is spent",
+        description="Give --units, --batch and two of --epsilon, --noise-multiplier and --steps (or --epochs); the third is "
+        "computed. Each of these may be a comma-separated list: the table has every combination. Or give --memory, --model, "
+        "--batch-rows and --length: the table has what each strategy needs.",
     )
-    plan.add_argument("--units", type=_whole, required=True, help="privacy units (usually: examples) in the dataset")
-    plan.add_argument("--batch", type=_whole, required=True, help="expected units per optimizer step")
+    plan.add_argument("--units", type=_whole, help="privacy units (usually: examples) in the dataset")
+    plan.add_argument("--batch", type=_whole, help="expected units per optimizer step")
     plan.add_argument("--delta", type=_above_zero, help="default: units ** -1.1")
     plan.add_argument("--epsilon", type=_numbers, help="target epsilon: calibrates the noise, or counts the steps it affords")
     plan.add_argument("--noise-multiplier", type=_numbers, help="noise standard deviation / max_grad_norm")
@@ -94,6 +97,18 @@ def _parser() -> argparse.ArgumentParser:
     steps.add_argument("--epochs", type=_numbers, help="optimizer steps, in units of units / batch")
     plan.add_argument("--accountant", default="pld", help="pld (default), prv or rdp")
     plan.add_argument("--max-batch-size", type=_whole, help="truncated Poisson sampling: most units in one draw")
+    memory = plan.add_argument_group("memory of a step, from shapes alone")
+    memory.add_argument("--memory", action="store_true", help="plan memory")
+    memory.add_argument("--model", help="a Hub name or folder, of which the configuration is read and no weights")
+    memory.add_argument(
+        "--task", choices=sorted(_AUTO_CLASSES), default="causal-lm", help="the model's head (default: causal-lm)"
+    )
+    memory.add_argument("--batch-rows", type=_whole, help="rows computed at once: per_device_train_batch_size")
+    memory.add_argument("--length", type=_whole, help="tokens per row")
+    memory.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    memory.add_argument("--lora", type=_whole, help="rank of adapters on all linear layers, which are all that is trained")
+    memory.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: float32)")
+    memory.add_argument("--optimizer", choices=sorted(_OPTIMIZERS), default="adamw", help="default: adamw")
     plan.set_defaults(command=_plan)
 
     recipes = commands.add_parser("recipes", help="list or copy recipes").add_subparsers(required=True, metavar="COMMAND")
@@ -114,8 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="speed and memory beside non-private training and peers",
-        description="Presets: cpu and cuda, training beside Opacus; on a GPU also full, all weights in bfloat16 at 512 tokens, "
-        "lora, adapters of rank 16, vocab, a head of 128k tokens, and attention, the kernels beside torch's and flash-attn's.",
+        description="Presets: cpu and cuda, training beside Opacus; memory, strategies with and without checkpointing, 126 M "
+        "parameters on the CPU; on a GPU also full, all weights in bfloat16 at 512 tokens, lora, adapters of rank 16, vocab, a "
+        "head of 128k tokens, and attention, the kernels beside torch's and flash-attn's.",
     )
     bench.add_argument("--preset", choices=_PRESETS, default="cpu", help="what is measured (default: cpu)")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
@@ -211,6 +227,12 @@ def _copy_recipe(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    if options.memory:
+        _plan_memory(options)
+        return
+    if options.units is None or options.batch is None:
+        raise ValueError("plan: give --units and --batch, or --memory")
+
     from rich.progress import track
 
     from dp_flash_hf.accountant import ADJACENCY, PrivacyPlan
@@ -261,6 +283,45 @@ def _plan(options: argparse.Namespace) -> None:
     )
 
 
+def _plan_memory(options: argparse.Namespace) -> None:
+    import torch
+    import transformers
+
+    from dp_flash_hf.memory import estimate, free_memory
+    from dp_flash_hf.training import model_loss_of
+
+    rows, length = options.batch_rows, options.length
+    if None in (options.model, rows, length):
+        raise ValueError("plan: --memory needs --model, --batch-rows and --length")
+    config = _config_of(options.model)
+    with torch.device("meta"):
+        auto = getattr(transformers, _AUTO_CLASSES[options.task])
+        model: Any = auto.from_config(config, attn_implementation="eager", dtype=getattr(torch, options.dtype))
+        if options.lora is not None:
+            from peft import LoraConfig, get_peft_model
+
+            model = get_peft_model(model, LoraConfig(r=options.lora, target_modules="all-linear"))
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        labels = torch.zeros(rows, dtype=torch.long) if options.task == "classification" else ids
+    if options.checkpointing:
+        model.activation_checkpointing_enable()
+    found = estimate(
+        model, {"input_ids": ids, "labels": labels}, rows, loss_fn=model_loss_of, moments=_OPTIMIZERS[options.optimizer]
+    )
+    table = _table("MiB", "weights", "grads", "states", "activations", "records", "total", justify="right")
+    for row in found:
+        parts = (row.parameters, row.gradients, row.optimizer, row.activations, row.records, row.total)
+        table.add_row(row.strategy, *(f"{part / 2**20:,.0f}" for part in parts))
+    _print(table)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) / 1e6 for every in (True, False))
+    print(
+        f"{type(model).__name__}: {size:,.1f} M parameters in {options.dtype}, {trained:,.1f} M trained with "
+        f"{options.optimizer}.\n{rows} rows of {length} tokens, {'with' if options.checkpointing else 'without'} "
+        f"checkpointing. Free on {device} now: {free_memory(device) / 2**20:,.0f} MiB."
+    )
+
+
 def _doctor(options: argparse.Namespace) -> None:
     import torch
 
@@ -275,7 +336,11 @@ def _doctor(options: argparse.Namespace) -> None:
     table.add_row("cpu", f"{torch.get_num_threads()} threads")
     kernels = "torch; Triton for soft-caps, sinks and masks" if torch.cuda.is_available() and _has("triton") else "torch"
     table.add_row("attention", f'attn_implementation="dp_flash" is computed by {kernels}')
-    table.add_row("strategy", "bookkeeping; microbatch for models with parameters that no rule covers (see --model)")
+    table.add_row(
+        "strategy",
+        "bookkeeping, two_pass where memory is short (see plan --memory), microbatch for models with parameters that no rule "
+        "covers (see --model)",
+    )
     _print(table)
     if options.model is not None:
         _print(_trial(options.model, options.task, options.length))
@@ -299,13 +364,8 @@ def _trial(name: str, task: str, length: int) -> Table:
 
     from dp_flash_hf import ClippingEngine
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise OSError(f"{name}: {error}") from None
+    config = _config_of(name)
     _keep_few_layers(config)
-    if config.pad_token_id is None:
-        config.pad_token_id = 0  # classifiers look for the last token that is not padding
     model = getattr(transformers, _AUTO_CLASSES[task]).from_config(config, attn_implementation="dp_flash").train()
     ids = torch.randint(1, config.get_text_config().vocab_size, (2, length))
     engine = ClippingEngine(model, max_grad_norm=1.0)
@@ -321,6 +381,18 @@ def _trial(name: str, task: str, length: int) -> Table:
         table.add_row(owner, form, str(len(sizes)), f"{sum(sizes):,}")
     table.title = f"{type(model).__name__}, {sum(map(sum, counts.values())):,} parameters here, rows of {length} tokens"
     return table
+
+
+def _config_of(name: str) -> Any:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise OSError(f"{name}: {error}") from None
+    if config.pad_token_id is None:
+        config.pad_token_id = 0  # classifiers look for the last token that is not padding
+    return config
 
 
 def _keep_few_layers(config: Any) -> None:

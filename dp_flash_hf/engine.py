@@ -23,7 +23,7 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.compiled import CompiledLayers, is_compiled, is_compiled_function
 from dp_flash_hf.layers.logits import Logits
 from dp_flash_hf.layers.tracking import Tracked
-from dp_flash_hf.records import Recorder, full_precision
+from dp_flash_hf.records import Recorder, TwoPassError, full_precision
 from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_items, select_unit, subset
 
 Strategy = Literal["auto", "bookkeeping", "two_pass", "microbatch"]
@@ -34,6 +34,8 @@ Select = Callable[[Batch, int], Batch]
 # shapes follow the data: the first scatters rows over a router's choices, the second sends them all to one. With one more token
 # masked and one label ignored, and without: a batch without padding may take another way through the model.
 DISTURBANCES = tuple((each, alike, masked) for masked in (True, False) for each, alike in ((3.0, 0.0), (1.0, 10.0)))
+
+_INCOMPLETE = -1  # in place of the version of a sum to which a part of a batch may have been added
 
 
 class ClippingEngine:
@@ -50,8 +52,9 @@ class ClippingEngine:
     max_grad_norm: C > 0.
     clipping: "flat", "automatic" or "per_layer" (a layer is the module that owns the parameters); see `clipping.clip_factors`.
     strategy: "bookkeeping" (one backward), "two_pass" (two forward and backward passes, least memory), "microbatch" (one unit
-        at a time), or "auto": bookkeeping, and microbatch for models with parameters that no rule covers and for batches for
-        which it is the faster. All give the same numbers. A strategy asked for by name runs or raises PrivacyError.
+        at a time), or "auto": what `whole` says, which is bookkeeping unless somebody who knows the memory sets it to two_pass,
+        and microbatch for models with parameters that no rule covers and for batches for which it is the faster. All give the
+        same numbers. A strategy asked for by name runs or raises PrivacyError.
 
     A model given to `torch.compile`, whole or in part, runs compiled where that is exact: on batches of rows, with bookkeeping
     and two_pass, if layers that have a form in `layers.compiled` hold all trained parameters. Else it runs eagerly, as do the
@@ -84,6 +87,7 @@ class ClippingEngine:
             raise UnsupportedError("torch.compile on a model split up by FSDP2 is not supported; use one of them")
         model = getattr(model, "_orig_mod", model)
         self.model, self.max_grad_norm, self.clipping, self.strategy = model, float(max_grad_norm), clipping, strategy
+        self.whole: Literal["bookkeeping", "two_pass"] = "bookkeeping"  # how strategy="auto" computes whole batches
         self.parameters = {p: name for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UnsupportedError("the model has no parameter with requires_grad=True; unfreeze what is to be trained")
@@ -98,6 +102,7 @@ class ClippingEngine:
         self._same_everywhere = False  # whether all ranks compute the same batch, as in `check`
         self._unsettled = False  # whether layouts are, on some rank
         self._adding = False  # whether sums are being changed, so that an error leaves half of a batch in them
+        self._learns_lean = True  # whether layouts are learnt in passes that keep nothing for a backward pass
         self._reached: set[nn.Parameter] = set()  # parameters that the last batch's loss depended on
         self._groups = _groups(model, self.parameters, clipping)
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -131,7 +136,9 @@ class ClippingEngine:
         loss_scale: (units,), finite; multiplies each unit's gradient before clipping (1 / label count makes means of sums).
         select: (batch, unit) -> that unit's batch, for batches whose tensors are not laid out by rows.
 
-        Either the whole batch is added, or an exception is raised and `.grad` is what it was before.
+        Either the whole batch is added, or an exception is raised and `.grad` is what it was before. Not so if the second
+        backward of strategy "two_pass" fails (for want of memory, say) after other batches: sums are then refused until
+        `zero_grad()`.
         """
         if not isinstance(batch, Mapping):
             raise invalid("batch", expected="a mapping of model inputs", actual=type(batch).__name__, remedy="pass a dict")
@@ -213,7 +220,8 @@ class ClippingEngine:
                 self._long_units = alone_pays and self._microbatch_is_faster(batch, units)
             if self.strategy == "microbatch" or (self.strategy == "auto" and (self._uncovered or self._long_units)):
                 return self._microbatch(loss_fn, batch, units, scale, select)
-            run = partial(self._compiled_or_not, self._two_pass if self.strategy == "two_pass" else self._bookkeeping)
+            whole = self.whole if self.strategy == "auto" else self.strategy
+            run = partial(self._compiled_or_not, self._two_pass if whole == "two_pass" else self._bookkeeping)
             try:
                 if self._shards.all(self._knows(batch, units)):
                     try:
@@ -331,6 +339,11 @@ class ClippingEngine:
                 )
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             return self._hold(parameter, torch.zeros_like(local(parameter), dtype=dtype))
+        if version == _INCOMPLETE:
+            raise PrivacyError(
+                "the second pass of strategy='two_pass' failed while a batch was being added, so the sums hold parts of units: "
+                "zero_grad() and begin the step again, with smaller batches if memory ran out"
+            )
         if parameter.grad is not released or local(released)._version != version:
             if bool((local(parameter.grad) == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
                 parameter.grad = None
@@ -470,8 +483,15 @@ class ClippingEngine:
         """Run the whole batch and every unit alone, without dropout, so that it is known where each layer keeps which unit."""
         if units.is_single:
             return
-        while self._observe(forward, batch, select, units):  # what is the same for all units leads to more operations
-            pass
+        again = True
+        while again:  # what is the same for all units leads to more operations
+            try:
+                with _graphs_without_numbers() if self._learns_lean else nullcontext():
+                    again = self._observe(forward, batch, select, units)
+            except RuntimeError as error:
+                if not self._learns_lean or "saved tensor" not in str(error):
+                    raise
+                self._learns_lean = False  # the loss takes gradients itself, or the model transforms functions
 
     def _observe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> bool:
         devices = {device_of(p) for p in self.parameters} - {torch.device("cpu")}
@@ -570,30 +590,58 @@ class ClippingEngine:
         return loss.detach()
 
     def _two_pass(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
+        try:
+            return self._two_passes(loss_fn, batch, units, scale)
+        except TwoPassError as error:
+            if self.strategy != "auto" or self._shards:
+                raise
+            warnings.warn(f"{error}. strategy='auto' keeps books from now on, which takes more memory.", stacklevel=3)
+            self.whole = "bookkeeping"
+            self._clear_gradients()
+            return self._bookkeeping(loss_fn, batch, units, scale)
+
+    def _two_passes(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
         devices = sorted({device_of(p).index or 0 for p in self.parameters if device_of(p).type == "cuda"})
         with torch.random.fork_rng(devices):  # both passes must see the same dropout
             self._recorder.start("norms", units)
             loss = self._loss(loss_fn, batch)
             _plain_backward(loss)
+            loss = loss.detach()  # its graph goes before the next one comes
             self._require_coverage()
             self._reached = self._recorder.reached
             factors = self._factors(self._recorder.squared_norms(self._like), scale)
-        sums: dict[nn.Parameter, Tensor] = {}
+        # Sums that are there are added to in place, and new ones made in backward: memory for no second set.
+        held = {p for p, gradient in self._held.items() if gradient is not None and p not in self._shards.parameters}
+        sums = {p: self._sums[p][0] for p in held}
         parts: dict[nn.Parameter, Tensor] = {}
         self._recorder.start("sum", units, factors, sums)
         with self._shards.at_ends(lambda done: self._add_up(done, sums, parts)):
             again = loss_fn(batch)
             if self._shards.any(not torch.allclose(again, loss, rtol=1e-5, atol=1e-6, equal_nan=True)):
-                raise PrivacyError(
-                    f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss.detach())}; the "
-                    "model draws random numbers that torch does not replay, use strategy='bookkeeping'"
+                raise TwoPassError(
+                    f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss)}; the model "
+                    "draws random numbers that torch does not replay, use strategy='bookkeeping'"
                 )
+            for parameter in held:
+                self._sums[parameter] = (*self._sums[parameter][:2], _INCOMPLETE)
+            self._adding = bool(held)
             _plain_backward(again)
         self._require_coverage()
         self._recorder.stop()
         self._add_up(self._shards.of_any_rank(sums), sums, parts)
-        self._commit({**sums, **parts})
-        return loss.detach()
+        self._restore_gradients()
+        self._adding = True
+        for parameter in self.parameters:
+            if parameter in held:
+                self._publish(parameter)
+            elif parameter in parts:
+                self._add(parameter, parts.pop(parameter))
+            elif parameter in sums:
+                self._hold(parameter, sums.pop(parameter))
+            else:
+                self.clipped_sum(parameter)
+        self._adding = False
+        return loss
 
     def _add_up(
         self, done: Sequence[nn.Parameter], sums: dict[nn.Parameter, Tensor], parts: dict[nn.Parameter, Tensor]
@@ -773,7 +821,9 @@ class ClippingEngine:
         self._shards.reshard()
         self._require_same_parameters()
         for parameter in self.parameters:
-            if parameter.grad is not None:
+            if parameter.grad is None:
+                self._sums.pop(parameter, None)  # zero_grad() gave it up
+            else:
                 self.clipped_sum(parameter)
         self._held = {p: p.grad for p in self.parameters}
         self._clear_gradients()
@@ -836,6 +886,17 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _graphs_without_numbers() -> Iterator[None]:
+    """Forward passes within know what requires gradients, and keep nothing for backward, which raises RuntimeError."""
+
+    def missing(nothing: None) -> Tensor:
+        raise RuntimeError("a saved tensor was not kept")
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: None, missing):
+        yield
 
 
 def _units_of(units: Tensor | Units | None, batch: Batch) -> Units:

@@ -37,6 +37,10 @@ from dp_flash_hf.units import Units
 Phase = Literal["idle", "learn", "record", "norms", "sum"]
 
 
+class TwoPassError(PrivacyError):
+    """This model cannot be computed in two passes, before anything was added."""
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Sums over units run in float32 here, whatever the user set: no autocast, no TF32 or bfloat16 inside float32 products.
@@ -515,18 +519,10 @@ class Recorder:
         calls = self.layouts.calls.get(parameter)
         deferred, parameter = parameter in self._deferred, self.whose(parameter)
         if self.phase == "sum":
-            assert self._factors is not None
-            factors = self._factors[:, self._groups[parameter]]
-            if parameter not in self._sums:
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                self._sums[parameter] = torch.zeros(parameter.shape, dtype=dtype, device=device_of(parameter))
-            if isinstance(use, Tensor):
-                add_per_unit_(self._sums[parameter], use, factors)
-            else:
-                use.add_clipped_sum_(self._sums[parameter], factors)
+            self._add_to_sum(parameter, use)
             return
         if parameter in self._spent:
-            raise PrivacyError("a parameter was used more often than when its layer was first observed; use strategy='auto'")
+            raise TwoPassError("a parameter was used more often than when its layer was first observed; use strategy='auto'")
         record = self.records.setdefault(parameter, GradientRecord(parameter.shape, self.units.n))
         if isinstance(use, Tensor):
             record.add_per_unit(use)
@@ -536,6 +532,17 @@ class Recorder:
         if self.phase == "norms" and whole and calls == 1:  # nothing to come: the records may go
             self._spent.add(parameter)
             self._add_when_alone(parameter, self.records.pop(parameter))
+
+    def _add_to_sum(self, parameter: nn.Parameter, use: LinearUse | HeadUse | EmbeddingUse | Tensor) -> None:
+        assert self._factors is not None
+        factors = self._factors[:, self._groups[parameter]]
+        if parameter not in self._sums:
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            self._sums[parameter] = torch.zeros(parameter.shape, dtype=wide, device=device_of(parameter))
+        if isinstance(use, Tensor):
+            add_per_unit_(self._sums[parameter], use, factors)
+        else:
+            use.add_clipped_sum_(self._sums[parameter], factors)
 
     def _add_when_alone(self, parameter: nn.Parameter, record: GradientRecord) -> None:
         """Add the norms of complete records as soon as no more of their input are coming."""

@@ -24,10 +24,11 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.losses import ModelLoss, UnitLoss
 from dp_flash_hf.mechanism import DPSGD
-from dp_flash_hf.preflight import preflight
+from dp_flash_hf.memory import GIB, estimate, free_memory, moments_of
+from dp_flash_hf.preflight import choose_units, preflight
 from dp_flash_hf.report import PrivacyReport
 from dp_flash_hf.sampling import group_rows
-from dp_flash_hf.units import Units
+from dp_flash_hf.units import Batch, Units, leading_shape
 
 logger = logging.get_logger(__name__)
 
@@ -77,6 +78,7 @@ class PrivateTraining:
         self.mechanism = DPSGD(config, plan)
         self.engine: ClippingEngine | None = None
         self._loss: UnitLoss | None = None
+        self._moments = 0
         self._move: Move = dict
         self._template: tuple[dict[str, Any], Units] = ({}, Units.rows(0))  # one unit, for ranks that have none left
         logger.info(
@@ -136,6 +138,7 @@ class PrivateTraining:
                 'compile; use attn_implementation="sdpa" with torch.compile'
             )
         self.mechanism.start(self.engine, optimizer)
+        self._moments = moments_of(optimizer)
 
     def check(self, loader: DataLoader[Any], model_loss: ModelLoss, move: Move, *, reduced_precision: bool) -> None:
         """Prove on the data themselves, before the first step, that steps will be private: see `preflight`."""
@@ -146,6 +149,11 @@ class PrivateTraining:
         def keys_of(unit: int, number: int) -> list[tuple[int, int]]:
             own = [unit] if self.rows is None else self.rows[unit][: self.config.max_examples_per_unit].tolist()
             return [(row, number) for row in own]
+
+        if self.strategy == "auto":
+            longest = choose_units(self.mechanism.plan.sampler.n_units, lambda unit: loader.dataset[keys_of(unit, 0)[0]][0])[0]
+            example = loader.collate_fn(loader.dataset.__getitems__(keys_of(longest, 0)))  # type: ignore[attr-defined]
+            self._choose_by_memory(*self._prepared(example), torch.bfloat16 if reduced_precision else None)
 
         self._loss = preflight(
             self.engine,
@@ -166,6 +174,33 @@ class PrivateTraining:
         logger.info(
             f"preflight passed: the loss is a {self._loss.divides} over {self._loss.counted}, attention is {attention}, "
             f"gradients are exact by {', '.join(forms)}"
+        )
+
+    def _choose_by_memory(self, batch: dict[str, Any], units: Units, autocast: torch.dtype | None) -> None:
+        """Book-keeping if its estimate fits in free memory, else two passes; says so. batch: of one unit, a long one."""
+        assert self.engine is not None
+        if self.engine.split_up:
+            self.engine.whole = "two_pass"
+            logger.warning(
+                "strategy='auto' chose two_pass: book-keeping would hold records that FSDP2 does not split up; where there is "
+                "room for them, strategy='bookkeeping' is faster"
+            )
+            return
+        device = next(iter(self.engine.parameters)).device
+        wide, n_units = widest(batch, units, max_rows=self.max_examples * self.rows_per_example, max_tokens=self.max_tokens)
+        try:
+            _, books, passes = estimate(
+                self.engine.model, wide, n_units, loss_fn=model_loss_of, moments=self._moments, autocast=autocast
+            )
+        except Exception as error:  # what cannot be estimated can still be trained
+            logger.warning(f"strategy='auto' chose bookkeeping: {' '.join(str(error).split())}")
+            return
+        free, present = free_memory(device), books.parameters
+        self.engine.whole = "bookkeeping" if books.total - present <= free else "two_pass"
+        logger.warning(
+            f"strategy='auto' chose {self.engine.whole}: beside the model, a step needs about "
+            f"{(books.total - present) / GIB:.2f} GiB with bookkeeping and {(passes.total - present) / GIB:.2f} GiB with "
+            f"two_pass, and {free / GIB:.2f} GiB are free on {device}"
         )
 
     def add(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -206,6 +241,29 @@ class PrivateTraining:
         of_example = batch.pop(UNITS)
         batch = dict(self._move(batch))
         return batch, units_of(batch, of_example, self.rows_per_example)
+
+
+def model_loss_of(model: Any, batch: Batch) -> Tensor:
+    """What a Transformers model computes itself."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def widest(batch: Mapping[str, Any], units: Units, *, max_rows: int, max_tokens: int | None) -> tuple[dict[str, Any], int]:
+    """The largest physical batch of units like this one, in tensors without numbers, and how many units it has."""
+    rows = units.n_items if units.kind == "rows" else 1
+    length = rows * math.prod(leading_shape(batch)[1:])
+    times = max(1, max_rows // rows if max_tokens is None else max_tokens // max(1, length))
+    out: dict[str, Any] = {}
+    for name, value in batch.items():
+        if name.startswith(("cu_seq_lens", "max_length")):
+            continue  # where texts end, of which there are others then
+        out[name] = value
+        if isinstance(value, Tensor) and units.kind == "rows" and value.dim() > 0 and len(value) == units.n_items:
+            out[name] = value.new_empty(len(value) * times, *value.shape[1:], device="meta")
+        elif isinstance(value, Tensor) and units.kind == "tokens" and tuple(value.shape[:2]) == units.shape:
+            out[name] = value.new_empty(1, value.shape[1] * times, *value.shape[2:], device="meta")
+    return out, times
 
 
 def accelerator_refusals(accelerator: Accelerator) -> dict[str, bool]:

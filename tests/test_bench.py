@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_flash_hf import bench, cli
-from dp_flash_hf.bench import BASELINE, FULL, LORA, MAX_GRAD_NORM, METHODS, VOCABULARY, Work
+from dp_flash_hf.bench import BASELINE, FULL, LORA, MAX_GRAD_NORM, MEMORY, METHODS, VOCABULARY, Work
 from dp_flash_hf.kernels.linear_cross_entropy import linear_cross_entropy
 
 TINY = Work(device="cpu", autocast=False, layers=1, width=64, vocabulary=50, batch=3, lengths=(7,), threads=1)
@@ -24,7 +24,9 @@ def _row_gradients(model: Any, tokens: Tensor) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("method", "lora"), [*((name, 0) for name in {**METHODS, **FULL, **VOCABULARY}), *((name, 4) for name in LORA)], ids=str
+    ("method", "lora"),
+    [*((name, 0) for name in {**METHODS, **FULL, **VOCABULARY, **MEMORY}), *((name, 4) for name in LORA)],
+    ids=str,
 )
 def test_each_method_steps_with_the_gradient_it_claims(method: str, lora: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are clipped to MAX_GRAD_NORM and averaged, except without privacy: a loop over single rows says how."""
@@ -39,10 +41,11 @@ def test_each_method_steps_with_the_gradient_it_claims(method: str, lora: int, m
     rows = _row_gradients(bench.model_of(work, length, "sdpa"), bench.tokens_of(work, length))
     norms = [float(torch.cat([g.flatten() for g in row]).norm()) for row in rows]
     assert min(norms) > MAX_GRAD_NORM  # else clipping would change nothing
-    factors = [1.0 if method == BASELINE else MAX_GRAD_NORM / norm for norm in norms]
+    factors = [1.0 if method.startswith(BASELINE) else MAX_GRAD_NORM / norm for norm in norms]
     expected = [sum(f * g for f, g in zip(factors, of_rows, strict=True)) / work.batch for of_rows in zip(*rows, strict=True)]
 
-    model, step = {**METHODS, **FULL, **VOCABULARY}[method](work, length)
+    model, step = {**METHODS, **FULL, **VOCABULARY, **MEMORY}[method](work, length)
+    assert getattr(model, "is_gradient_checkpointing", False) == ("checkpointing" in method)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(("lora" in name) == bool(lora) for name in trained)
     before = [parameter.detach().clone() for parameter in trained.values()]
@@ -78,6 +81,26 @@ def test_peak_memory_is_that_of_the_work() -> None:
     peak = bench.peak_memory(work, 7, method)
     assert peak is not None
     assert 4 * 4 * parameters <= peak < held.nbytes
+
+
+def test_the_memory_preset_is_of_the_size_it_says() -> None:
+    work = bench.PRESETS["memory"].work
+    model = bench.model_of(replace(work, device="meta"), work.lengths[0], "sdpa")
+    assert sum(p.numel() for p in model.parameters()) >= 100e6
+    names = list(bench.PRESETS["memory"].methods)
+    assert names[0] == f"{BASELINE}, checkpointing"  # ratios are to the first
+
+
+@pytest.mark.slow
+def test_two_passes_with_checkpointing_take_the_memory_of_training_without_privacy() -> None:
+    work = replace(TINY, layers=6, width=384, vocabulary=4096, batch=4, checkpointing=True)
+    usual, two_pass, books = (
+        bench.peak_memory(work, 128, f"{name}, checkpointing") for name in (BASELINE, "dp_flash two_pass", "dp_flash")
+    )
+    assert usual is not None
+    assert two_pass is not None
+    assert books is not None
+    assert two_pass <= 1.10 * usual < books
 
 
 def test_a_missing_or_failing_peer_leaves_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,10 @@ PLAN = ["plan", "--units", "1000", "--batch", "50"]
         (["plan", "--units", "9", "--batch", "1.5", "--steps", "1", "--epsilon", "8"], "--batch: expected a whole number"),
         ([*PLAN, "--noise-multiplier", "0.8", "--epsilon", "1e-4"], "does not afford one step"),
         (["plan", "--units", "10", "--batch", "50", "--steps", "10", "--epsilon", "8"], "expected_batch_size"),
+        (["plan", "--batch", "50", "--steps", "10", "--epsilon", "8"], "give --units and --batch, or --memory"),
+        (["plan", "--memory", "--model", "gone"], "--memory needs --model, --batch-rows and --length"),
+        (["plan", "--memory", "--model", "gone", "--batch-rows", "2", "--length", "8"], "gone"),
+        (["plan", "--memory", "--model", "gone", "--batch-rows", "2", "--length", "8", "--dtype", "int8"], "'int8'"),
         (["doctor", "--model", "gone"], "gone"),
         (["bench", "--lengths", "many"], "--lengths"),
     ],
@@ -143,6 +147,38 @@ def test_plan_counts_the_steps_a_budget_affords(capsys: pytest.CaptureFixture[st
     plan = PrivacyPlan.from_config(config, n_units=1000, expected_batch_size=50, steps=1)
     assert plan.epsilon(int(row[2])) <= 4 < plan.epsilon(int(row[2]) + 1)
     assert float(row[0]) == pytest.approx(plan.epsilon(int(row[2])), abs=5e-4)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "classification"])
+def test_plan_of_memory_counts_a_step(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """MiB of every part, from a configuration alone: four numbers for each of AdamW's, activations with checkpointing fewer."""
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=512, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, use_cache=False
+    )
+    config.save_pretrained(tmp_path)
+    command = ["plan", "--memory", "--model", str(tmp_path), "--task", task, "--batch-rows", "4", "--length", "128"]
+    layer = 4 * 512 * 512 + 3 * 512 * 1024 + 2 * 512
+    numbers = 2048 * 512 + 6 * layer + 512 + (2048 * 512 if task == "causal-lm" else 2 * 512)
+    tables = []
+    for option in ([], ["--checkpointing"]):
+        cli.main([*command, *option])
+        printed = capsys.readouterr().out
+        assert "free on cpu" in printed.lower()
+        rows = {name: [int(part.replace(",", "")) for part in parts] for name, *parts in _rows(printed)}
+        assert list(rows) == ["non-private", "bookkeeping", "two_pass"]
+        for weights, gradients, states, activations, records, total in rows.values():
+            assert abs(weights - 4 * numbers / 2**20) <= 1
+            assert abs(gradients - 4 * numbers / 2**20) <= 1
+            assert abs(states - 8 * numbers / 2**20) <= 1
+            assert abs(total - sum((weights, gradients, states, activations, records))) <= 3  # rounding
+        tables.append(rows)
+    without, with_checkpointing = tables
+    assert with_checkpointing["non-private"][3] < without["non-private"][3]
+    assert with_checkpointing["bookkeeping"][4] > 0
+    cli.main([*command, "--lora", "4", "--dtype", "bfloat16", "--optimizer", "sgd"])
+    adapters = _rows(capsys.readouterr().out)
+    assert [row[3] for row in adapters] == ["0"] * 3
+    assert all(abs(int(row[1]) - 2 * numbers / 2**20) <= 1 for row in adapters)
 
 
 def test_recipes_ls_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,6 +149,22 @@ def test_every_link_within_the_project_leads_somewhere() -> None:
 
 
 def test_the_planning_command_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = (line for text in blocks("README.md", "bash") for line in text.splitlines() if line.startswith("dp-flash plan"))
+    (line,) = (line for text in blocks("README.md", "bash") for line in text.splitlines() if "plan --units" in line)
     cli.main(shlex.split(line)[1:])
     assert "10000 units, 512 expected per step" in capsys.readouterr().out
+
+
+def test_the_planning_of_memory_prints_the_table_as_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf.LlamaConfig(
+        vocab_size=8192,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)
+    (line,) = (line for text in blocks("README.md", "bash") for line in text.splitlines() if "plan --memory" in line)
+    cli.main([word.replace("path/or/name", str(tmp_path)) for word in line.split()[1:]])
+    printed = capsys.readouterr().out
+    (table,) = (text for text in blocks("README.md", "text") if "two_pass │" in text)
+    assert table in printed

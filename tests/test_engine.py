@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -1126,3 +1127,160 @@ def test_a_real_shortage_of_memory() -> None:
     assert int(limited[1]) >= 1
     assert int(free[1]) == 0
     assert float(limited[2]) == pytest.approx(float(free[2]), rel=1e-5)
+
+
+# Memory.
+
+
+def test_two_passes_need_no_second_set_of_sums() -> None:
+    """New sums become `.grad` themselves, those that are there are added to, and what `zero_grad` gave up is let go."""
+    model, batch = tiny("gpt2").float(), batch_of("gpt2")
+    engine = ClippingEngine(model, max_grad_norm=0.7, strategy="two_pass")
+    loss = loss_of("gpt2", model)
+    engine.backward(loss, batch)
+    held = {p: (p.grad, p.grad.clone()) for p in engine.parameters if p.grad is not None}
+    assert all(engine.clipped_sum(p) is p.grad for p in engine.parameters)
+    engine.backward(loss, batch)
+    for p, (gradient, once) in held.items():
+        assert p.grad is gradient
+        torch.testing.assert_close(gradient, 2 * once)
+    model.zero_grad()
+    gone = [weakref.ref(gradient) for gradient, _ in held.values()]
+    held.clear()
+    del gradient
+
+    def looked(batch: Any) -> Tensor:
+        assert all(ref() is None for ref in gone)
+        return loss(batch)
+
+    engine.backward(looked, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_backward_that_fails_leaves_sums_that_nobody_takes(dtype: torch.dtype) -> None:
+    model, batch = Toy().to(dtype), toy_batch()
+    loss = toy_loss(model)
+    backwards = 0
+    fails = False
+
+    def failing(gradient: Tensor) -> None:
+        nonlocal backwards
+        backwards += 1
+        if fails and backwards % 2 == 0:
+            raise MemoryError("no more")
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+        if out.requires_grad and type(out) is Tensor:
+            out.register_hook(failing)
+
+    engine = ClippingEngine(model, max_grad_norm=0.7, strategy="two_pass")
+    model.table.register_forward_hook(hook)
+    engine.backward(loss, batch)
+    wanted = grads(model)
+    model.zero_grad()
+    fails = True
+    with pytest.raises(MemoryError):
+        engine.backward(loss, batch)
+    assert not grads(model)  # nothing was there before, and nothing is now
+    fails = False
+    engine.backward(loss, batch)
+    fails = True
+    with pytest.raises(MemoryError):
+        engine.backward(loss, batch)
+    for use in (lambda: engine.backward(loss, batch), engine.take_sums):
+        with pytest.raises(PrivacyError, match="hold parts of units"):
+            use()
+    fails = False
+    model.zero_grad()
+    engine.backward(loss, batch)
+    assert distance(grads(model), wanted) == 0.0
+
+
+def test_learning_keeps_nothing_for_a_backward_pass() -> None:
+    model, batch = tiny("llama"), batch_of("llama")
+    engine = ClippingEngine(model, max_grad_norm=0.7)
+    loss = loss_of("llama", model)
+    numbers: list[int] = []
+
+    def looked(part: Any) -> Tensor:
+        out = loss(part)
+        numbers.append(sum(t is not None for t in _saved(out.grad_fn)))
+        return out
+
+    engine.backward(looked, batch)
+    *learning, recording = numbers
+    assert learning
+    assert not any(learning)
+    assert recording > 20
+
+
+def _saved(node: Any) -> list[Any]:
+    """What the built-in operations of a graph keep for backward."""
+    seen, left, found = set(), [node], []
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+        for name in dir(node):
+            if name.startswith("_raw_saved_"):
+                with contextlib.suppress(RuntimeError):  # "a saved tensor was not kept"
+                    found.append(getattr(node, name[4:], None))
+    return [x for x in found if isinstance(x, Tensor)]
+
+
+def test_a_loss_that_takes_gradients_is_learnt_with_graphs() -> None:
+    model, batch = Toy(), toy_batch()
+    engine = ClippingEngine(model, max_grad_norm=0.7)
+
+    def penalized(part: Any) -> Tensor:
+        x = torch.ones(3, requires_grad=True)
+        (g,) = torch.autograd.grad((x**2).sum(), x, create_graph=True)
+        return toy_loss(model)(part) + 0 * g.sum()
+
+    engine.backward(penalized, batch)
+    assert not engine._learns_lean
+    found = grads(model)
+    engine.detach()
+    model.zero_grad()
+    assert distance(found, backward(model, toy_loss(model), batch, C=0.7)[0]) < 1e-12
+
+
+# What "auto" does with whole batches.
+
+
+def test_auto_computes_in_two_passes_where_it_is_told_to() -> None:
+    model, batch = Toy(), toy_batch()
+    engine = ClippingEngine(model, max_grad_norm=0.7)
+    calls = 0
+
+    def counted(part: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return toy_loss(model)(part)
+
+    engine.backward(counted, batch)
+    for whole, passes in (("bookkeeping", 1), ("two_pass", 2)):
+        engine.whole, calls = whole, 0  # type: ignore[assignment]
+        with engine.together():
+            engine.backward(counted, batch)
+        assert calls == passes
+
+
+def test_auto_keeps_books_of_what_two_passes_cannot_compute() -> None:
+    model, batch = Toy(), toy_batch()
+    model.norm.register_forward_hook(lambda module, args, out: out * (1 + random.random() * module.training))
+    engine = ClippingEngine(model, max_grad_norm=0.7)
+    engine.whole = "two_pass"
+    with pytest.warns(UserWarning, match="keeps books from now on"):
+        engine.backward(toy_loss(model), batch)
+    assert str(engine.whole) == "bookkeeping"
+    assert grads(model)
+    model.eval()
+    model.zero_grad()
+    engine.backward(toy_loss(model), batch)
+    found = grads(model)
+    engine.detach()
+    model.zero_grad()
+    assert distance(found, backward(model, toy_loss(model), batch, C=0.7)[0]) < 1e-12
