@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sized
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from dp_flash_hf.mechanism import DPSGD
 from dp_flash_hf.preflight import preflight
 from dp_flash_hf.report import PrivacyReport
 from dp_flash_hf.sampling import group_rows
+from dp_flash_hf.spend import SpendRecord
 from dp_flash_hf.units import Units
 
 logger = logging.get_logger(__name__)
@@ -83,7 +85,20 @@ class PrivateTraining:
     def report(self) -> PrivacyReport:
         """What was spent so far, and on which assumptions."""
         pair = "one pair of texts" if self.rows_per_example == 2 and self.config.privacy_unit is None else None
-        return PrivacyReport.of(self.config, self.mechanism.plan, self.mechanism.ledger, unit=pair)
+        return self.mechanism.report(pair)
+
+    def keep_books(self, path: str | Path) -> None:
+        """From now on write every step to this spend record before it is released, and count what it holds already.
+
+        Raises PrivacyError where another run writes it, it cannot be read or written, or it is of other data; see `DPSGD.keep`.
+        """
+        record = SpendRecord(path)
+        try:
+            record.require_dataset(self.dataset)
+            self.mechanism.keep(record)
+        except BaseException:
+            record.close()
+            raise
 
     def loader(
         self,
@@ -110,7 +125,7 @@ class PrivateTraining:
                 max_examples_per_unit=self.config.max_examples_per_unit,
                 lengths=lengths,
                 seed=self.config.seed,
-                first_step=self.mechanism.steps,
+                first_step=self.mechanism.taken,
             ),
             collate_fn=UnitCollator(collate),
             **options,
@@ -169,6 +184,8 @@ class PrivateTraining:
             ):
                 scale = self._loss.scale(part, part_units) if self.config.unit_loss == "mean" else None
                 loss = self.engine.backward(self._loss, part, part_units, scale)
+                if not bool(loss.isfinite()):  # of one unit, which then adds zero; or of all
+                    require_finite_weights(self.engine.model, "nothing was released")
                 total = total.to(loss.device) + loss
                 labels += self._loss.count(part)
         return total / max(labels, 1.0)
@@ -176,6 +193,8 @@ class PrivateTraining:
     def stop(self) -> None:
         """Let go of model and optimizer, as they are without the library; what was spent stays on the books."""
         self.mechanism.stop()
+        if self.mechanism.record is not None:
+            self.mechanism.record.close()
         if self.engine is not None:
             self.engine.detach()
             self.engine.model.zero_grad()  # what an interrupted step left was clipped, but has no noise
@@ -185,6 +204,16 @@ class PrivateTraining:
         of_example = batch.pop(UNITS)
         batch = dict(self._move(batch))
         return batch, units_of(batch, of_example, self.rows_per_example)
+
+
+def require_finite_weights(model: nn.Module, outcome: str) -> None:
+    """Raise PrivacyError where training has diverged. Weights are public, so that it did tells nothing about the data."""
+    broken = [name for name, p in model.named_parameters() if p.requires_grad and not bool(p.isfinite().all())]
+    if broken:
+        raise PrivacyError(
+            f"training has diverged: {len(broken)} parameters are no longer finite, {broken[0]} for one; {outcome}. Resume an "
+            "older checkpoint, or start anew, with a smaller learning rate; the steps taken count"
+        )
 
 
 def accelerator_refusals(accelerator: Accelerator, model: object) -> dict[str, bool]:
