@@ -232,9 +232,7 @@ class DPCallback(TrainerCallback, ExportableState):
             except ValueError as error:
                 logger.warning(f"{checkpoint} is skipped, because it is incomplete: {error}")
         if not record.exists():
-            raise PrivacyError(
-                f"there is no whole checkpoint in {folder}, nor a spend record: leave out resume_from_checkpoint"
-            )
+            raise PrivacyError(f"no whole checkpoint and no spend record is in {folder}: leave out resume_from_checkpoint")
         logger.warning(f"there is no whole checkpoint in {folder}: training starts from the beginning, and its books go on")
         return None, {}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import secrets
+import zlib
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ from dp_flash_hf.spend import RECORDED, SpendRecord
 
 logger = logging.get_logger(__name__)
 
-_STATE = ("books", "config", "noise_multiplier", "sampler", "steps", "taken")  # what a checkpoint holds
+_STATE = ("books", "checksum", "config", "noise_multiplier", "sampler", "steps", "taken")  # what a checkpoint holds
 _FIXED = ("privacy_unit", "seed")  # of the configuration: what differs in these cannot be composed
 
 
@@ -176,11 +178,12 @@ class DPSGD:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold: public numbers only, no random state."""
-        return {
+        state = {
             **self._plan_state(),
             "taken": self.taken,
             "books": {name: own.state_dict() for name, own in self._books.items()},
         }
+        return {**state, "checksum": _checksum(state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a checkpoint stopped; what is on this object's books or record beyond that stays spent.
@@ -193,26 +196,17 @@ class DPSGD:
                 f"the checkpoint's privacy state lacks {lacking if isinstance(state, dict) else 'everything'}, so what was "
                 "spent is unknown; start afresh"
             )
-        try:
-            saved = {name: Ledger() for name in state["books"]}
-            for name, own in state["books"].items():
-                saved[name].load_state_dict(own)
-            PrivacyConfig(**state["config"])
-            PrivacyPlan(
-                sampler=sampler_from_dict(state["sampler"]),
-                noise_multiplier=state["noise_multiplier"],
-                steps=state["steps"],
-                target_delta=state["config"]["target_delta"],
+        if state["checksum"] != _checksum(state):
+            raise PrivacyError(
+                "the checkpoint's privacy state is damaged: it is not as it was saved; resume an older checkpoint"
             )
-            taken = int(state["taken"])
-            if not 0 <= taken <= sum(own.steps for own in saved.values()):
-                raise ValueError(f"{taken} steps taken of fewer on the books")
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise PrivacyError(f"the checkpoint's privacy state is damaged ({error}); resume an older checkpoint") from error
+        saved = {name: Ledger() for name in state["books"]}
+        for name, own in state["books"].items():
+            saved[name].load_state_dict(own)
         self._require_composable(state, saved, "the checkpoint")
         for name, own in saved.items():
             self._books.setdefault(name, Ledger()).raise_to(own)
-        self.taken = taken
+        self.taken = state["taken"]
         if self.record is None or self.record.last is None:
             self._before = state
         self._continued = True
@@ -324,3 +318,8 @@ class DPSGD:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._gradient, self._released = "used", {}
+
+
+def _checksum(state: dict[str, Any]) -> int:
+    rest = {name: value for name, value in state.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())

@@ -145,6 +145,7 @@ class PrivateTraining:
         assert self.engine is not None
         assert loader.collate_fn is not None
         self._move = move
+        require_finite_weights(self.engine.model, "nothing was trained")
 
         def keys_of(unit: int, number: int) -> list[tuple[int, int]]:
             own = [unit] if self.rows is None else self.rows[unit][: self.config.max_examples_per_unit].tolist()
