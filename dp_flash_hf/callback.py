@@ -196,8 +196,8 @@ class DPCallback(TrainerCallback, ExportableState):
         if checkpoint is None and mechanism.steps_left <= 0:
             raise self._spent()
         try:
-            mechanism.taken = 0
             self.training.keep_books(record)
+            mechanism.taken = 0
             if checkpoint is not None:
                 mechanism.load_state_dict(state["stateful_callbacks"][type(self).__name__]["attributes"]["privacy"])
                 if mechanism.taken < state["global_step"]:
@@ -292,10 +292,12 @@ class DPCallback(TrainerCallback, ExportableState):
                 f"train_dataset changed since attach, when it had {sampler.n_units} units; attach after the data are final"
             )
         workers = args.dataloader_num_workers
+        steps = steps_per_epoch(sampler.n_units, sampler.expected_batch_size)
         return training.loader(
             dataset,
             collator,
-            steps=steps_per_epoch(sampler.n_units, sampler.expected_batch_size),
+            steps=steps,
+            skipped=0 if args.ignore_data_skip else self.mechanism.taken % steps,
             splits=args.gradient_accumulation_steps,
             lengths=self._lengths() if getattr(args, "train_sampling_strategy", "random") == "group_by_length" else None,
             num_workers=workers,

@@ -101,7 +101,7 @@ def learn_loss(
     class weights, which divide by the weights of the classes in the batch.
     alone: (batch, unit) -> that unit's batch. n_classes: of a classifier. tolerance: relative, for the rounding of the model.
     Runs forward passes only.
-    Raises PrivacyError where the loss is not finite; UnsupportedError when it is no mean over rows or labels, and couples units.
+    Raises PrivacyError where the loss is not finite; UnsupportedError when it is no mean over rows or labels: it couples units.
     """
     _refuse_answers_outside(batch)
     device = _device(batch)

@@ -58,13 +58,11 @@ class SpendRecord:
         self._file: int | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = not self.path.exists()
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 raise PrivacyError(f"the spend record {self.path} is not a file: remove it, or choose another folder")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if new:
-                self._sync_folder()
+            self._sync_folder()
             self._read()
         except BlockingIOError as error:
             self.close()

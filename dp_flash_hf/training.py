@@ -106,12 +106,14 @@ class PrivateTraining:
         collate: Callable[[list[Any]], Any],
         *,
         steps: int,
+        skipped: int = 0,
         splits: int = 1,
         lengths: Tensor | None = None,
         **options: Any,
     ) -> DataLoader[Any]:
         """Poisson draws from `dataset` (the one planned for, or it without some columns) for so many steps, in `splits` parts.
 
+        skipped: how many of them the caller passes over, because they were taken before.
         lengths: int64 (units,), to put units of like length into one part. options: of torch's DataLoader.
         """
         return DataLoader(
@@ -125,7 +127,7 @@ class PrivateTraining:
                 max_examples_per_unit=self.config.max_examples_per_unit,
                 lengths=lengths,
                 seed=self.config.seed,
-                first_step=self.mechanism.taken,
+                first_step=self.mechanism.taken - skipped,
             ),
             collate_fn=UnitCollator(collate),
             **options,

@@ -136,7 +136,6 @@ def test_a_worker_does_not_keep_the_lock_of_a_killed_run(path: Path) -> None:
         SpendRecord(path).close()
     finally:
         os.killpg(run.pid, signal.SIGKILL)
-        run.stdout.close()
 
 
 # Where it cannot be written.
@@ -246,13 +245,20 @@ def test_a_step_is_on_disk_before_its_noise_is_drawn(path: Path) -> None:
 
 
 def test_the_record_is_synced_before_noise(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = []
+    done: list[str] = []
     fsync, noise = os.fsync, vars(mechanism_module)["add_gaussian_noise_"]
     mechanism, _ = kept(path)
-    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
-    monkeypatch.setattr(
-        mechanism_module, "add_gaussian_noise_", lambda *args, **kwargs: (done.append("noise"), noise(*args, **kwargs))
-    )
+
+    def synced(file: int) -> None:
+        fsync(file)
+        done.append("fsync")
+
+    def noised(*args: Any, **kwargs: Any) -> None:
+        done.append("noise")
+        noise(*args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(mechanism_module, "add_gaussian_noise_", noised)
     mechanism.release()
     assert done == ["fsync", "fsync", "noise"]  # what the run is, and its first step
 
