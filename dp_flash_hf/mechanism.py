@@ -17,7 +17,6 @@ from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.noise import add_gaussian_noise_, fresh_generator
 from dp_flash_hf.report import PrivacyReport
-from dp_flash_hf.sampling import sampler_from_dict
 from dp_flash_hf.spend import RECORDED, SpendRecord
 
 logger = logging.get_logger(__name__)
@@ -243,10 +242,10 @@ class DPSGD:
         plan, before, left = self._plan, self._before, self.wanted - self.taken
         if not spent.steps and before is None:
             return plan
-        if left <= 0 and not spent.count(plan.sampler, plan.noise_multiplier) and before is not None:
-            # Everything was taken, with other parameters: there is nothing to plan, and what was planned stands.
-            plan = replace(plan, sampler=sampler_from_dict(before["sampler"]), noise_multiplier=before["noise_multiplier"])
-            return plan.after(spent, 0)
+        if left <= 0 and not spent.count(plan.sampler, plan.noise_multiplier):
+            # Everything was taken, with other parameters: there is nothing to plan, and what was taken stands for it.
+            (sampler, noise_multiplier), _ = spent.entries[-1]
+            return replace(plan, sampler=sampler, noise_multiplier=noise_multiplier).after(spent, 0)
         if self.config.target_epsilon is None:
             return plan.after(spent, max(left, 0))
         if before is not None and before["config"] == self.config.to_dict() and before["sampler"] == plan.sampler.to_dict():

@@ -244,6 +244,16 @@ def test_the_noise_of_the_rest_keeps_a_changed_budget() -> None:
     assert less.steps == 2
 
 
+@pytest.mark.parametrize("changes", [{"noise_multiplier": 2.0}, {"target_epsilon": 50.0, "noise_multiplier": None}])
+def test_a_training_that_is_done_is_not_planned_anew(changes: dict[str, Any]) -> None:
+    done = taken(dpsgd(), STEPS)
+    again = dpsgd(**changes)
+    again.load_state_dict(done.state_dict())
+    assert (again.steps_left, again.epsilon()) == (0, done.epsilon())
+    with pytest.raises(PrivacyError, match="planned steps are spent"):
+        taken(again, 1)
+
+
 def test_books_of_several_origins_are_put_together_once() -> None:
     """A checkpoint that is loaded twice does not count twice; steps taken since, and elsewhere, are not forgotten."""
     first = taken(dpsgd(steps=20), 2)

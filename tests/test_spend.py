@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
@@ -17,13 +18,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers as hf
+from huggingface_hub.utils import filter_repo_objects
 
 from dp_flash_hf import mechanism as mechanism_module
 from dp_flash_hf.accountant import Ledger
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.mechanism import DPSGD
 from dp_flash_hf.sampling import PoissonSampler
-from dp_flash_hf.spend import SpendRecord, fingerprint_of
+from dp_flash_hf.spend import FILE_NAME, SpendRecord, fingerprint_of
 from tests.models import Toy
 from tests.test_mechanism import EXPECTED, N, dpsgd, started
 from tests.trainers import texts
@@ -104,6 +107,13 @@ def test_a_missing_line_is_noticed(lost: int, path: Path) -> None:
     path.write_bytes(b"".join(lines))
     with pytest.raises(PrivacyError, match=f"line {lost + 1}: damaged"):
         SpendRecord(path)
+
+
+def test_the_hub_does_not_get_it() -> None:
+    """Pushing an output folder leaves out names that begin so: the file's key and hash would tell of private text."""
+    for push in (hf.Trainer.push_to_hub, hf.Trainer._push_from_checkpoint):
+        assert 'ignore_patterns=["_*"' in inspect.getsource(push)
+    assert list(filter_repo_objects(["config.json", FILE_NAME], ignore_patterns=["_*"])) == ["config.json"]
 
 
 def test_two_runs_cannot_write_one_record(path: Path) -> None:

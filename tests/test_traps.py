@@ -588,6 +588,18 @@ def test_6_5_a_fixed_seed_replays_noise_and_is_marked_not_private(tmp_path: Path
     assert "NOT PRIVATE" in dp.report().to_text()
 
 
+def test_6_5_a_fixed_seed_draws_the_same_units_after_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        with monkeypatch.context() as patch:
+            seen = watch(patch)
+            trainer = trainer_for("gpt2", tmp_path, max_steps=3, save_strategy="steps", save_steps=2)
+            attached(trainer, seed=5)
+            trainer.train(resume_from_checkpoint=resume)
+            drawn.append(seen.drawn[:3])
+    assert drawn[0] == drawn[1]
+
+
 # 6.6
 
 
