@@ -88,7 +88,7 @@ class Ledger:
         """The epsilon of everything recorded, at `delta`; 0 before the first step.
 
         With pld and prv, inf for so little noise that epsilon is in the hundreds or more; rdp bounds any.
-        Typically 0.3 s with pld and 0.1 s with prv or rdp, at once if asked again: call it when logging, not at every step.
+        Typically 0.3 s with pld and 0.1 s with prv or rdp for each kind of step, at once if asked again: call it when logging.
         Raises UnsupportedError for prv and rdp with truncated Poisson sampling or without opacus.
         """
         if not 0 < delta < 1:
