@@ -55,18 +55,21 @@ def storm(folder: Path, *, kills: int, steps: int, launcher: Sequence[str] = ONE
     chance = random.Random(seed)
     killed = 0
     while True:
-        process, begun = start(launcher, folder, steps), count(folder / "released")
-        if killed == kills:
-            wait(process, lambda: False)
-        else:
-            if killed % 5 == 4:  # anywhere: while starting, most of the time
-                moment = time.monotonic() + chance.uniform(0.0, 10.0)
-                ready = wait(process, lambda moment=moment: time.monotonic() > moment)  # type: ignore[misc]
-            else:  # while training, or saving
-                more = chance.randint(1, 9)
-                ready = wait(process, lambda begun=begun, more=more: count(folder / "released") >= begun + more)  # type: ignore[misc]
-            if ready:
+        begun, moment, more = count(folder / "released"), time.monotonic() + chance.uniform(0.0, 10.0), chance.randint(1, 9)
+
+        def due(begun: int = begun, moment: float = moment, more: int = more, number: int = killed) -> bool:
+            if number == kills:
+                return False
+            if number % 5 == 4:  # anywhere: while starting, most of the time
+                return time.monotonic() > moment
+            return count(folder / "released") >= begun + more  # while training, or saving
+
+        process = start(launcher, folder, steps)
+        try:
+            if wait(process, due):
                 time.sleep(chance.uniform(0.0, 0.05))
+        finally:
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
         assert code in (0, -signal.SIGKILL), (folder / "stderr").read_text()[-3000:]
@@ -102,6 +105,7 @@ def test_a_few_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_storm(tmp_path: Path) -> None:
     """At least 30 kills over at least 200 steps."""
     steps = storm(tmp_path, kills=30, steps=200)
