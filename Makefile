@@ -5,7 +5,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: quickstart test coverage gpu
 
+# On public text: what earlier runs spent on it, which its folder remembers, may be forgotten.
 quickstart: .venv/installed
+	rm -rf runs/quickstart
 	HF_HUB_OFFLINE=1 $(BIN)/dp-flash train quickstart
 
 test: .venv/installed-dev

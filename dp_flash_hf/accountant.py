@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Self, get_args
@@ -48,6 +48,24 @@ class Ledger:
         """How many steps were recorded."""
         return sum(self._counts.values())
 
+    def count(self, sampler: PoissonSampler, noise_multiplier: float) -> int:
+        """How many of the steps had this sampler and noise."""
+        return self._counts.get((sampler, noise_multiplier), 0)
+
+    @classmethod
+    def total(cls, ledgers: Iterable[Ledger], accountant: AccountantName) -> Self:
+        """The steps of all these ledgers together. Raises ValueError where they count units differently."""
+        together = cls(accountant)
+        for ledger in ledgers:
+            for (sampler, noise_multiplier), steps in ledger.entries:
+                together.record(sampler, noise_multiplier, steps)
+        return together
+
+    def raise_to(self, other: Ledger) -> None:
+        """Of two counts of the same steps keep the higher, for each kind of step: neither can have counted too many."""
+        for (sampler, noise_multiplier), steps in other.entries:
+            self.record(sampler, noise_multiplier, max(0, steps - self.count(sampler, noise_multiplier)))
+
     def record(self, sampler: PoissonSampler, noise_multiplier: float, steps: int = 1) -> None:
         """Count `steps` >= 0 further steps with this sampler and noise_multiplier (noise std / sensitivity, > 0)."""
         if not 0 < noise_multiplier < math.inf:
@@ -70,12 +88,13 @@ class Ledger:
         """The epsilon of everything recorded, at `delta`; 0 before the first step.
 
         With pld and prv, inf for so little noise that epsilon is in the hundreds or more; rdp bounds any.
-        Typically 0.3 s with pld and 0.1 s with prv or rdp, at once if asked again: call it when logging, not at every step.
+        Typically 0.3 s with pld and 0.1 s with prv or rdp for each kind of step, at once if asked again: call it when logging.
         Raises UnsupportedError for prv and rdp with truncated Poisson sampling or without opacus.
         """
         if not 0 < delta < 1:
             raise invalid("delta", expected="0 < delta < 1", actual=delta, remedy="use well below 1 / units")
-        return _epsilon(self.accountant, self.entries, delta)
+        # In one order, so that the same steps give the same figure to the last digit, whichever came first.
+        return _epsilon(self.accountant, tuple(sorted(self.entries, key=repr)), delta)
 
     def state_dict(self) -> dict[str, Any]:
         """The ledger as plain JSON data. It holds no secret: no draw, no noise, no generator state."""
@@ -101,7 +120,8 @@ class Ledger:
 class PrivacyPlan:
     """What a training run will do to the private data, decided before it starts; everything here is public.
 
-    noise_multiplier: noise standard deviation / max_grad_norm. steps: optimizer steps.
+    noise_multiplier: noise standard deviation / max_grad_norm. steps: optimizer steps with this sampler and noise.
+    spent: steps with others, taken before.
     Raises ValueError for a field outside its range, in particular target_delta >= 1 / n_units: at such a delta, publishing one
     unit chosen at random would count as private.
     """
@@ -111,6 +131,7 @@ class PrivacyPlan:
     steps: int
     target_delta: float
     accountant: AccountantName = "pld"
+    spent: tuple[Entry, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
@@ -122,11 +143,16 @@ class PrivacyPlan:
             raise invalid(
                 "target_delta", expected=f"0 < delta < 1 / {n} units", actual=self.target_delta, remedy=f"try {n**-1.1:.1g}"
             )
-        Ledger(self.accountant).record(self.sampler, self.noise_multiplier)
+        self._ledger(1)
 
     @classmethod
-    def from_config(cls, config: PrivacyConfig, *, n_units: int, expected_batch_size: int, steps: int) -> Self:
+    def from_config(
+        cls, config: PrivacyConfig, *, n_units: int, expected_batch_size: int, steps: int, spent: Ledger | None = None
+    ) -> Self:
         """The plan that keeps `config`'s promise, with the noise calibrated if it gives target_epsilon.
+
+        spent: what was taken before, on the same units. `steps` come on top, and noise is calibrated so that all together keep
+        the budget.
 
         The calibrated plan has 0.999 * target_epsilon <= epsilon() <= target_epsilon (less only where target_epsilon asks for
         almost no noise). Raises ValueError if no noise can meet the budget.
@@ -139,20 +165,34 @@ class PrivacyPlan:
             accountant=config.accountant,
         )
         if config.target_epsilon is None:
-            return plan
+            return plan if spent is None else plan.after(spent, steps)
+        if spent is not None:
+            plan = replace(plan, spent=spent.entries)
         squared_mu = _squared_mu(config.target_epsilon, config.target_delta) / (plan.sampler.sampling_rate**2 * steps)
         sigma = _calibrate(
             lambda sigma: replace(plan, noise_multiplier=sigma).epsilon(),
             target=config.target_epsilon,
             start=1 / math.sqrt(math.log1p(squared_mu)),
         )
-        return replace(plan, noise_multiplier=sigma)
+        plan = replace(plan, noise_multiplier=sigma)
+        return plan if spent is None else plan.after(spent, steps)
+
+    def after(self, spent: Ledger, steps: int) -> Self:
+        """This plan with so many steps on top of those spent, of which it counts those of its own kind as its own."""
+        own = (self.sampler, self.noise_multiplier)
+        others = tuple(entry for entry in spent.entries if entry[0] != own)
+        return replace(self, steps=spent.count(*own) + steps, spent=others)
 
     def epsilon(self, steps: int | None = None) -> float:
-        """The epsilon of the first `steps` steps (default: all) at target_delta: what a ledger of them says."""
+        """The epsilon of the first `steps` steps (default: all) after those spent, at target_delta: what a ledger says."""
+        return self._ledger(self.steps if steps is None else steps).epsilon(self.target_delta)
+
+    def _ledger(self, steps: int) -> Ledger:
         ledger = Ledger(self.accountant)
-        ledger.record(self.sampler, self.noise_multiplier, self.steps if steps is None else steps)
-        return ledger.epsilon(self.target_delta)
+        for (sampler, noise_multiplier), taken in self.spent:
+            ledger.record(sampler, noise_multiplier, taken)
+        ledger.record(self.sampler, self.noise_multiplier, steps)
+        return ledger
 
     def max_steps(self, target_epsilon: float) -> int:
         """The number of steps k that this noise affords: epsilon(k) <= target_epsilon < epsilon(k + 1); at most a million."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from dp_flash_hf import trl_trainers
+from dp_flash_hf import checkpoints, trl_trainers
 from dp_flash_hf.batches import UNITS, PoissonBatches, steps_per_epoch
 from dp_flash_hf.config import PrivacyConfig
 from dp_flash_hf.distributed import Ranks
@@ -25,7 +28,8 @@ from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.mechanism import DPSGD
 from dp_flash_hf.preflight import length_of
 from dp_flash_hf.report import PrivacyReport
-from dp_flash_hf.training import PrivateTraining, accelerator_refusals, refuse, unwrapped
+from dp_flash_hf.spend import FILE_NAME
+from dp_flash_hf.training import PrivateTraining, accelerator_refusals, refuse, require_finite_weights, unwrapped
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +46,10 @@ class DPCallback(TrainerCallback, ExportableState):
     rows; a unit is never split. With DDP or FSDP2 every process computes its share of one draw.
     `TrainingArguments.max_grad_norm` is not used: `PrivacyConfig.max_grad_norm` clips every unit instead.
 
+    Every noisy step is written to a spend record in `output_dir` before it is released, so that steps lost in a crash count,
+    and those of earlier trainings in that folder. `trainer.train(resume_from_checkpoint=True)` continues the newest checkpoint
+    that is whole.
+
     max_tokens_per_device: compute physical batches of at most so many tokens instead, padding included (or of one unit): texts
         of like length together, and padding cut off. Faster and leaner where lengths differ.
     strategy: see `ClippingEngine`. Both change speed and memory, never the numbers.
@@ -53,6 +61,7 @@ class DPCallback(TrainerCallback, ExportableState):
         self.config, self.max_tokens_per_device, self.strategy = config, max_tokens_per_device, strategy
         self._training: PrivateTraining | None = None
         self._trainer: Any = None
+        self._saving: Path | None = None  # the checkpoint that is being written
 
     def attach(self, trainer: Trainer) -> DPCallback:
         """Make this trainer train privately, and return the callback itself.
@@ -79,11 +88,12 @@ class DPCallback(TrainerCallback, ExportableState):
         )
         self._trainer = trainer
         trl_trainers.call_the_head(trainer)
-        self._original_train, self._original_log = trainer.train, trainer.log
+        self._original_train, self._original_log, self._original_save = trainer.train, trainer.log, trainer._save_checkpoint
         self._original_num_items = trainer._get_num_items_in_batch
         overrides: dict[str, Callable[..., Any]] = {
             "train": self._train,
             "log": self._log,
+            "_save_checkpoint": self._save_checkpoint,
             "get_train_dataloader": self._train_dataloader,
             "training_step": self._training_step,
             "_clip_grad_norm": lambda *args, **kwargs: None,  # would rescale by a norm taken before noise
@@ -124,7 +134,8 @@ class DPCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What `Trainer` saves with every checkpoint."""
-        return {"args": {}, "attributes": {"privacy": self.mechanism.state_dict()}}
+        files = {} if self._saving is None else {"files": checkpoints.manifest(self._saving)}
+        return {"args": {}, "attributes": {"privacy": self.mechanism.state_dict(), **files}}
 
     # Events.
 
@@ -138,21 +149,11 @@ class DPCallback(TrainerCallback, ExportableState):
             raise PrivacyError(
                 "the training data loader is not the one DPCallback installed; attach again, after everything else"
             )
-        if state.global_step > 0:
-            states: Any = state.stateful_callbacks
-            saved = states.get(type(self).__name__)
-            if not isinstance(saved, dict) or "privacy" not in saved.get("attributes", {}):
-                raise PrivacyError(
-                    "the checkpoint holds no privacy state, so what was spent is unknown; train from the beginning"
-                )
-            mechanism.load_state_dict(saved["attributes"]["privacy"])
-            if mechanism.steps < state.global_step:
-                raise PrivacyError(
-                    f"the checkpoint took {state.global_step} steps but accounts for {mechanism.steps}: part of its training "
-                    "was not private; train from the beginning"
-                )
-        if mechanism.steps_left < min(1, state.max_steps - state.global_step):
-            raise PrivacyError(f"the {mechanism.plan.steps} planned steps are spent; more would exceed the privacy budget")
+        if mechanism.taken != state.global_step:
+            raise PrivacyError(
+                f"training begins after {state.global_step} steps and accounts for {mechanism.taken}: part was not private; "
+                "train from the beginning"
+            )
         # A compiled model is only known by what wraps it.
         compiled = is_compiled(trainer.model_wrapped)
         self.training.start(trainer.model_wrapped if compiled else trainer.model, kwargs["optimizer"])
@@ -174,6 +175,9 @@ class DPCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.mechanism.steps_left <= 0:
             control.should_training_stop = True
+            control.should_save = control.should_save or (
+                state.global_step < state.max_steps and args.save_strategy in ("steps", "epoch")  # as at a planned end
+            )
 
     def on_log(  # noqa: D102
         self,
@@ -190,14 +194,102 @@ class DPCallback(TrainerCallback, ExportableState):
 
     # What replaces the trainer's own methods.
 
-    def _train(self, *args: Any, **kwargs: Any) -> Any:
+    def _train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self not in self._trainer.callback_handler.callbacks:
             raise PrivacyError("DPCallback was removed from the trainer, which would train without noise; add it again")
         _refuse_settings(self._trainer)  # again: they may have changed since attach
+        mechanism, record = self.mechanism, Path(self._trainer.args.output_dir) / FILE_NAME
+        ranks = Ranks()
+        found: tuple[Path | None, dict[str, Any]] = (None, {})
+        with ranks.together():
+            if ranks.first:
+                found = self._checkpoint(resume_from_checkpoint, record)
+        checkpoint, state = ranks.shared(found)
+        if checkpoint is None and mechanism.steps_left <= 0:
+            raise self._spent()
         try:
-            return self._original_train(*args, **kwargs)
+            self.training.keep_books(record)
+            mechanism.taken = 0
+            if checkpoint is not None:
+                mechanism.load_state_dict(state["stateful_callbacks"][type(self).__name__]["attributes"]["privacy"])
+                if mechanism.taken < state["global_step"]:
+                    raise PrivacyError(
+                        f"{checkpoint} took {state['global_step']} steps but accounts for {mechanism.taken}: part of its "
+                        "training was not private; train from the beginning"
+                    )
+            if mechanism.steps_left <= 0:
+                if checkpoint is None:
+                    raise self._spent()
+                return self._finished(checkpoint)
+            return self._original_train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         finally:
             self.training.stop()
+
+    def _checkpoint(self, resume: str | bool | None, record: Path) -> tuple[Path | None, dict[str, Any]]:
+        """The checkpoint to continue, and what the trainer saved in it; None to train from the beginning."""
+        if not resume:
+            return None, {}
+        if resume is not True:
+            try:
+                return Path(resume), self._whole(Path(resume))
+            except ValueError as error:
+                raise PrivacyError(
+                    f"{error}; resume another checkpoint, or resume_from_checkpoint=True for the newest"
+                ) from error
+        folder = self._trainer.args.output_dir
+        for checkpoint in checkpoints.by_age(folder):
+            try:
+                return checkpoint, self._whole(checkpoint)
+            except ValueError as error:
+                logger.warning(f"{checkpoint} is skipped, because it is incomplete: {error}")
+        if not record.exists():
+            raise PrivacyError(f"no whole checkpoint and no spend record is in {folder}: leave out resume_from_checkpoint")
+        logger.warning(f"there is no whole checkpoint in {folder}: training starts from the beginning, and its books go on")
+        return None, {}
+
+    def _whole(self, checkpoint: Path) -> dict[str, Any]:
+        """What the trainer saved in a checkpoint. Raises ValueError for one that is damaged, PrivacyError without our state."""
+        state = checkpoints.read_state(checkpoint)
+        saved = (state.get("stateful_callbacks") or {}).get(type(self).__name__)
+        if not isinstance(saved, dict) or "privacy" not in saved.get("attributes", {}):
+            raise PrivacyError(
+                f"the checkpoint {checkpoint} holds no privacy state, so what was spent is unknown; train from the beginning"
+            )
+        checkpoints.require_whole(checkpoint, saved["attributes"].get("files", {}))
+        return state
+
+    def _spent(self) -> PrivacyError:
+        plan = self.mechanism.plan
+        steps = plan.steps + sum(taken for _, taken in plan.spent)
+        record = self.mechanism.record
+        where = "" if record is None else f" (on record in {record.path}); choose another output_dir for separate books"
+        return PrivacyError(f"the {steps} planned steps are spent; more would exceed the privacy budget{where}")
+
+    def _finished(self, checkpoint: Path) -> TrainOutput:
+        """Load a checkpoint after which no step is left: `Trainer` would take one more."""
+        trainer = self._trainer
+        logger.warning(f"no step is left to take: training ends with the weights of {checkpoint}")
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return TrainOutput(trainer.state.global_step, 0.0, {})
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer = self._trainer
+        folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
+        require_finite_weights(trainer.model, "nothing was saved")
+        self._saving = folder
+        try:
+            with Ranks().together():
+                self._original_save(model, trial)
+        except Exception as error:
+            if trainer.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise RuntimeError(
+                f"the checkpoint {folder} could not be written ({error}), and what there was of it was removed; free space "
+                "or mend the folder, then resume: the steps since the last checkpoint are lost, but counted"
+            ) from error
+        finally:
+            self._saving = None
 
     def _train_dataloader(self) -> DataLoader[Any]:
         trainer, args, training = self._trainer, self._trainer.args, self.training
@@ -212,10 +304,12 @@ class DPCallback(TrainerCallback, ExportableState):
                 f"train_dataset changed since attach, when it had {sampler.n_units} units; attach after the data are final"
             )
         workers = args.dataloader_num_workers
+        steps = steps_per_epoch(sampler.n_units, sampler.expected_batch_size)
         return training.loader(
             dataset,
             collator,
-            steps=steps_per_epoch(sampler.n_units, sampler.expected_batch_size),
+            steps=steps,
+            skipped=0 if args.ignore_data_skip else self.mechanism.taken % steps,
             splits=args.gradient_accumulation_steps,
             lengths=self._lengths() if getattr(args, "train_sampling_strategy", "random") == "group_by_length" else None,
             num_workers=workers,

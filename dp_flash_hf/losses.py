@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dp_flash_hf.errors import UnsupportedError
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, text_starts
 
 _LABELS_TRIED = 16  # each costs a forward pass of the preflight's batch and of its units
@@ -101,7 +101,7 @@ def learn_loss(
     class weights, which divide by the weights of the classes in the batch.
     alone: (batch, unit) -> that unit's batch. n_classes: of a classifier. tolerance: relative, for the rounding of the model.
     Runs forward passes only.
-    Raises UnsupportedError when the loss is no mean over rows or labels: it would then couple units.
+    Raises PrivacyError where the loss is not finite; UnsupportedError when it is no mean over rows or labels: it couples units.
     """
     _refuse_answers_outside(batch)
     device = _device(batch)
@@ -117,6 +117,11 @@ def learn_loss(
         values = _label_values(batch, n_classes)
         one = alone(_relabelled(batch, units, values[0], values[0]), 0)
         once, half = loss(one, 1.0), loss(one, 2.0)
+        if not math.isfinite(once):
+            raise PrivacyError(
+                f"the loss of the first example tried is {once}, whatever its labels: look for NaN among its inputs, and for "
+                "numbers that the model's precision cannot hold (bf16=True instead of a float16 model)"
+            )
         if once != 0.0 and abs(half / once - 0.5) < 1e-2:
             found = once / loss(one, None)
             single = Units(units.kind, torch.zeros(units.sizes[0], dtype=torch.long), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -59,6 +60,13 @@ def preflight(
             rows_per_example=rows_per_example,
             tolerance=1e-2 if reduced_precision or engine.reduces_precision else 1e-4,
         )
+        with torch.no_grad():
+            for number, unit in enumerate(chosen):
+                if not math.isfinite(alone_loss := float(loss(select_unit(batch, units, number)))):
+                    raise PrivacyError(
+                        f"the loss of unit {unit} (counted from 0) is {alone_loss}: look for NaN among its inputs and labels. "
+                        "While training, a unit without a finite gradient adds zero; repair the data or leave such units out"
+                    )
     scale = loss.scale(batch, units)
     reduced_precision = reduced_precision or engine.reduces_precision
     tolerance = 0.05 if reduced_precision else 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,7 @@ def make_private(
     num_workers: int = 0,
     loss_fn: LossFunction | None = None,
     strategy: Strategy = "auto",
+    spend_record: str | Path | None = None,
 ) -> PrivateLoop:
     """Make a training loop private, with the guarantee of `DPCallback`.
 
@@ -58,6 +60,8 @@ def make_private(
     max_rows_per_device, max_tokens_per_device: what is computed at once, in rows, or instead in tokens, padding included.
     loss_fn: (model, batch) -> a scalar, a mean over the batch's rows or labels; default: the loss of a Transformers model.
     strategy: see `ClippingEngine`.
+    spend_record: a file, best beside the checkpoints, to which every step is written before it is released, so that steps lost
+        in a crash still count; earlier runs that it holds count too. Keep it private. `stop()` lets another run write it.
 
     Raises UnsupportedError for settings and data under which privacy would be lost, PrivacyError for an optimizer of other
     parameters, ValueError for arguments out of range and a budget that cannot be met.
@@ -80,7 +84,14 @@ def make_private(
         max_tokens=max_tokens_per_device,
         strategy=strategy,
     )
-    training.start(model, optimizer)
+    if spend_record is not None:
+        training.keep_books(spend_record)
+    try:
+        training.start(model, optimizer)
+    except BaseException:
+        if training.mechanism.record is not None:
+            training.mechanism.record.close()
+        raise
     return PrivateLoop(training, model, collate_fn, accelerator, num_workers, loss_fn)
 
 
@@ -156,7 +167,10 @@ class PrivateLoop:
         return self._training.mechanism.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the books of a checkpoint. Raises PrivacyError when it was written with other privacy parameters."""
+        """Continue the books of a checkpoint, also one with other noise or sampling: both parts are then added up.
+
+        Raises PrivacyError where they cannot be, see `DPSGD.load_state_dict`.
+        """
         self._training.mechanism.load_state_dict(state)
 
     def _loader(self) -> DataLoader[Any]:

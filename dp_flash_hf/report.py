@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from typing import Any, Self
@@ -21,9 +22,9 @@ NOT_COVERED = (
     "The number of units is treated as public; so is every setting of the run.",
     "Copies: a person whose data also appears in other units is protected unit by unit, not as a whole.",
     "Attacks on floating-point noise, on PyTorch's random generators, or on timing and memory use.",
-    "Steps lost in a crash after the last checkpoint, if anything that they wrote was seen.",
-    "Anyone who reads the training machine's memory, or random states saved beside a checkpoint.",
+    "Anyone who reads the training machine's memory, random states saved with a checkpoint, or the spend record.",
 )
+LOST_STEPS_NOT_COVERED = "Steps lost in a crash after the last checkpoint, if anything that they wrote was seen."
 _NOT_PRIVATE = "NOT PRIVATE: a fixed seed makes the sampling and the noise reproducible. No figure here is a guarantee."
 _WIDTH = 100
 
@@ -34,6 +35,10 @@ class PrivacyReport:
 
     All fields are public. How many units were dropped for NaN or Inf gradients is deliberately absent: such a count is computed
     from the private data without noise. `private` is False when a seed was fixed, and then nothing is guaranteed.
+
+    steps: all noisy steps on the books, of which lost_steps are not in the weights: lost in a crash, or of another training in
+    the same folder. They count like any other. parts: the kinds of step that were taken, each a mapping with "steps", "sampler"
+    (its fields) and "noise_multiplier"; the fields above are those of the latest plan.
     """
 
     private: bool
@@ -52,7 +57,9 @@ class PrivacyReport:
     max_grad_norm: float
     clipping: str
     steps: int
+    lost_steps: int
     planned_steps: int
+    parts: tuple[dict[str, Any], ...]
     accountant: str
     versions: dict[str, str]
     not_covered: tuple[str, ...]
@@ -65,12 +72,15 @@ class PrivacyReport:
         ledger: Ledger,
         *,
         unit: str | None = None,
+        lost_steps: int = 0,
+        recorded: bool = False,
         not_covered: tuple[str, ...] = (),
     ) -> Self:
         """The report of the steps in `ledger`, taken under `plan`.
 
         `unit` says what one unit is where it is neither one training example nor the rows of `config.privacy_unit` ("one
-        preference pair"). `not_covered` adds sentences to those that hold for every run.
+        preference pair"). `lost_steps` of those in the ledger are not in the weights. `recorded`: every step was written to a
+        spend record before it was released. `not_covered` adds sentences to those that hold for every run.
         """
         if unit is None:
             unit = "one training example" if config.privacy_unit is None else f"all rows with the same {config.privacy_unit!r}"
@@ -93,15 +103,20 @@ class PrivacyReport:
             max_grad_norm=config.max_grad_norm,
             clipping=config.clipping,
             steps=ledger.steps,
-            planned_steps=plan.steps,
+            lost_steps=lost_steps,
+            planned_steps=plan.steps + sum(steps for _, steps in plan.spent),
+            parts=tuple(
+                {"steps": steps, "sampler": sampler.to_dict(), "noise_multiplier": sigma}
+                for (sampler, sigma), steps in ledger.entries
+            ),
             accountant=ledger.accountant,
             versions={name: metadata.version(name) for name in libraries},
-            not_covered=NOT_COVERED + not_covered,
+            not_covered=NOT_COVERED + (() if recorded else (LOST_STEPS_NOT_COVERED,)) + not_covered,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
-        return {**asdict(self), "not_covered": list(self.not_covered)}
+        return {**asdict(self), "not_covered": list(self.not_covered), "parts": [*self.parts]}
 
     def to_json(self) -> str:
         """The fields as indented JSON; `from_json` reads it."""
@@ -113,7 +128,7 @@ class PrivacyReport:
         data = json.loads(text)
         if not isinstance(data, dict) or data.keys() != {f.name for f in fields(cls)}:
             raise invalid("text", expected="what to_json() wrote", actual=text[:80], remedy="give an unedited report")
-        return cls(**{**data, "not_covered": tuple(data["not_covered"])})
+        return cls(**{**data, "not_covered": tuple(data["not_covered"]), "parts": tuple(data["parts"])})
 
     def to_text(self) -> str:
         """The report for a reviewer: one screen of plain text, at most 100 columns."""
@@ -146,6 +161,7 @@ class PrivacyReport:
             "automatic": "per-unit gradients scaled to norm at most C by C / (norm + 0.01)",
             "per_layer": "per-unit gradients scaled layer by layer, to norm at most C over all layers",
         }[self.clipping]
+        lost = "" if not self.lost_steps else f"; {self.lost_steps} of them are not in the weights, and count all the same"
         return [
             ("guarantee", epsilon + target),
             ("adjacency", self.adjacency),
@@ -160,10 +176,21 @@ class PrivacyReport:
                 "noise",
                 f"Gaussian, sigma = {self.noise_multiplier:.6g}: std sigma * C on each step's sum, also of an empty draw",
             ),
-            ("steps", f"{self.steps} executed of {self.planned_steps} planned"),
+            ("steps", f"{self.steps} executed of {self.planned_steps} planned{lost}"),
+            *(("parts", parts) for parts in [_parts(self.parts)] if len(self.parts) > 1),
             ("accountant", self.accountant),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
         ]
+
+
+def _parts(parts: Sequence[Mapping[str, Any]]) -> str:
+    told = []
+    for part in parts:
+        sampler = part["sampler"]
+        rate = sampler["expected_batch_size"] / sampler["n_units"]
+        at_most = f" (at most {sampler['max_batch_size']} units)" if "max_batch_size" in sampler else ""
+        told.append(f"{part['steps']} steps with sigma = {part['noise_multiplier']:.6g}, q = {rate:.6g}{at_most}")
+    return "composed of " + "; ".join(told)
 
 
 def _round_up(value: float) -> str:

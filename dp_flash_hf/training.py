@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sized
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from dp_flash_hf.accountant import PrivacyPlan
 from dp_flash_hf.batches import UNITS, PoissonBatches, UnitCollator, WithUnits, physical_batches, steps_per_epoch, units_of
 from dp_flash_hf.config import PrivacyConfig
-from dp_flash_hf.distributed import Ranks
+from dp_flash_hf.distributed import Ranks, local
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.compiled import is_compiled
@@ -28,6 +29,7 @@ from dp_flash_hf.memory import GIB, estimate, free_memory, moments_of
 from dp_flash_hf.preflight import choose_units, preflight
 from dp_flash_hf.report import PrivacyReport
 from dp_flash_hf.sampling import group_rows
+from dp_flash_hf.spend import SpendRecord
 from dp_flash_hf.units import Batch, Units, leading_shape
 
 logger = logging.get_logger(__name__)
@@ -89,7 +91,27 @@ class PrivateTraining:
     def report(self) -> PrivacyReport:
         """What was spent so far, and on which assumptions."""
         pair = "one pair of texts" if self.rows_per_example == 2 and self.config.privacy_unit is None else None
-        return PrivacyReport.of(self.config, self.mechanism.plan, self.mechanism.ledger, unit=pair)
+        return self.mechanism.report(pair)
+
+    def keep_books(self, path: str | Path) -> None:
+        """From now on write every step to this spend record before it is released, and count what it holds already.
+
+        Raises PrivacyError where another run writes it, it cannot be read or written, or it is of other data; see `DPSGD.keep`.
+        """
+        ranks = Ranks()
+        record: SpendRecord | None = None
+        try:
+            with ranks.together():
+                if ranks.first:
+                    record = SpendRecord(path)
+                    record.require_dataset(self.dataset)
+            elsewhere = ranks.shared(None if record is None else record.elsewhere())
+            with ranks.together():
+                self.mechanism.keep(elsewhere if record is None else record)
+        except BaseException:
+            if record is not None:
+                record.close()
+            raise
 
     def loader(
         self,
@@ -97,12 +119,14 @@ class PrivateTraining:
         collate: Callable[[list[Any]], Any],
         *,
         steps: int,
+        skipped: int = 0,
         splits: int = 1,
         lengths: Tensor | None = None,
         **options: Any,
     ) -> DataLoader[Any]:
         """Poisson draws from `dataset` (the one planned for, or it without some columns) for so many steps, in `splits` parts.
 
+        skipped: how many of them the caller passes over, because they were taken before.
         lengths: int64 (units,), to put units of like length into one part. options: of torch's DataLoader.
         """
         return DataLoader(
@@ -116,7 +140,7 @@ class PrivateTraining:
                 max_examples_per_unit=self.config.max_examples_per_unit,
                 lengths=lengths,
                 seed=self.config.seed,
-                first_step=self.mechanism.steps,
+                first_step=self.mechanism.taken - skipped,
             ),
             collate_fn=UnitCollator(collate),
             **options,
@@ -145,6 +169,7 @@ class PrivateTraining:
         assert self.engine is not None
         assert loader.collate_fn is not None
         self._move = move
+        require_finite_weights(self.engine.model, "nothing was trained")
 
         def keys_of(unit: int, number: int) -> list[tuple[int, int]]:
             own = [unit] if self.rows is None else self.rows[unit][: self.config.max_examples_per_unit].tolist()
@@ -219,11 +244,16 @@ class PrivateTraining:
             labels += self._loss.count(part)
         for _ in range(most - len(parts)):
             self.engine.attend(self._loss, *self._template)
+        if Ranks().any(not bool(total.isfinite())):  # of one unit, which then adds zero; or of all
+            with Ranks().together():
+                require_finite_weights(self.engine.model, "nothing was released")
         return total / max(labels, 1.0)
 
     def stop(self) -> None:
         """Let go of model and optimizer, as they are without the library; what was spent stays on the books."""
         self.mechanism.stop()
+        if self.mechanism.record is not None:
+            self.mechanism.record.close()
         if self.engine is not None:
             self.engine.detach()
             self.engine.model.zero_grad()  # what an interrupted step left was clipped, but has no noise
@@ -241,6 +271,16 @@ class PrivateTraining:
         of_example = batch.pop(UNITS)
         batch = dict(self._move(batch))
         return batch, units_of(batch, of_example, self.rows_per_example)
+
+
+def require_finite_weights(model: nn.Module, outcome: str) -> None:
+    """Raise PrivacyError where training has diverged. Weights are public, so that it did tells nothing about the data."""
+    broken = [name for name, p in model.named_parameters() if p.requires_grad and not bool(local(p).isfinite().all())]
+    if broken:
+        raise PrivacyError(
+            f"training has diverged: {len(broken)} parameters are no longer finite, {broken[0]} for one; {outcome}. Resume an "
+            "older checkpoint, or start anew, with a smaller learning rate; the steps taken count"
+        )
 
 
 def model_loss_of(model: Any, batch: Batch) -> Tensor:

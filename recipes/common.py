@@ -19,9 +19,11 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from rich.progress import track
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
+from dp_flash_hf import checkpoints
 from dp_flash_hf.callback import DPCallback
 from dp_flash_hf.config import PrivacyConfig
 from dp_flash_hf.errors import invalid
+from dp_flash_hf.spend import FILE_NAME
 
 _HEADING = "## Differential privacy"  # of report.to_model_card()
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -136,26 +138,33 @@ def leaving_nothing_behind(folder: str) -> Iterator[None]:
         raise
 
 
-def checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: what `resume_from_checkpoint` names; with `true` the last one in `output_dir`, if any.
+def checkpoint(args: TrainingArguments, *, private: bool = True) -> str | bool | None:
+    """What `trainer.train` is to resume: what `resume_from_checkpoint` names; with `true` the newest whole one, if any.
 
-    A run that is killed and started again by the same command needs no other one the first time. Passed over is a checkpoint
-    whose writing was cut off: its trainer_state.json is written last. Every process gets the answer of the first, since folders
-    on a network may look different from each machine for a while.
+    A run that is killed and started again by the same command needs no other one the first time. Where training is private,
+    DPCallback chooses, and continues the books of a run that was killed before its first checkpoint. Every process gets the
+    answer of the first, since folders on a network may look different from each machine for a while.
     """
     asked = args.resume_from_checkpoint
     if asked is None or asked.lower() == "false":
         return None
     if asked.lower() != "true":
         return asked
-    whole = (path.parent for path in Path(str(args.output_dir)).glob("checkpoint-*/trainer_state.json"))
-    steps = {int(path.name.partition("-")[2]): str(path) for path in whole if re.fullmatch(r"checkpoint-\d+", path.name)}
-    answer: list[str | None] = [steps[max(steps)] if steps else None]
+    folder, answer = Path(str(args.output_dir)), [None]
+    if private:
+        answer = [True if checkpoints.by_age(folder) or (folder / FILE_NAME).exists() else None]
+    else:
+        answer = [str(path) for path in checkpoints.by_age(folder) if _is_whole(path)][:1] or [None]
     broadcast_object_list(answer)
-    found = answer[0]
-    if args.process_index == 0:
-        print(f"no checkpoint in {args.output_dir}: from the first step" if found is None else f"resuming from {found}")
-    return found
+    return answer[0]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        checkpoints.read_state(path)
+    except ValueError:
+        return False
+    return True
 
 
 def save(trainer: Trainer, dp: DPCallback | None) -> None:
@@ -164,7 +173,7 @@ def save(trainer: Trainer, dp: DPCallback | None) -> None:
     None (training without privacy) saves the model alone.
     """
     trainer.save_model()
-    if dp is not None:
+    if dp is not None and trainer.is_world_process_zero():
         folder, report = Path(str(trainer.args.output_dir)), dp.report()
         (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
         card = folder / "README.md"  # peft writes one, which is kept above

@@ -136,7 +136,7 @@ def main(overrides: Sequence[str]) -> None:
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
             processing_class=tokenizer,
         )
-    trainer.train(resume_from_checkpoint=checkpoint(args))
+    trainer.train(resume_from_checkpoint=checkpoint(args, private=False))
 
     save(trainer, None)
     warning = "NOT private: trained on text taken to be public, no guarantee of any kind."

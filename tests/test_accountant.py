@@ -202,6 +202,32 @@ def test_max_steps_is_exact(accountant: AccountantName, target: float) -> None:
     assert plan.epsilon(affordable) <= target < plan.epsilon(affordable + 1)
 
 
+@pytest.mark.parametrize("accountant", [pytest.param("pld", marks=pytest.mark.slow), "rdp"])
+def test_noise_is_calibrated_to_what_is_left_of_a_budget(accountant: AccountantName) -> None:
+    spent = Ledger(accountant)
+    spent.record(PoissonSampler(1000, 10), 0.9, 50)
+    spent.record(PoissonSampler(1000, 20), 1.5, 5)
+    config = PrivacyConfig(target_epsilon=3.0, target_delta=1e-5, accountant=accountant)
+    units: dict[str, Any] = {"n_units": 1000, "expected_batch_size": 10, "steps": 100}
+    rest, alone = PrivacyPlan.from_config(config, **units, spent=spent), PrivacyPlan.from_config(config, **units)
+    assert rest.noise_multiplier > alone.noise_multiplier
+    assert (rest.steps, rest.spent) == (100, spent.entries)
+    together = Ledger.total([spent], accountant)
+    together.record(rest.sampler, rest.noise_multiplier, 100)
+    assert 0.999 * 3.0 <= rest.epsilon() == together.epsilon(1e-5) <= 3.0
+    assert rest.epsilon(0) == spent.epsilon(1e-5)
+    with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise meets"):
+        PrivacyPlan.from_config(replace(config, target_epsilon=0.9 * spent.epsilon(1e-5)), **units, spent=spent)
+
+
+def test_steps_of_one_kind_are_one_entry_of_a_plan() -> None:
+    spent = Ledger()
+    spent.record(PoissonSampler(1000, 10), 0.9, 50)
+    config = PrivacyConfig(noise_multiplier=0.9, target_delta=1e-5)
+    plan = PrivacyPlan.from_config(config, n_units=1000, expected_batch_size=10, steps=7, spent=spent)
+    assert (plan.steps, plan.spent) == (57, ())
+
+
 def test_max_steps_at_its_ends() -> None:
     assert plan_of((100, 100, 0.5, 1, 1e-3)).max_steps(0.1) == 0
     assert plan_of((10**6, 1, 100.0, 1, 1e-7)).max_steps(8.0) == 10**6

@@ -421,7 +421,7 @@ def process(path: Path, what: str) -> int:
     ).returncode
 
 
-def test_a_killed_run_resumes_elsewhere_and_ends_with_the_epsilon_of_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_elsewhere_and_counts_the_step_it_lost(tmp_path: Path) -> None:
     assert process(tmp_path, "start") == -signal.SIGKILL
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert not (tmp_path / "report.json").exists()
@@ -429,8 +429,9 @@ def test_a_killed_run_resumes_elsewhere_and_ends_with_the_epsilon_of_an_uninterr
     resumed = json.loads((tmp_path / "report.json").read_text())
     trainer, dp = budgeted(tmp_path / "uninterrupted")
     trainer.train()
-    assert resumed == dp.report().to_dict()
+    assert resumed == {**dp.report().to_dict(), "lost_steps": 1}  # the fifth, after the last checkpoint
     assert resumed["steps"] == 8
+    assert json.loads((tmp_path / "checkpoint-7" / "trainer_state.json").read_text())["global_step"] == 7  # saved at the end
     assert resumed["epsilon"] <= 4.0
 
 

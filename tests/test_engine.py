@@ -1167,7 +1167,7 @@ def test_a_second_backward_that_fails_leaves_sums_that_nobody_takes(dtype: torch
         nonlocal backwards
         backwards += 1
         if fails and backwards % 2 == 0:
-            raise MemoryError("no more")
+            raise ArithmeticError("no more")
 
     def hook(module: nn.Module, args: Any, out: Tensor) -> None:
         if out.requires_grad and type(out) is Tensor:
@@ -1179,13 +1179,13 @@ def test_a_second_backward_that_fails_leaves_sums_that_nobody_takes(dtype: torch
     wanted = grads(model)
     model.zero_grad()
     fails = True
-    with pytest.raises(MemoryError):
+    with pytest.raises(ArithmeticError):
         engine.backward(loss, batch)
     assert not grads(model)  # nothing was there before, and nothing is now
     fails = False
     engine.backward(loss, batch)
     fails = True
-    with pytest.raises(MemoryError):
+    with pytest.raises(ArithmeticError):
         engine.backward(loss, batch)
     for use in (lambda: engine.backward(loss, batch), engine.take_sums):
         with pytest.raises(PrivacyError, match="hold parts of units"):

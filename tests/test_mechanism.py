@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dp_flash_hf.accountant import PrivacyPlan
+from dp_flash_hf.accountant import Ledger, PrivacyPlan
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.mechanism import DPSGD
@@ -147,7 +147,7 @@ def test_state_is_public_json_and_continues() -> None:
     mechanism.release()
     optimizer.step()
     state = json.loads(json.dumps(mechanism.state_dict()))
-    assert state.keys() == {"config", "sampler", "noise_multiplier", "steps", "ledger"}
+    assert state.keys() == {"config", "sampler", "noise_multiplier", "steps", "books", "taken", "checksum"}
     again = dpsgd()
     again.load_state_dict(state)
     assert (again.steps, again.steps_left, again.epsilon()) == (1, STEPS - 1, mechanism.epsilon())
@@ -176,21 +176,119 @@ def test_a_calibrated_plan_is_continued_with_its_own_noise() -> None:
     ("changes", "match"),
     [
         ({"n": 60}, "n_units: 50 in the checkpoint, 60 now"),
-        ({"expected": 6}, "expected_batch_size: 5 in the checkpoint, 6 now"),
-        ({"max_grad_norm": 3.0}, "max_grad_norm: 1.0 in the checkpoint, 3.0 now"),
-        ({"noise_multiplier": 2.0}, "noise_multiplier: 1.0 in the checkpoint, 2.0 now"),
-        ({"sampling": "truncated_poisson", "max_batch_size": 20, "accountant": "pld"}, "sampling: 'poisson' in the checkpoint"),
+        ({"sampling": "truncated_poisson", "max_batch_size": 20}, "cannot add up steps of .*truncated.*set accountant='pld'"),
         ({"privacy_unit": "user", "max_examples_per_unit": 2}, "privacy_unit: None in the checkpoint, 'user' now"),
         ({"seed": 1}, "seed: None in the checkpoint, 1 now"),
     ],
     ids=str,
 )
-def test_other_parameters_are_refused(changes: dict[str, Any], match: str) -> None:
+def test_what_cannot_be_added_up_is_refused(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(PrivacyError, match=match):
-        dpsgd(**changes).load_state_dict(dpsgd().state_dict())
+        dpsgd(**changes).load_state_dict(taken(dpsgd(), 1).state_dict())
 
 
-@pytest.mark.parametrize("missing", ["config", "sampler", "noise_multiplier", "steps", "ledger"])
+def taken(mechanism: DPSGD, steps: int) -> DPSGD:
+    """The same after so many steps."""
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    mechanism.start(ClippingEngine(model, max_grad_norm=mechanism.config.max_grad_norm), optimizer)
+    for _ in range(steps):
+        mechanism.release()
+        optimizer.step()
+        optimizer.zero_grad()
+    return mechanism
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expected": 6},
+        {"noise_multiplier": 2.0},
+        {"max_grad_norm": 3.0},
+        {"unit_loss": "sum"},
+        {"target_delta": 1e-4},
+        {"sampling": "truncated_poisson", "max_batch_size": 20},
+    ],
+    ids=str,
+)
+def test_steps_of_other_kinds_are_added_up(changes: dict[str, Any]) -> None:
+    """Both parts of a training count, and it goes on for the steps that were wanted."""
+    first = taken(dpsgd(accountant="pld"), 2)
+    again = dpsgd(steps=5, accountant="pld", **changes)
+    delta = again.config.target_delta
+    alone = again.plan.epsilon(3)
+    again.load_state_dict(first.state_dict())
+    assert (again.steps, again.steps_left) == (2, 3)
+    assert again.epsilon() == first.ledger.epsilon(delta)
+    report = taken(again, 3).report()
+    assert (report.steps, report.planned_steps, report.lost_steps) == (5, 5, 0)
+    by_hand = Ledger.total([first.ledger], "pld")
+    by_hand.record(again.plan.sampler, again.plan.noise_multiplier, 3)
+    assert report.epsilon == by_hand.epsilon(delta) == again.plan.epsilon() > max(alone, first.ledger.epsilon(delta))
+    with pytest.raises(PrivacyError, match="planned steps are spent"):
+        again.release()
+
+
+def test_the_noise_of_the_rest_keeps_a_changed_budget() -> None:
+    first = taken(dpsgd(target_epsilon=2.0, noise_multiplier=None), 2)
+    more = dpsgd(steps=10, target_epsilon=2.5, noise_multiplier=None)
+    alone = more.plan.noise_multiplier
+    more.load_state_dict(first.state_dict())
+    assert more.steps_left == 8
+    assert more.plan.noise_multiplier > alone
+    assert 0.999 * 2.5 <= taken(more, 8).epsilon() <= 2.5
+    less = dpsgd(steps=10, target_epsilon=0.9 * first.epsilon(), noise_multiplier=None)
+    less.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise meets"):
+        _ = less.plan
+    assert less.steps == 2
+
+
+@pytest.mark.parametrize("changes", [{"noise_multiplier": 2.0}, {"target_epsilon": 50.0, "noise_multiplier": None}])
+def test_a_training_that_is_done_is_not_planned_anew(changes: dict[str, Any]) -> None:
+    done = taken(dpsgd(), STEPS)
+    again = dpsgd(**changes)
+    again.load_state_dict(done.state_dict())
+    assert (again.steps_left, again.epsilon()) == (0, done.epsilon())
+    with pytest.raises(PrivacyError, match="planned steps are spent"):
+        taken(again, 1)
+
+
+def test_books_of_several_origins_are_put_together_once() -> None:
+    """A checkpoint that is loaded twice does not count twice; steps taken since, and elsewhere, are not forgotten."""
+    first = taken(dpsgd(steps=20), 2)
+    early = first.state_dict()
+    late = taken(first, 1).state_dict()
+    other = taken(dpsgd(steps=20), 4)
+    for state in (late, early, late):
+        other.load_state_dict(state)
+    assert other.steps == 4 + 3
+    assert other.taken == 3
+    assert other.report().lost_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("taken", 7),
+        ("taken", "x"),
+        ("steps", 0),
+        ("noise_multiplier", -1.0),
+        ("sampler", {"kind": "other"}),
+        ("config", {}),
+        ("books", [1]),
+        ("checksum", 5),
+    ],
+)
+def test_damaged_state_is_refused_and_nothing_changed(key: str, value: Any) -> None:
+    mechanism = taken(dpsgd(), 1)
+    before = mechanism.state_dict()
+    with pytest.raises(PrivacyError, match=r"damaged.*resume an older checkpoint"):
+        mechanism.load_state_dict({**taken(dpsgd(), 2).state_dict(), key: value})
+    assert mechanism.state_dict() == before
+
+
+@pytest.mark.parametrize("missing", ["config", "sampler", "noise_multiplier", "steps", "books", "taken", "checksum"])
 def test_incomplete_state_is_refused(missing: str) -> None:
     state = dpsgd().state_dict()
     del state[missing]

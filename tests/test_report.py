@@ -9,7 +9,7 @@ import pytest
 
 from dp_flash_hf.accountant import Ledger, PrivacyPlan
 from dp_flash_hf.config import PrivacyConfig
-from dp_flash_hf.report import NOT_COVERED, PrivacyReport
+from dp_flash_hf.report import LOST_STEPS_NOT_COVERED, NOT_COVERED, PrivacyReport
 from dp_flash_hf.sampling import PoissonSampler
 
 CONFIG = PrivacyConfig(target_delta=1e-5, noise_multiplier=2.5, max_grad_norm=0.25, clipping="automatic")
@@ -68,7 +68,32 @@ def test_caller_can_name_the_unit_and_add_gaps() -> None:
     report = PrivacyReport.of(CONFIG, plan, Ledger(), unit="one preference pair", not_covered=("The reference model.",))
     assert report.unit == "one preference pair"
     assert report.epsilon == 0
-    assert report.not_covered == (*NOT_COVERED, "The reference model.")
+    assert report.not_covered == (*NOT_COVERED, LOST_STEPS_NOT_COVERED, "The reference model.")
+
+
+def test_lost_steps_are_covered_where_they_are_on_record() -> None:
+    plan = PrivacyPlan.from_config(CONFIG, n_units=1000, expected_batch_size=20, steps=40)
+    ledger = Ledger()
+    ledger.record(plan.sampler, 2.5, 30)
+    report = PrivacyReport.of(CONFIG, plan, ledger, lost_steps=3, recorded=True)
+    assert report.not_covered == NOT_COVERED
+    assert "3 of them are not in the weights" in " ".join(report.to_text().split())
+    assert report.epsilon == report_of(CONFIG).epsilon
+
+
+def test_every_part_is_shown() -> None:
+    spent = Ledger()
+    spent.record(PoissonSampler(1000, 50), 1.5, 7)
+    plan = PrivacyPlan.from_config(CONFIG, n_units=1000, expected_batch_size=20, steps=40, spent=spent)
+    ledger = Ledger.total([spent], "pld")
+    ledger.record(plan.sampler, 2.5, 10)
+    report = PrivacyReport.of(CONFIG, plan, ledger)
+    assert (report.steps, report.planned_steps) == (17, 47)
+    assert report.epsilon == ledger.epsilon(1e-5) > report_of(CONFIG, 10).epsilon
+    assert PrivacyReport.from_json(report.to_json()) == report
+    for text in (" ".join(report.to_text().split()), report.to_model_card()):
+        assert "composed of 7 steps with sigma = 1.5, q = 0.05; 10 steps with sigma = 2.5, q = 0.02" in text
+    assert "composed of" not in report_of(CONFIG).to_text()
 
 
 @pytest.mark.parametrize("config", [CONFIG, TRUNCATED, replace(CONFIG, seed=1)])

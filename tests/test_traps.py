@@ -21,6 +21,7 @@ from dp_flash_hf import engine as engine_module
 from dp_flash_hf import mechanism as mechanism_module
 from dp_flash_hf import planner
 from dp_flash_hf import preflight as preflight_module
+from dp_flash_hf.accountant import Ledger
 from dp_flash_hf.callback import DPCallback
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
@@ -612,6 +613,18 @@ def test_6_5_a_fixed_seed_replays_noise_and_is_marked_not_private(tmp_path: Path
     assert "NOT PRIVATE" in dp.report().to_text()
 
 
+def test_6_5_a_fixed_seed_draws_the_same_units_after_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        with monkeypatch.context() as patch:
+            seen = watch(patch)
+            trainer = trainer_for("gpt2", tmp_path, max_steps=3, save_strategy="steps", save_steps=2)
+            attached(trainer, seed=5)
+            trainer.train(resume_from_checkpoint=resume)
+            drawn.append(seen.drawn[:3])
+    assert drawn[0] == drawn[1]
+
+
 # 6.6
 
 
@@ -1017,27 +1030,49 @@ def test_6_10_a_checkpoint_continues_the_same_books(checkpoint: Path, tmp_path: 
     assert dp.report().steps == 2
     assert dp.report().epsilon == dp.mechanism.plan.epsilon(2)
     saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["DPCallback"]
-    assert saved["attributes"]["privacy"]["ledger"]["entries"][0]["steps"] == 1
+    (books,) = saved["attributes"]["privacy"]["books"].values()
+    assert books["entries"][0]["steps"] == 1
 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"noise_multiplier": 0.5}, "noise_multiplier: 1.0 in the checkpoint, 0.5 now"),
-        ({"max_grad_norm": 2.0}, "max_grad_norm: 1.0 in the checkpoint, 2.0 now"),
-        ({"target_delta": 1e-4}, "target_delta"),
-        ({"clipping": "automatic"}, "clipping"),
-        ({"unit_loss": "sum"}, "unit_loss"),
         ({"data": texts(25)}, "n_units: 24 in the checkpoint, 25 now"),
-        ({"batch": 3}, "expected_batch_size: 4 in the checkpoint, 3 now"),
+        ({"seed": 3}, "seed: None in the checkpoint, 3 now"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_6_10_other_privacy_parameters_are_an_error(
+def test_6_10_privacy_parameters_that_cannot_be_composed_are_an_error(
     changes: dict[str, Any], match: str, checkpoint: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(PrivacyError, match=f"{match}.*resume with the same ones, or start afresh"):
+    with pytest.raises(PrivacyError, match=match):
         resumed(checkpoint, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"noise_multiplier": 0.5},
+        {"max_grad_norm": 2.0},
+        {"target_delta": 1e-4},
+        {"clipping": "automatic"},
+        {"unit_loss": "sum"},
+        {"batch": 3},
+        {"sampling": "truncated_poisson", "max_batch_size": 9, "accountant": "pld"},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_6_10_other_privacy_parameters_are_composed(changes: dict[str, Any], checkpoint: Path, tmp_path: Path) -> None:
+    """Two steps: one before the checkpoint, one with the new parameters. Both are in the report."""
+    dp = resumed(checkpoint, tmp_path, **changes)
+    plan = dp.mechanism.plan
+    both = Ledger(plan.accountant)
+    both.record(PoissonSampler(24, 4), 1.0)
+    both.record(plan.sampler, plan.noise_multiplier)
+    report = dp.report()
+    assert report.epsilon == both.epsilon(plan.target_delta)
+    assert (report.steps, report.planned_steps, report.lost_steps) == (2, 2, 0)
+    assert (len(report.parts) == 2) == bool({"noise_multiplier", "batch", "sampling"} & changes.keys())
 
 
 def test_6_10_a_checkpoint_without_privacy_state_is_an_error(

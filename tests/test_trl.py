@@ -333,11 +333,13 @@ def test_trls_own_defaults_train(name: str, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_continues(tmp_path: Path) -> None:
-    for resume in (None, str(tmp_path / "checkpoint-1")):
+    """From the first of two steps: the second is taken anew, and counts twice."""
+    for resume, steps in ((None, 2), (str(tmp_path / "checkpoint-1"), 3)):
         trainer = dpo(tmp_path, peft_config=adapter(), max_steps=2, save_strategy="steps", save_steps=1)
         dp = attached(trainer)
         trainer.train(resume_from_checkpoint=resume)
-        assert dp.report().steps == 2
+        assert trainer.state.global_step == 2
+        assert dp.report().steps == steps
 
 
 # Pairs.
