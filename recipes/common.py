@@ -150,11 +150,12 @@ def checkpoint(args: TrainingArguments, *, private: bool = True) -> str | bool |
         return None
     if asked.lower() != "true":
         return asked
-    folder, answer = Path(str(args.output_dir)), [None]
+    folder = Path(str(args.output_dir))
+    answer: list[str | bool | None] = [None]
     if private:
         answer = [True if checkpoints.by_age(folder) or (folder / FILE_NAME).exists() else None]
     else:
-        answer = [str(path) for path in checkpoints.by_age(folder) if _is_whole(path)][:1] or [None]
+        answer = [next((str(path) for path in checkpoints.by_age(folder) if _is_whole(path)), None)]
     broadcast_object_list(answer)
     return answer[0]
 

@@ -315,7 +315,9 @@ def trained_split(path: str, fsdp: int, replicas: int, lora: bool) -> dict[str, 
             if p.requires_grad and Ranks().first:  # the others begin with other numbers, and are given these
                 p.data = torch.linspace(-1, 1, p.numel()).view(p.shape)
     share = 8 // Ranks().size
-    trainer = trainer_for(model, Path(path, "out"), learning_rate=0.5, per_device_train_batch_size=share, max_steps=3, **gloo())
+    trainer = trainer_for(
+        model, Path(path, f"out {Ranks().size}"), learning_rate=0.5, per_device_train_batch_size=share, max_steps=3, **gloo()
+    )
     dp = attached(trainer, seed=SEED, max_grad_norm=C)
     with noise_if(False):
         trainer.train()

@@ -200,20 +200,28 @@ def test_a_refused_setup_leaves_no_folder_but_keeps_what_was_there(tmp_path: Pat
     assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
 
 
-def test_the_checkpoint_to_go_on_from_is_the_last_whole_one(tmp_path: Path) -> None:
-    def asked(value: str | None) -> str | None:
-        return common.checkpoint(
-            TrainingArguments(output_dir=str(tmp_path / "run"), resume_from_checkpoint=value, use_cpu=True)
-        )
+def test_the_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    """Privately DPCallback chooses it; it is told to as soon as there are checkpoints or books."""
+    folder = tmp_path / "run"
 
-    assert asked("true") is None
-    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-12", "checkpoint-old", "checkpoint-99-copy"):
-        (tmp_path / "run" / name).mkdir(parents=True)
-        if name != "checkpoint-12":  # killed while it was written
-            (tmp_path / "run" / name / "trainer_state.json").write_text("{}")
-    assert asked("true") == asked("True") == str(tmp_path / "run" / "checkpoint-10")
-    assert asked(None) is asked("false") is None
-    assert asked("runs/other/checkpoint-3") == "runs/other/checkpoint-3"
+    def asked(value: str | None, *, private: bool) -> str | bool | None:
+        args = TrainingArguments(output_dir=str(folder), resume_from_checkpoint=value, use_cpu=True)
+        return common.checkpoint(args, private=private)
+
+    assert asked("true", private=True) is asked("true", private=False) is None
+    folder.mkdir()
+    (folder / FILE_NAME).touch()
+    assert asked("true", private=True) is True
+    assert asked("true", private=False) is None
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-12", "checkpoint-13", "checkpoint-old", "checkpoint-99-copy"):
+        (folder / name).mkdir()
+        if name != "checkpoint-12":  # killed before its last file, or ...
+            text = '{"global_' if name == "checkpoint-13" else '{"global_step": 1}'  # ... while it was written
+            (folder / name / "trainer_state.json").write_text(text)
+    assert asked("True", private=True) is True
+    assert asked("True", private=False) == str(folder / "checkpoint-10")
+    assert asked(None, private=True) is asked("false", private=True) is None
+    assert asked("runs/other/checkpoint-3", private=True) == "runs/other/checkpoint-3"
 
 
 def test_docstrings_come_from_what_parses_and_is_no_test(tmp_path: Path) -> None:
