@@ -39,9 +39,12 @@ def main(folder: Path, steps: int) -> None:
                 os.write(stepped, b"s")
 
     torch.set_num_threads(1)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    backend: dict[str, Any] = {"ddp_backend": "gloo"} if ranks > 1 else {}
     trainer = trainer_for(
         "gpt2", folder / "run", max_steps=steps, learning_rate=1e-3, optim="adamw_torch", save_steps=SAVE_STEPS,
-        save_strategy="steps", save_total_limit=3, logging_steps=1000,
+        save_strategy="steps", save_total_limit=3, logging_steps=1000, per_device_train_batch_size=4 // ranks,
+        **backend,
     )  # fmt: skip
     trainer.add_callback(Steps())
     dp = attached(trainer)

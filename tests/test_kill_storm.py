@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,16 @@ from dp_flash_hf.spend import FILE_NAME, SpendRecord
 
 ROOT = Path(__file__).parents[1]
 ONE_PROCESS = (sys.executable,)
+# As torchrun starts them, but in one process group: torchrun's own workers would outlive it.
+TWO_RANKS = (
+    "bash",
+    "-c",
+    f"""export WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 PYTHON={shlex.quote(sys.executable)}
+    export MASTER_PORT=$($PYTHON -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    for rank in 0 1; do RANK=$rank LOCAL_RANK=$rank $PYTHON "$0" "$@" & done
+    wait -n || exit $?; wait -n""",
+)
+LAUNCHERS = {"one process": ONE_PROCESS, "two ranks": TWO_RANKS}
 MOST_SECONDS = 300.0  # of one start, which takes seconds: beyond, something hangs
 
 
@@ -100,14 +111,16 @@ def check(folder: Path, steps: int) -> None:
     checkpoints.require_whole(newest, state["stateful_callbacks"]["DPCallback"]["attributes"]["files"])
 
 
-def test_a_few_kills(tmp_path: Path) -> None:
-    check(tmp_path, storm(tmp_path, kills=2, steps=12))
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_a_few_kills(launcher: Sequence[str], tmp_path: Path) -> None:
+    check(tmp_path, storm(tmp_path, kills=2, steps=12, launcher=launcher))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_storm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_a_storm(launcher: Sequence[str], tmp_path: Path) -> None:
     """At least 30 kills over at least 200 steps."""
-    steps = storm(tmp_path, kills=30, steps=200)
+    steps = storm(tmp_path, kills=30, steps=200, launcher=launcher)
     check(tmp_path, steps)
     print(f"{steps} steps in the weights, {count(tmp_path / 'released')} released")

@@ -29,6 +29,7 @@ from transformers import (
 import dp_flash_hf
 from dp_flash_hf import PrivacyConfig, PrivacyReport, cli
 from dp_flash_hf.recipes import common
+from dp_flash_hf.spend import FILE_NAME
 
 FOLDER = Path(dp_flash_hf.__file__).parent / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
