@@ -6,12 +6,15 @@ import os
 import queue
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 SECONDS = 120.0  # a rank that waits in vain for another is an error after that
 
@@ -101,3 +104,18 @@ def fails(function: Callable[..., Any], *args: Any) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def fresh() -> None:
+    """Let Accelerate forget what it found out about this process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+
+
+@contextmanager
+def noise_if(wanted: bool) -> Iterator[None]:
+    """Training without noise, to be compared, unless wanted."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not wanted:
+            patch.setattr("dp_flash_hf.mechanism.add_gaussian_noise_", lambda tensors, **settings: None)
+        yield

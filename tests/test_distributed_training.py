@@ -8,8 +8,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ import torch
 import torch.distributed as dist
 import transformers as hf
 from accelerate.accelerator import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -32,25 +29,12 @@ from dp_flash_hf.distributed import Ranks, checksum, local, part_of
 from dp_flash_hf.private import make_private
 from tests import test_trl
 from tests.models import tiny
-from tests.ranks import world
+from tests.ranks import fresh, noise_if, world
 from tests.test_distributed import split, whole
 from tests.trainers import Pad, attached, config, texts, trainer_for, without_dropout
 
 SEED = 5
 C = 2.0  # some units are clipped and some are not, so that every scale of a loss shows
-
-
-def fresh() -> None:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
-
-
-@contextmanager
-def noise_if(wanted: bool) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if not wanted:
-            patch.setattr("dp_flash_hf.mechanism.add_gaussian_noise_", lambda tensors, **settings: None)
-        yield
 
 
 def model_of(kind: str, family: str = "llama", dtype: torch.dtype = torch.float32, *, lora: bool = False) -> Any:
