@@ -1,4 +1,4 @@
-"""Trainer with FSDP2 by Accelerate, which needs a GPU: `torchrun --nproc-per-node N tests/fsdp2_gpu.py`; see test_distributed.py.
+"""Trainer with FSDP2 by Accelerate, which needs a GPU: `torchrun --nproc-per-node N tests/fsdp2_gpu.py`.
 
 Trains twice, whole and split up, without noise and with the same draws, and prints how far the parameters are apart.
 """
@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 
 from tests.models import tiny
+from tests.ranks import fresh, noise_if
 from tests.test_distributed import whole
-from tests.test_distributed_training import SEED, C, fresh, noise_if
 from tests.trainers import attached, trainer_for, without_dropout
+
+SEED, C = 5, 2.0  # some units are clipped, and some are not
 
 
 def trained(folder: str, **settings: Any) -> dict[str, torch.Tensor]:
