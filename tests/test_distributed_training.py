@@ -26,10 +26,12 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from dp_flash_hf.distributed import Ranks, checksum, local, part_of
+from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.private import make_private
+from dp_flash_hf.spend import SpendRecord
 from tests import test_trl
 from tests.models import tiny
-from tests.ranks import fresh, noise_if, world
+from tests.ranks import fails, fresh, noise_if, world
 from tests.test_distributed import split, whole
 from tests.trainers import Pad, attached, config, texts, trainer_for, without_dropout
 
@@ -333,3 +335,132 @@ def test_a_trainer_with_fsdp2_of_accelerate() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     print(done.stdout)
+
+
+def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool, bool]:
+    """Of a loop with a spend record: its error, steps on the books, lost ones, whether weights changed, if all is on record."""
+    fresh()
+    model = model_of("none")
+    before = checksum(model.lm_head.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accelerator: Any = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    private = make_private(
+        model=prepared,
+        optimizer=optimizer,
+        train_dataset=texts(),
+        collate_fn=Pad(),
+        accelerator=accelerator,
+        config=config(),
+        expected_batch_size=4,
+        steps=steps,
+        spend_record=path,
+    )
+
+    def full(self: SpendRecord) -> None:
+        raise PrivacyError("no space left on device")
+
+    def train() -> None:
+        for drawn in private.loader:
+            private.backward(drawn)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if failing:
+            patch.setattr(SpendRecord, "append", full)
+        error = fails(train)
+    private.stop()
+    report = private.report()
+    return (
+        error,
+        report.steps,
+        report.lost_steps,
+        checksum(model.lm_head.weight) != before,
+        private._training.mechanism.recorded,
+    )
+
+
+def test_a_record_of_several_ranks(tmp_path: Path) -> None:
+    """The first rank writes it, all release only what is on it, and all go on with its books."""
+    path = str(tmp_path / "record")
+    first, second = world(2).run(recorded, path, 2, True)
+    assert first[0] == "PrivacyError: no space left on device"
+    assert second[0].startswith("PrivacyError: another rank stopped here")
+    assert not first[3]
+    assert not second[3]
+    for lost in (0, 3):  # what an earlier training in this folder took is not in the weights of the next
+        for error, steps, found, changed, on_record in world(2).run(recorded, path, 3, False):
+            assert error == ""
+            assert (steps, found) == (3 + lost, lost)
+            assert changed
+            assert on_record
+    record = SpendRecord(path)
+    record.close()
+    assert sum(own.steps for own in record.ledgers.values()) == 6
+
+
+def alike(what: str) -> str:
+    """What ranks say that were given different weights, noise or optimizers."""
+    fresh()
+    model = model_of("none")
+    if what == "weights" and not Ranks().first:
+        with torch.no_grad():
+            model.model.norm.weight[0] += 1e-6
+    sigma = 1.0 if what != "noise" or Ranks().first else 0.9
+    trained = list(model.parameters())
+    optimizer = torch.optim.SGD(trained[1:] if what == "optimizer" and not Ranks().first else trained, lr=0.1)
+    return fails(
+        lambda: make_private(
+            model=model,
+            optimizer=optimizer,
+            train_dataset=texts(),
+            collate_fn=Pad(),
+            accelerator=Accelerator(cpu=True),
+            config=config(noise_multiplier=sigma),
+            expected_batch_size=4,
+            steps=2,
+        )
+    )
+
+
+def test_ranks_that_differ_are_refused() -> None:
+    assert all("ranks hold different parameters" in said for said in world(2).run(alike, "weights"))
+    assert all("ranks have different privacy parameters" in said for said in world(2).run(alike, "noise"))
+    first, second = world(2).run(alike, "optimizer")
+    assert "another rank stopped here" in first
+    assert "the optimizer must update exactly" in second
+
+
+def diverging() -> str:
+    """What ranks say when one of them changes a parameter between steps."""
+    fresh()
+    model = model_of("none")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    private = make_private(
+        model=model,
+        optimizer=optimizer,
+        train_dataset=texts(),
+        collate_fn=Pad(),
+        accelerator=Accelerator(cpu=True),
+        config=config(),
+        expected_batch_size=4,
+        steps=2 * len(list(model.parameters())),
+    )
+
+    def train() -> None:
+        for step, drawn in enumerate(private.loader):
+            private.backward(drawn)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1 and Ranks().first:
+                with torch.no_grad():
+                    model.lm_head.weight[3, 3] *= 1.001
+
+    said = fails(train)
+    private.stop()
+    return said
+
+
+def test_ranks_that_drift_apart_are_noticed() -> None:
+    assert all("ranks hold different parameters after a step" in said for said in world(2).run(diverging))
