@@ -339,17 +339,21 @@ class ClippingEngine:
                 )
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             return self._hold(parameter, torch.zeros_like(local(parameter), dtype=dtype))
-        if version == _INCOMPLETE:
-            raise PrivacyError(
-                "the second pass of strategy='two_pass' failed while a batch was being added, so the sums hold parts of units: "
-                "zero_grad() and begin the step again, with smaller batches if memory ran out"
-            )
+        self._require_complete(version)
         if parameter.grad is not released or local(released)._version != version:
             if bool((local(parameter.grad) == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
                 parameter.grad = None
                 return self.clipped_sum(parameter)
             raise PrivacyError(f"{self.parameters[parameter]}.grad was changed since the engine made it: zero_grad() first")
         return total
+
+    @staticmethod
+    def _require_complete(version: int) -> None:
+        if version == _INCOMPLETE:
+            raise PrivacyError(
+                "the second pass of strategy='two_pass' failed while a batch was being added, so the sums hold parts of units: "
+                "zero_grad() and begin the step again, with smaller batches if memory ran out"
+            )
 
     def take_sums(self) -> dict[nn.Parameter, Tensor]:
         """Hand over the accumulated clipped sums, zeros where nothing was added, for noise to be put on them.
@@ -612,6 +616,8 @@ class ClippingEngine:
             factors = self._factors(self._recorder.squared_norms(self._like), scale)
         # Sums that are there are added to in place, and new ones made in backward: memory for no second set.
         held = {p for p, gradient in self._held.items() if gradient is not None and p not in self._shards.parameters}
+        for parameter in held:  # the batch may be computed again after a second pass that failed: it would be added twice
+            self._require_complete(self._sums[parameter][2])
         sums = {p: self._sums[p][0] for p in held}
         parts: dict[nn.Parameter, Tensor] = {}
         self._recorder.start("sum", units, factors, sums)

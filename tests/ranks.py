@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-SECONDS = 120.0  # a rank that waits in vain for another is an error after that
+SECONDS = 300.0  # a rank that waits in vain for another is an error after that
 
 
 class World:

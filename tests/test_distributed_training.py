@@ -23,10 +23,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from dp_flash_hf.distributed import Ranks, checksum, local, part_of
 from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.mechanism import DPSGD
 from dp_flash_hf.private import make_private
 from dp_flash_hf.spend import SpendRecord
 from tests import test_trl
@@ -464,3 +466,40 @@ def diverging() -> str:
 
 def test_ranks_that_drift_apart_are_noticed() -> None:
     assert all("ranks hold different parameters after a step" in said for said in world(2).run(diverging))
+
+
+def traffic(path: str) -> list[tuple[str, float]]:
+    """What a Trainer with DDP adds up over ranks in two steps of three physical batches: where, and what share of a model."""
+    fresh()
+    trainer = trainer_for(
+        model_of("none"), Path(path), per_device_train_batch_size=1, gradient_accumulation_steps=3, max_steps=2, **gloo()
+    )
+    attached(trainer)
+    size = sum(p.numel() for p in trainer.model.parameters())
+    seen: list[tuple[str, int]] = []
+    inside = ["between steps"]
+    release, reduce = DPSGD.release, dist.all_reduce
+
+    def within(self: DPSGD) -> None:
+        inside.append("release")
+        release(self)
+        inside.pop()
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((inside[-1], tensor.numel()))
+        return reduce(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DPSGD, "release", within)
+        patch.setattr(dist, "all_reduce", counted)
+        # DDP's own reducer works below Python: it would start here.
+        patch.setattr(DistributedDataParallel, "forward", lambda *args, **kwargs: pytest.fail("DDP's forward was called"))
+        trainer.train()
+    return [(where, numbers / size) for where, numbers in seen]
+
+
+def test_gradients_are_added_up_once_a_step(tmp_path: Path) -> None:
+    """When the step's clipped sum is complete; what else is communicated is small."""
+    for seen in world(2).run(traffic, str(tmp_path)):
+        assert sum(share for where, share in seen if where == "release") == pytest.approx(2.0)
+        assert sum(share for where, share in seen if where != "release") < 0.01

@@ -1284,3 +1284,26 @@ def test_auto_keeps_books_of_what_two_passes_cannot_compute() -> None:
     engine.detach()
     model.zero_grad()
     assert distance(found, backward(model, toy_loss(model), batch, C=0.7)[0]) < 1e-12
+
+
+def test_a_second_pass_that_finds_a_use_outside_the_rules_adds_nothing_twice() -> None:
+    """The batch would be computed again, on top of what the failed pass had added."""
+    model = Toy()
+    engine = ClippingEngine(model, max_grad_norm=0.7, strategy="auto")
+    engine.whole = "two_pass"
+    loss, batch = toy_loss(model), toy_batch()
+    engine.backward(loss, batch)
+    passes = 0
+
+    def differs(batch: Batch) -> Tensor:
+        nonlocal passes
+        passes += 1
+        total = loss(batch)
+        if passes == 2:  # as one that routes by random numbers of its own may
+            total = total + 0 * torch.einsum("i,i->", model.norm._parameters["weight"], model.norm._parameters["weight"])
+        return total
+
+    with pytest.raises(PrivacyError, match="hold parts of units"):
+        engine.backward(differs, batch)
+    with pytest.raises(PrivacyError, match="hold parts of units"):
+        engine.take_sums()
