@@ -108,7 +108,7 @@ class Ranks:
     def require_equal(self, tensors: Sequence[tuple[str, Tensor]], what: str) -> None:
         """Raise PrivacyError unless all ranks that hold the same part hold the same bits. tensors: (part, numbers)."""
         own: dict[str, int] = {}
-        for part, tensor in tensors:
+        for part, tensor in tensors if self.size > 1 else ():
             own[part] = own.get(part, 0) + checksum(tensor)
         seen: dict[str, set[int]] = {}
         for sums in self.gathered(own):
