@@ -66,12 +66,12 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
                 generator = fresh_generator(seed=self.seed, stream=f"sampling step {self.step}")
             self.step += 1
             drawn = self.sampler.draw(generator)
-            if self.lengths is not None:  # the sum does not depend on who is computed with whom, but padding does
-                drawn = drawn[self.lengths[drawn].argsort()]
             own = [[unit] for unit in drawn.tolist()]
             if self.rows is not None and self.max_examples_per_unit is not None:
                 own = [rows.tolist() for rows in choose_rows(self.rows, drawn, self.max_examples_per_unit, generator)]
-            share = own[self.ranks.rank :: self.ranks.size]
+            drawn, share = drawn[self.ranks.rank :: self.ranks.size], own[self.ranks.rank :: self.ranks.size]
+            if self.lengths is not None:  # the sum does not depend on who is computed with whom, but padding does
+                share = [share[place] for place in self.lengths[drawn].argsort().tolist()]
             for places in self._parts(len(share)):
                 yield [(row, unit) for unit, place in enumerate(places) for row in share[place]]
 

@@ -276,7 +276,8 @@ class DPCallback(TrainerCallback, ExportableState):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         trainer = self._trainer
         folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
-        require_finite_weights(trainer.model, "nothing was saved")
+        with Ranks().together():
+            require_finite_weights(trainer.model, "nothing was saved")
         self._saving = folder
         try:
             with Ranks().together():

@@ -25,6 +25,7 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.noise import fresh_generator
 
 _BUCKET_BYTES = 32 * 2**20  # smaller sums are added up together: DDP's own buckets have 25 MiB
+_CHECKED_BYTES = 64 * 2**20  # at once, for a checksum
 _IN_FLIGHT = 2  # buckets on their way while the one before gets its noise
 
 
@@ -143,11 +144,13 @@ def _arrived(work: Any, flat: Tensor, bucket: list[Tensor]) -> list[Tensor]:
 
 def checksum(x: Tensor) -> int:
     """A number that differs, but for chance, where x differs in a bit."""
-    bits = x.detach().contiguous().flatten().view(torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(torch.int64)
-    places = torch.arange(1, len(bits) + 1, device=bits.device) * 0x9E3779B97F4A7C1  # so that exchanged numbers show
-    mixed = (bits ^ (bits >> 31)) * (places | 1)
-    return int((mixed ^ (mixed >> 29)).sum())
+    total = 0
+    for start, part in enumerate(x.detach().contiguous().flatten().view(torch.uint8).split(_CHECKED_BYTES)):
+        bits = torch.nn.functional.pad(part, (0, -len(part) % 8)).view(torch.int64)
+        places = torch.arange(1, len(bits) + 1, device=bits.device) + start * _CHECKED_BYTES
+        mixed = (bits ^ (bits >> 31)) * (places * 0x9E3779B97F4A7C1 | 1)  # so that exchanged numbers show
+        total += int((mixed ^ (mixed >> 29)).sum())
+    return total
 
 
 # --- parameters that are split up -----------------------------------------------------------------------------------------
@@ -252,6 +255,8 @@ class Shards:
         return sum(by_part.values(), torch.zeros((), dtype=dtype, device=None if like is None else like.device))
 
     def _refuse(self, model: nn.Module) -> None:
+        if len({p.device_mesh for p in self.ordered}) > 1:
+            raise UnsupportedError("parameters are split up over several device meshes: call fully_shard with one mesh for all")
         within = {p for module in self.modules for p in cast(nn.Module, module).parameters()}
         for name, parameter in model.named_parameters():
             if isinstance(parameter, DTensor) and not (parameter in within and _is_fully_sharded(parameter, self.ranks.size)):

@@ -175,12 +175,7 @@ class ClippingEngine:
             if not _is_out_of_memory(error) or not can_split or len(owners) < 2 or self._shards:
                 raise
             if self._adding and held:
-                self._sums = {}
-                self._clear_gradients()
-                raise PrivacyError(
-                    "out of memory while clipped sums were added up: part of the batch is in, so the whole step's sums were "
-                    "dropped, and nothing was released; resume from the last checkpoint with smaller physical batches"
-                ) from error
+                raise self._dropped() from error
         # Here, not in the except block: there the traceback keeps what the attempt had allocated.
         self._sums = {} if self._adding else self._sums
         if self._adding:
@@ -189,27 +184,34 @@ class ClippingEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         warnings.warn(
-            f"out of memory with {len(owners)} units in a physical batch: it is computed again in two halves. Smaller physical "
-            "batches (per_device_train_batch_size with more accumulation, or max_tokens_per_device) save that time.",
+            "out of memory in a physical batch: it is computed again in two halves. Smaller physical batches "
+            "(per_device_train_batch_size with more accumulation, or max_tokens_per_device) save that time.",
             stacklevel=3,
         )
         total, norms = torch.zeros(()), torch.zeros(units.n)
         for half in (owners[: len(owners) // 2], owners[len(owners) // 2 :]):
             items = torch.isin(units.of_item, torch.tensor(half)).nonzero().flatten()
             part, own = select_items(batch, units, items), subset(units, items)
-            loss = self._in_memory(
-                loss_fn,
-                part,
-                own,
-                None if scale is None else scale[half],
-                partial(_unit_of, own),
-                can_split=True,
-            )
+            own_scale = None if scale is None else scale[half]
+            try:
+                loss = self._in_memory(loss_fn, part, own, own_scale, partial(_unit_of, own), can_split=True)
+            except BaseException as error:
+                if half[0] == owners[0]:
+                    raise
+                raise self._dropped() from error  # the first half is in the sums, and cannot be taken out again
             norms = norms.to(self.norms)
             norms[half] = self.norms
             total = total.to(loss.device) + loss
         self.norms = norms
         return total
+
+    def _dropped(self) -> PrivacyError:
+        self._sums = {}
+        self._clear_gradients()
+        return PrivacyError(
+            "a batch that ran out of memory could be added in part only, so the whole step's sums were dropped, and nothing "
+            "was released; resume from the last checkpoint with smaller physical batches"
+        )
 
     def _once(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select) -> Tensor:
         self._adding = False

@@ -19,7 +19,7 @@ from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.noise import add_gaussian_noise_, fresh_generator
 from dp_flash_hf.report import PrivacyReport
-from dp_flash_hf.spend import RECORDED, RecordElsewhere, SpendRecord
+from dp_flash_hf.spend import RecordElsewhere, SpendRecord
 
 logger = logging.get_logger(__name__)
 
@@ -94,7 +94,8 @@ class DPSGD:
     @property
     def recorded(self) -> bool:
         """Whether every step so far was written to disk before it was released."""
-        return self.record is not None and all(name.startswith(RECORDED) for name, own in self._books.items() if own.steps)
+        # Of another folder it is not known what was lost there after the checkpoint that was resumed here.
+        return self.record is not None and all(name == self.record.name for name, own in self._books.items() if own.steps)
 
     def keep(self, record: SpendRecord | RecordElsewhere) -> None:
         """Write every step to this record before it is released, and count what it holds already.
@@ -120,6 +121,9 @@ class DPSGD:
             inner = self._require_fitting(engine, optimizer)
         self.stop()
         self._ranks, self._steps_here, self._generators = Ranks(), 0, {}
+        writer = self._ranks.shared(self._writer)  # one name for one training, also where no record gives it
+        self._books[writer] = self._books.pop(self._writer)
+        self._writer = writer
         described = (
             self.config.to_dict(),
             self.plan.sampler.to_dict(),
@@ -156,7 +160,7 @@ class DPSGD:
         """Let go of engine and optimizer; what was spent stays on the books."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._engine = [], None
+        self._handles, self._engine, self._released = [], None, {}
 
     def require_next(self) -> None:
         """Raise PrivacyError where `release` may not be called now."""

@@ -8,6 +8,7 @@ what a formula thinks of them.
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -110,11 +111,12 @@ def moments_of(optimizer: object) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process could still allocate there: torch's own unused blocks too."""
+    """Bytes that this process could still allocate there: torch's own unused blocks too, of a machine's memory its share."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return int(psutil.virtual_memory().available)  # type: ignore[no-untyped-call]
+    available = int(psutil.virtual_memory().available)  # type: ignore[no-untyped-call]
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _without_numbers(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

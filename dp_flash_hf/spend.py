@@ -139,8 +139,8 @@ class SpendRecord:
                 self._take(line)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise PrivacyError(
-                    f"{self.path}, line {number}: damaged ({error}), so what was spent is unknown. Restore the file from a "
-                    "copy; or begin anew in another folder, and count what was spent here in addition"
+                    f"{self.path}, line {number}: damaged ({error}), so what was spent is unknown. Restore a copy of "
+                    "the file, if no step was taken since; or begin anew in another folder, and count what was spent here too"
                 ) from error
             self._hash, self._end = found, self._end + len(text) + 1
         if torn:
@@ -237,15 +237,15 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def fingerprint_of(dataset: Any, key: str) -> str:
-    """A keyed hash of a dataset's size, columns, and up to 1024 examples from all over it: 32 hexadecimal digits.
+def fingerprint_of(dataset: Any, key: str, examples: int = _EXAMPLES_READ) -> str:
+    """A keyed hash of a dataset's size, columns, and up to so many examples from all over it: 32 hexadecimal digits.
 
     Numbers hash by value, whether a row of them is a list, a tensor or an array. Of a dataset that reads differently every time
     (random crops, say) only size and columns are hashed, and of unknown things in an example only what they are.
     """
     raw = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset  # before transforms, which may be random
     n = len(raw)
-    rows = sorted({row * n // _EXAMPLES_READ for row in range(_EXAMPLES_READ)}) if n > _EXAMPLES_READ else list(range(n))
+    rows = sorted({row * n // examples for row in range(examples)}) if n > examples else list(range(n))
     columns = getattr(raw, "column_names", None)
     total = hashlib.blake2b(key=bytes.fromhex(key), digest_size=16)
     total.update(repr((n, sorted(columns) if isinstance(columns, list) else None)).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +30,7 @@ from dp_flash_hf.memory import GIB, estimate, free_memory, moments_of
 from dp_flash_hf.preflight import choose_units, preflight
 from dp_flash_hf.report import PrivacyReport
 from dp_flash_hf.sampling import group_rows
-from dp_flash_hf.spend import SpendRecord
+from dp_flash_hf.spend import SpendRecord, fingerprint_of
 from dp_flash_hf.units import Batch, Units, leading_shape
 
 logger = logging.get_logger(__name__)
@@ -150,6 +151,7 @@ class PrivateTraining:
         """From now on the optimizer refuses gradients without noise. Raises PrivacyError unless it trains exactly the model."""
         if self.engine is not None:
             self.engine.detach()
+        self._require_same_data()
         if Ranks().size > 1 and is_compiled(model):
             raise UnsupportedError("torch.compile on several processes is not supported; leave it off, or use one process")
         self.engine = ClippingEngine(
@@ -164,12 +166,27 @@ class PrivateTraining:
         self.mechanism.start(self.engine, optimizer)
         self._moments = moments_of(optimizer)
 
+    def _require_same_data(self) -> None:
+        """Raise PrivacyError unless unit 17 is the same on all ranks: else one person could be in two of their shares."""
+        ranks = Ranks()
+        if ranks.size == 1:
+            return
+        key = ranks.shared(secrets.token_hex(16))  # the ranks see each other's hashes, and nobody else does
+        rows = None if self.rows is None else fingerprint_of([own.tolist() for own in self.rows], key, examples=len(self.rows))
+        found = (fingerprint_of(self.dataset, key), rows)
+        if any(other != found for other in ranks.gathered(found)):
+            raise PrivacyError(
+                "ranks were given different training data, or the same in another order, so a unit could be drawn on two of "
+                "them: shuffle and filter with a fixed seed, or on the first rank only"
+            )
+
     def check(self, loader: DataLoader[Any], model_loss: ModelLoss, move: Move, *, reduced_precision: bool) -> None:
         """Prove on the data themselves, before the first step, that steps will be private: see `preflight`."""
         assert self.engine is not None
         assert loader.collate_fn is not None
         self._move = move
-        require_finite_weights(self.engine.model, "nothing was trained")
+        with Ranks().together():
+            require_finite_weights(self.engine.model, "nothing was trained")
 
         def keys_of(unit: int, number: int) -> list[tuple[int, int]]:
             own = [unit] if self.rows is None else self.rows[unit][: self.config.max_examples_per_unit].tolist()

@@ -201,7 +201,7 @@ def test_padding_that_units_feel_is_not_cut_off(tmp_path: Path) -> None:
     trainer = trainer_for(model, tmp_path, collator=to_one_length)
     attached(trainer)
     trainer.train()
-    trainer = trainer_for(model, tmp_path, collator=to_one_length)
+    trainer = trainer_for(model, tmp_path / "budget", collator=to_one_length)
     dp = attached(trainer, max_tokens_per_device=30)
     with pytest.raises(PrivacyError, match=r"depends on the others' lengths.*without max_tokens"):
         trainer.train()

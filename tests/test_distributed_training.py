@@ -38,7 +38,8 @@ from tests.test_distributed import split, whole
 from tests.trainers import Pad, attached, config, texts, trainer_for, without_dropout
 
 SEED = 5
-C = 2.0  # some units are clipped and some are not, so that every scale of a loss shows
+# About the median norms, full and LoRA: some units are clipped and some are not, so that every scale of a loss shows.
+FULL, ADAPTER = 4.5, 1.5
 
 
 def model_of(kind: str, family: str = "llama", dtype: torch.dtype = torch.float32, *, lora: bool = False) -> Any:
@@ -65,7 +66,7 @@ def loop(
         train_dataset=texts(),
         collate_fn=Pad(),
         accelerator=accelerator,
-        config=config(seed=SEED, max_grad_norm=C),
+        config=config(seed=SEED, max_grad_norm=ADAPTER if lora else FULL),
         expected_batch_size=batch,
         steps=steps,
         max_rows_per_device=rows,
@@ -112,7 +113,7 @@ def trained(path: str, accumulation: int, changes: dict[str, Any]) -> dict[str, 
         max_steps=3,
         **gloo(),
     )
-    dp = attached(trainer, seed=SEED, max_grad_norm=C, **changes)
+    dp = attached(trainer, seed=SEED, max_grad_norm=FULL, **changes)
     with noise_if(False):
         trainer.train()
     assert dp.report().expected_batch_size == 6
@@ -276,7 +277,7 @@ def trl_trained(name: str, path: str) -> tuple[dict[str, Tensor], list[str]]:
     if Ranks().size > 1:
         settings["ddp_backend"] = "gloo"
     trainer = make(Path(path), **settings)
-    attached(trainer, seed=SEED, max_grad_norm=C)
+    attached(trainer, seed=SEED, max_grad_norm=1e3)  # nothing is clipped
     with noise_if(False):
         trainer.train()
     logged = sorted({key for entry in trainer.state.log_history for key in entry})
@@ -309,7 +310,7 @@ def trained_split(path: str, fsdp: int, replicas: int, lora: bool) -> dict[str, 
     trainer = trainer_for(
         model, Path(path, f"out {Ranks().size}"), learning_rate=0.5, per_device_train_batch_size=share, max_steps=3, **gloo()
     )
-    dp = attached(trainer, seed=SEED, max_grad_norm=C)
+    dp = attached(trainer, seed=SEED, max_grad_norm=ADAPTER if lora else FULL)
     with noise_if(False):
         trainer.train()
     assert Ranks().size == 1 or any(isinstance(p, DTensor) for p in model.parameters())
@@ -410,13 +411,16 @@ def alike(what: str) -> str:
         with torch.no_grad():
             model.model.norm.weight[0] += 1e-6
     sigma = 1.0 if what != "noise" or Ranks().first else 0.9
+    data = texts()
+    if what in ("order", "content") and not Ranks().first:
+        data = data[::-1] if what == "order" else [{**e, "input_ids": e["input_ids"][::-1]} for e in data]
     trained = list(model.parameters())
     optimizer = torch.optim.SGD(trained[1:] if what == "optimizer" and not Ranks().first else trained, lr=0.1)
     return fails(
         lambda: make_private(
             model=model,
             optimizer=optimizer,
-            train_dataset=texts(),
+            train_dataset=data,
             collate_fn=Pad(),
             accelerator=Accelerator(cpu=True),
             config=config(noise_multiplier=sigma),
@@ -428,6 +432,8 @@ def alike(what: str) -> str:
 
 def test_ranks_that_differ_are_refused() -> None:
     assert all("ranks hold different parameters" in said for said in world(2).run(alike, "weights"))
+    for what in ("order", "content"):
+        assert all("ranks were given different training data" in said for said in world(2).run(alike, what))
     assert all("ranks have different privacy parameters" in said for said in world(2).run(alike, "noise"))
     first, second = world(2).run(alike, "optimizer")
     assert "another rank stopped here" in first

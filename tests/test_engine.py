@@ -1063,6 +1063,26 @@ def test_one_unit_that_does_not_fit_is_an_error() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_half_a_batch_is_never_left_in_the_sums() -> None:
+    """The last unit does not fit even alone; the halves before it do, and are in."""
+    model = Toy()
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+    loss, batch = toy_loss(model), toy_batch(4)
+    engine.backward(loss, batch)  # layouts are learnt while there is room
+    model.zero_grad()
+    last = batch["input_ids"][3]
+
+    def refuse(module: nn.Module, args: Any, output: Tensor) -> None:
+        if any(torch.equal(row, last) for row in args[0]):
+            raise cuda_error()
+
+    model.table.register_forward_hook(refuse)
+    with pytest.warns(UserWarning, match="two halves"), pytest.raises(PrivacyError, match="whole step's sums were dropped"):
+        engine.backward(loss, batch)
+    assert not engine.holds_sums
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["first", "added to"])
 def test_no_room_while_sums_are_added_up(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With nothing there before, it is computed anew; else half a batch would be in the sums, which are dropped as a whole."""
