@@ -391,6 +391,9 @@ def _refuse_settings(trainer: Trainer) -> None:
         "DataParallel: each replica sees part of a batch; launch one process for each device (torchrun), with DDP or FSDP2": (
             args.n_gpu > 1
         ),
+        "DeepSpeed: its engine owns backward and adds gradients up before they are clipped; use FSDP2, or DDP": bool(
+            args.deepspeed
+        ),
         **accelerator_refusals(trainer.accelerator),
         "dataloader_drop_last: Poisson batches have no remainder to drop; set it to False": args.dataloader_drop_last,
         f"train_sampling_strategy={args.train_sampling_strategy!r} is not accounted; use 'random' or 'group_by_length'": (

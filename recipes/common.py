@@ -151,12 +151,12 @@ def checkpoint(args: TrainingArguments, *, private: bool = True) -> str | bool |
     if asked.lower() != "true":
         return asked
     folder = Path(str(args.output_dir))
-    answer: list[str | bool | None] = [None]
-    if private:
-        answer = [True if checkpoints.by_age(folder) or (folder / FILE_NAME).exists() else None]
-    else:
-        answer = [next((str(path) for path in checkpoints.by_age(folder) if _is_whole(path)), None)]
+    newest = next((str(path) for path in checkpoints.by_age(folder) if _is_whole(path)), None)
+    begun = bool(checkpoints.by_age(folder)) or (folder / FILE_NAME).exists()
+    answer: list[str | bool | None] = [(begun or None) if private else newest]
     broadcast_object_list(answer)
+    if args.process_index == 0:
+        print(f"no checkpoint in {folder}: from the first step" if newest is None else f"resuming from {newest}")
     return answer[0]
 
 

@@ -475,7 +475,7 @@ def test_one_user_moves_the_sum_by_at_most_the_bound_and_rows_as_units_by_more(
     assert apart(*sums) == pytest.approx(C, rel=1e-4)
     assert dp.report().unit == "all rows with the same 'user'"
     rows = ([3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8, 15, 16, 17])  # the same users' rows
-    sums, _, _ = sums_of(lambda: make(tmp_path, **reference), monkeypatch, *rows, max_grad_norm=C)
+    sums, _, _ = sums_of(lambda: make(tmp_path / "rows", **reference), monkeypatch, *rows, max_grad_norm=C)
     assert apart(*sums) > 1.5 * C
 
 
