@@ -28,8 +28,8 @@ TWO_RANKS = (
     "-c",
     f"""export WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 PYTHON={shlex.quote(sys.executable)}
     export MASTER_PORT=$($PYTHON -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    for rank in 0 1; do RANK=$rank LOCAL_RANK=$rank $PYTHON "$0" "$@" & done
-    wait -n || exit $?; wait -n""",
+    RANK=0 LOCAL_RANK=0 $PYTHON "$0" "$@" & first=$!
+    RANK=1 LOCAL_RANK=1 $PYTHON "$0" "$@" && wait $first""",
 )
 LAUNCHERS = {"one process": ONE_PROCESS, "two ranks": TWO_RANKS}
 MOST_SECONDS = 300.0  # of one start, which takes seconds: beyond, something hangs

@@ -95,7 +95,7 @@ def test_any_flipped_bit_is_noticed(path: Path) -> None:
     for place in [0, *torch.randint(len(whole) - 1, (200,), generator=generator).tolist()]:
         bit = 1 << int(torch.randint(8, (), generator=generator))
         path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
-        with pytest.raises(PrivacyError, match=r"spend.jsonl, line \d: damaged .*Restore the file from a copy"):
+        with pytest.raises(PrivacyError, match=r"spend.jsonl, line \d: damaged .*Restore a copy of the file"):
             SpendRecord(path)
 
 
