@@ -3,7 +3,7 @@
 Importing registers `attn_implementation="dp_flash"`.
 """
 
-from dp_flash_hf import attention, patching
+from dp_flash_hf import attention_registration, patching
 from dp_flash_hf.accountant import PrivacyPlan
 from dp_flash_hf.attention_privacy import AttentionPrivacy, AttentionPrivacyReport
 from dp_flash_hf.callback import DPCallback
@@ -37,5 +37,5 @@ __all__ = [
     "verify_cut",
 ]
 
-attention.register()
+attention_registration.register()
 patching.register()

@@ -96,13 +96,14 @@ def choose(
     """Who computes this call: whom `use` asked for; else torch, unless it would form all weights where the kernels need not.
 
     That is on CUDA devices with soft-capped logits, sinks, or a mask that `segments` say in fewer words; and a release, whose
-    clipping and noise the kernels do on the way. Which of the two is faster where torch's fused kernels take the call has not
-    been measured yet.
+    clipping and noise the kernels do on the way. Where a compiler traces, it is torch, whose operations it fuses. Which of the
+    two is faster where torch's fused kernels take the call has not been measured yet.
     """
     if _asked_for is not None:
         return _asked_for
     forms_weights = any(x is not None for x in (pattern.softcap, pattern.sinks, pattern.mask, release))
-    if query.is_cuda and forms_weights and not _varlen_does(query, value, segments, pattern):
+    own_kernels = query.is_cuda and forms_weights and not torch.compiler.is_compiling()
+    if own_kernels and not _varlen_does(query, value, segments, pattern):
         return "triton" if _triton_lacks(query, value, segments, pattern) is None else "sdpa"
     return "sdpa"
 

@@ -63,7 +63,7 @@ class Work:
 
     heads are 64 wide and the feed-forward layers 4 * width. autocast: bfloat16 autocast over float32 weights. lora: rank of
     adapters on all linear layers but the head, which are then all that is trained; 0: everything is. checkpointing: the layers
-    keep their inputs only, and compute the rest again in the backward pass.
+    keep their inputs only, and compute the rest again in the backward pass. compiled: `torch.compile` traces the whole model.
     """
 
     device: str
@@ -76,6 +76,7 @@ class Work:
     threads: int
     lora: int = 0
     checkpointing: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,8 @@ def model_of(work: Work, length: int, attention: str) -> Any:
             model = get_peft_model(model, adapter)
     if work.checkpointing:
         model.gradient_checkpointing_enable()
+    if work.compiled:
+        model.compile()
     return model.train()
 
 
@@ -158,18 +161,14 @@ def deferring(work: Work, length: int, bytes_at_once: int) -> tuple[nn.Module, S
     return model, limited
 
 
-def with_sdpa(work: Work, length: int, *, private: bool, compiled: bool) -> tuple[nn.Module, Step]:
-    """The model, and a step of it with torch's attention, which does not break a compiled graph; compiled whole, or eager."""
-    tokens = tokens_of(work, length)
-    batch = {"input_ids": tokens, "labels": tokens}
-    if not private:
-        return _plain(work, length, batch, "sdpa", compiled=compiled)
-    return _private(work, length, batch, None, [length] * work.batch, attention="sdpa", compiled=compiled)
-
-
 def checkpointed(work: Work, length: int, make: Method) -> tuple[nn.Module, Step]:
     """As `make`, with gradient checkpointing."""
     return make(replace(work, checkpointing=True), length)
+
+
+def compiled(work: Work, length: int, make: Method) -> tuple[nn.Module, Step]:
+    """As `make`, with the model given to `torch.compile`."""
+    return make(replace(work, compiled=True), length)
 
 
 def text_lengths(work: Work) -> list[int]:
@@ -199,12 +198,8 @@ def padding_free(work: Work, length: int, *, private: bool) -> tuple[nn.Module, 
     return _private(work, length, batch, units, lengths) if private else _plain(work, length, batch, "dp_flash")
 
 
-def _plain(
-    work: Work, length: int, batch: dict[str, Tensor], attention: str, *, compiled: bool = False
-) -> tuple[nn.Module, Step]:
+def _plain(work: Work, length: int, batch: dict[str, Tensor], attention: str) -> tuple[nn.Module, Step]:
     model = model_of(work, length, attention)
-    if compiled:
-        model.compile()
     optimizer = _optimizer(model)
 
     def step() -> None:
@@ -224,13 +219,8 @@ def _private(
     units: Tensor | None,
     lengths: list[int],
     strategy: Strategy = "bookkeeping",
-    *,
-    attention: str = "dp_flash",
-    compiled: bool = False,
 ) -> tuple[nn.Module, Step]:
-    model = model_of(work, length, attention)
-    if compiled:
-        model.compile()
+    model = model_of(work, length, "dp_flash")
     optimizer = _optimizer(model)
     # The mean over rows, as the other methods take it, but without a pass over the gradients: that comes with the noise.
     engine = ClippingEngine(model, max_grad_norm=MAX_GRAD_NORM / work.batch, strategy=strategy)
@@ -352,9 +342,9 @@ LORA: Methods = {name: FULL[name] for name in (BASELINE, "dp_flash", "dp_flash t
 
 COMPILE: Methods = {
     BASELINE: non_private,
-    "non-private, compiled": functools.partial(with_sdpa, private=False, compiled=True),
-    "dp_flash, sdpa": functools.partial(with_sdpa, private=True, compiled=False),
-    "dp_flash, sdpa, compiled": functools.partial(with_sdpa, private=True, compiled=True),
+    f"{BASELINE}, compiled": functools.partial(compiled, make=non_private),
+    "dp_flash": dp_flash,
+    "dp_flash, compiled": functools.partial(compiled, make=dp_flash),
 }
 VOCABULARY: Methods = {
     BASELINE: non_private,

@@ -157,12 +157,6 @@ class PrivateTraining:
         self.engine = ClippingEngine(
             unwrapped(model), max_grad_norm=self.config.max_grad_norm, clipping=self.config.clipping, strategy=self.strategy
         )
-        attention = str(getattr(getattr(self.engine.model, "config", None), "_attn_implementation", ""))
-        if attention.startswith("dp_flash") and is_compiled(model):
-            logger.warning(
-                f"{attention} attention reads its masks, which breaks the compiled graph in every layer: exact, but slow to "
-                'compile; use attn_implementation="sdpa" with torch.compile'
-            )
         self.mechanism.start(self.engine, optimizer)
         self._moments = moments_of(optimizer)
 

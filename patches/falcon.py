@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_flash_hf.attention import dp_flash_attention, once
+from dp_flash_hf.attention import dp_flash_attention
+from dp_flash_hf.attention_layout import once
 from dp_flash_hf.patching import keys_and_values, register_attention
 
 

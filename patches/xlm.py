@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dp_flash_hf.attention import dp_flash_attention, once
+from dp_flash_hf.attention import dp_flash_attention
+from dp_flash_hf.attention_layout import once
 from dp_flash_hf.patching import heads, keys_and_values, register_attention
 
 

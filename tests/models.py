@@ -105,10 +105,12 @@ CLASSIFIERS = ("vit", "bert_classifier")
 UNSHIFTED = ("bert", "roberta", "distilbert", "albert", "t5")
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float64, *, seed: int = 1) -> Any:
+def tiny(name: str, dtype: torch.dtype = torch.float64, *, seed: int = 1, attention: str | None = None) -> Any:
     """A family's smallest model, in eval mode (no dropout), with norm scales and biases that are not ones and zeros."""
     torch.manual_seed(seed)
     model = BUILDERS[name]()
+    if attention is not None:
+        model.set_attn_implementation(attention)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

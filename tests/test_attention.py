@@ -20,13 +20,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
 
 import dp_flash_hf
 from dp_flash_hf import attention as dp
+from dp_flash_hf import attention_layout
+from dp_flash_hf import attention_registration as registration
 from dp_flash_hf.attention import dp_flash_attention
 from dp_flash_hf.attention_implementations import use
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.kernels import reference
 
 assert dp_flash_hf.__name__  # imported for its registration, which the next line repeats
-dp.register()
+registration.register()
 
 EPS64 = torch.finfo(torch.float64).eps
 NAN = math.nan
@@ -722,13 +724,13 @@ def test_models_keep_rows_and_padding_apart(side: str) -> None:
 def test_masks_are_not_kept_alive() -> None:
     model = build(AutoModelForCausalLM, "mistral", CAUSAL["mistral"])
     gc.collect()
-    before = len(dp._KNOWN)
+    before = len(attention_layout._KNOWN)
     for inputs in (padded("right")[1], packed_inputs([4, 5])[0]):
         with torch.no_grad():
             model(**inputs, use_cache=False)
     del inputs
     gc.collect()
-    assert len(dp._KNOWN) == before
+    assert len(attention_layout._KNOWN) == before
 
 
 def test_a_changed_mask_is_read_again() -> None:
@@ -736,6 +738,72 @@ def test_a_changed_mask_is_read_again() -> None:
     run(qkv, mask)
     mask[:, :, 4:, :4] = True
     assert_same(run(qkv, mask), reference.attention(*qkv, mask=mask), qkv)
+
+
+# --- code that a compiler traces ------------------------------------------------------------------------------------------
+
+
+def made_here(mask: Tensor, window: int | None = None) -> Tensor:
+    """A mask as `dp_flash_mask` leaves it."""
+    mask.made_by_dp_flash = window  # type: ignore[attr-defined]
+    return mask
+
+
+RESTARTING = torch.tensor([[*range(5), *range(1), *range(S - 6)]])
+LEFT_PADDED = torch.tensor([[1] * 3 + [*range(S - 3)]] * B)  # positions as Transformers counts them
+TRACED: dict[str, Callable[[], dict[str, Any]]] = {
+    "causal": lambda: {},
+    "full": lambda: {"causal": False},
+    "softcap and sinks": lambda: {"softcap": 1.3, "s_aux": torch.randn(H, dtype=torch.float64)},
+    "bias": lambda: {"position_bias": torch.randn(1, H, S, S, dtype=torch.float64)},
+    "window": lambda: {"sliding_window": 3},
+    "padding": lambda: {"mask": padding([S, 4])},
+    "padding, full sight": lambda: {"mask": padding([S, 4]), "causal": False},
+    "4-D padding": lambda: {"mask": made_here(causal_mask(S) & padding([S, 4])[:, None, None])},
+    "4-D window": lambda: {"mask": made_here(causal_mask(S, 3)[None, None], 3), "sliding_window": 3},
+    "picked keys": lambda: {"indices": torch.arange(S).remainder(3).expand(B, S, S)[..., :2].contiguous()},
+    "restarts": lambda: {"position_ids": RESTARTING},
+    "restarts, full sight": lambda: {"position_ids": RESTARTING, "causal": False},
+    "restarts in a window": lambda: {"position_ids": RESTARTING, "sliding_window": 3},
+    "restarts that a mask crosses": lambda: {"position_ids": RESTARTING, "mask": made_here(causal_mask(S)[None, None])},
+    "restarts that a padding mask crosses": lambda: {"position_ids": RESTARTING, "mask": padding([S, 4])},
+    "restarts of padding on the left": lambda: {
+        "position_ids": LEFT_PADDED,
+        "mask": made_here(causal_mask(S) & padding([S - 3] * B, "left")[:, None, None]),
+    },
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_traced_code_equals_what_is_read(name: str) -> None:
+    torch._dynamo.reset()
+    qkv, asked = tensors(), TRACED[name]()
+    compiled: Any = torch.compile(run, backend="eager", fullgraph=True)
+    trained = [*qkv, *(x.requires_grad_() for x in asked.values() if isinstance(x, Tensor) and x.is_floating_point())]
+    assert_same(compiled(qkv, **asked), run(qkv, **asked), trained)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"cu_seq_lens_q": torch.tensor([0, 5, 6, S], dtype=torch.int32)},
+        {"mask": causal_mask(S, 3)[None, None], "sliding_window": 3},
+        {"mask": causal_mask(S)[None, None].double().log()},
+    ],
+    ids=["boundaries", "a window in a mask of somebody else's", "a float mask"],
+)
+def test_what_has_to_be_read_breaks_the_graph_and_counts(asked: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    rows = 1 if "cu_seq_lens_q" in asked else B
+    qkv = tensors(batch=rows)
+    assert_same(torch.compile(run, backend="eager")(qkv, **asked), run(qkv, **asked), qkv)
+
+
+def test_a_window_that_a_mask_ignores_is_refused_in_compiled_code_too() -> None:
+    torch._dynamo.reset()
+    for mask in (causal_mask(S)[None, None], made_here(causal_mask(S)[None, None]), padding([S, 4])):
+        with pytest.raises(UnsupportedError, match="that its attention mask ignores"):
+            torch.compile(run, backend="aot_eager")(tensors(), mask, sliding_window=3)
 
 
 # --- registration, and the check that it really ran -------------------------------------------------------------------------
@@ -768,7 +836,7 @@ def test_every_way_to_ask_for_it(name: str, tmp_path: Path) -> None:
 
 def test_registering_again_changes_nothing() -> None:
     before = vars(PreTrainedModel).copy()
-    dp.register()
+    registration.register()
     assert vars(PreTrainedModel) == before
 
 
@@ -794,7 +862,7 @@ def test_a_changed_transformers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", set_attn_implementation)
     with pytest.raises(UnsupportedError, match=r"PreTrainedModel\.set_attn_implementation"):
-        dp.register()
+        registration.register()
 
 
 XLNET = {"vocab_size": 50, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
@@ -860,14 +928,15 @@ def test_models_with_their_own_table_of_attentions_are_refused_at_once(name: str
 )
 def test_status(model_type: str, fields: dict[str, Any], name: str, before: str, after: str) -> None:
     model = build(AutoModelForCausalLM, model_type, fields, name)
-    assert dp.status(model) == before
+    assert registration.status(model) == before
     model(IDS)
-    assert dp.status(model) == after
+    assert registration.status(model) == after
 
 
 def test_a_model_that_adds_to_its_mask_is_refused() -> None:
+    check, config = registration._arm_check(lambda *args: "dp_flash"), SimpleNamespace(model_type="deepseek_v4")
     with pytest.raises(UnsupportedError, match="float mask"):
-        dp._arm_check(lambda *args: "dp_flash")(SimpleNamespace(config=SimpleNamespace(model_type="deepseek_v4")), "dp_flash")
+        check(SimpleNamespace(config=config), "dp_flash")
 
 
 def test_switching_back_before_the_first_forward_is_fine() -> None:

@@ -490,6 +490,16 @@ def test_a_recomputed_forward_is_refused() -> None:
         output.sum().backward()
 
 
+def test_a_compiled_call_draws_noise_anew_and_is_recorded() -> None:
+    torch._dynamo.reset()
+    module, ledger = private_layer(AttentionPrivacy(**GOOD), rows=3)
+    padding = torch.arange(6) < torch.tensor([[2], [5], [1]])
+    qkv, compiled = random_qkv(3, 2, 1, 6), torch.compile(call, backend="aot_eager")
+    first, second = (compiled(module, qkv, padding) for _ in range(2))
+    assert bool((first != second)[0, :, :2].all())
+    assert ledger.squared_mu == pytest.approx(2 * cost(AttentionPrivacy(**GOOD), 5))
+
+
 # --- what is recorded -----------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
 
 from dp_flash_hf import ClippingEngine, UnsupportedError, patching
 from dp_flash_hf import attention as dp
+from dp_flash_hf import attention_registration as registration
 from dp_flash_hf.patching import patch, unpatch
 from tests.oracle import clipped_sum, distance, each_row, grads, unit_gradients
 from tests.test_attention import ENCDEC, GPT2, GQA, MOE, TEXT, hooks, packed_inputs, padded, ran
@@ -281,7 +282,7 @@ def test_models_with_a_kernel_from_the_hub_equal_eager(model_type: str, side: st
     assert model._compatible_flash_implementations
     real, inputs = padded(side)
     ours = outputs_and_gradients(model, real, inputs)
-    assert dp.status(model) == "called"
+    assert registration.status(model) == "called"
     model.set_attn_implementation("eager")
     assert_models_agree(ours, outputs_and_gradients(model, real, inputs))
 
@@ -538,7 +539,7 @@ def test_every_way_to_ask_for_it(name: str, tmp_path: Path) -> None:
     expected = eager(padded("none")[1]["input_ids"]).logits
     for asked in (model, loaded, switched):
         assert asked.config._attn_implementation == name
-        assert dp.status(asked) == "patched"
+        assert registration.status(asked) == "patched"
         assert hooks(asked) > 0
         assert_models_agree([asked(padded("none")[1]["input_ids"]).logits], [expected])
         assert hooks(asked) == 0

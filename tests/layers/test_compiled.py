@@ -153,9 +153,16 @@ def assert_exact(
     model.zero_grad()
 
 
-def check_family(name: str, *, backend: str, dtype: torch.dtype, strategy: Any = "bookkeeping", tolerance: float) -> None:
+ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "dp_flash"])
+
+
+def check_family(
+    name: str, attention: str, *, backend: str, dtype: torch.dtype, strategy: Any = "bookkeeping", tolerance: float
+) -> None:
     """Ragged batches of a family, all in the graphs of the first."""
-    check_model(tiny(name, dtype), name, backend=backend, dtype=dtype, strategy=strategy, tolerance=tolerance)
+    check_model(
+        tiny(name, dtype, attention=attention), name, backend=backend, dtype=dtype, strategy=strategy, tolerance=tolerance
+    )
 
 
 def check_model(model: Any, name: str, *, backend: str, dtype: torch.dtype, strategy: Any, tolerance: float) -> None:
@@ -172,24 +179,29 @@ def check_model(model: Any, name: str, *, backend: str, dtype: torch.dtype, stra
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-def test_ragged_batches_of_one_graph_equal_the_oracle(name: str) -> None:
+@pytest.mark.parametrize(("name", "attention"), [("gpt2", "sdpa"), ("gpt2", "dp_flash"), ("qwen3", "dp_flash")])
+def test_ragged_batches_of_one_graph_equal_the_oracle(name: str, attention: str) -> None:
     """Positions for all rows, Conv1D, biases and tied embeddings; norms of rows and of heads."""
-    check_family(name, backend="aot_eager", dtype=torch.float64, tolerance=1e-11)
+    check_family(name, attention, backend="aot_eager", dtype=torch.float64, tolerance=1e-11)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "bert", "gemma3", "opt", "roberta", "distilbert", "bert_classifier"])
-def test_more_families_equal_the_oracle(name: str) -> None:
-    check_family(name, backend="aot_eager", dtype=torch.float64, tolerance=1e-11)
+@ATTENTION
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_tied", "qwen3", "bert", "gemma3", "opt", "roberta", "distilbert", "bert_classifier"]
+)
+def test_more_families_equal_the_oracle(name: str, attention: str) -> None:
+    """Gemma 3 with masks of two kinds, of which one is a window."""
+    check_family(name, attention, backend="aot_eager", dtype=torch.float64, tolerance=1e-11)
 
 
 @pytest.mark.slow
+@ATTENTION
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "qwen3"])
 @pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass"])
-def test_families_compiled_by_inductor_equal_the_oracle(name: str, strategy: str) -> None:
+def test_families_compiled_by_inductor_equal_the_oracle(name: str, strategy: str, attention: str) -> None:
     """Float32, of which the oracle's gradients have some thousand roundings as well."""
-    check_family(name, backend="inductor", dtype=torch.float32, strategy=strategy, tolerance=2e-5)
+    check_family(name, attention, backend="inductor", dtype=torch.float32, strategy=strategy, tolerance=2e-5)
 
 
 @pytest.mark.slow
