@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils.dataclasses import DistributedType
 
 SECONDS = 300.0  # a rank that waits in vain for another is an error after that
 
@@ -118,4 +119,21 @@ def noise_if(wanted: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if not wanted:
             patch.setattr("dp_flash_hf.mechanism.add_gaussian_noise_", lambda tensors, **settings: None)
+        yield
+
+
+@contextmanager
+def fsdp_on_cpu() -> Iterator[None]:
+    """Accelerate takes FSDP for ranks with GPUs only, and ignores it on others; what it does then runs on CPUs as well."""
+    original: Any = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AcceleratorState, "__init__", init)
         yield
