@@ -532,6 +532,30 @@ def test_accelerate_launch_on_several_machines(data: Path, tmp_path: Path) -> No
     check(tmp_path / "run", 2)
 
 
+LIFTED = """
+from tests.ranks import fsdp_on_cpu
+
+lifted = fsdp_on_cpu()  # Accelerate takes FSDP for CPUs too
+lifted.__enter__()
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_fsdp2(data: Path, tmp_path: Path) -> None:
+    """The first process is killed when it has written its part of the first checkpoint, and the command is given again."""
+    (tmp_path / "dying.py").write_text(DYING.replace("lora_finetune", "full_finetune") + LIFTED)
+    *_, command = commands("accelerate launch")
+    assert "full_finetune" in command
+    command = [str(tmp_path / "dying.py") if part == "full_finetune" else part for part in command]
+    command = [*command[:2], "--num_processes", "2", "--main_process_port", free_port(), *command[2:]]
+    command += [*sizes(data, tmp_path / "run"), "resume_from_checkpoint=true"]
+    run_together(command, folder=tmp_path, fails=True)
+    printed = run_together(command, folder=tmp_path)
+    check(tmp_path / "run", 2)
+    assert f"resuming from {tmp_path / 'run' / 'checkpoint-1'}" in printed
+    assert (tmp_path / "run" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()
+
+
 LOCAL_RAY = """
 import runpy, sys, ray
 ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False)
