@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dp_flash_hf.config import Clipping
 
@@ -33,3 +34,16 @@ def clip_factors(squared_norms: Tensor, max_grad_norm: float, clipping: Clipping
     else:
         factors = (max_grad_norm / totals.sqrt()).clamp(max=1.0).expand_as(squared_norms)
     return torch.where(valid, factors, torch.zeros_like(factors))
+
+
+def groups_of(model: nn.Module, parameters: Mapping[nn.Parameter, str], clipping: Clipping) -> dict[nn.Parameter, int]:
+    """The clipping group of each parameter: one for all, or with per_layer one for every module that owns parameters."""
+    if clipping != "per_layer":
+        return dict.fromkeys(parameters, 0)
+    owners: dict[nn.Parameter, int] = {}
+    for number, module in enumerate(model.modules()):
+        for parameter in module.parameters(recurse=False):
+            if parameter in parameters:
+                owners.setdefault(parameter, number)
+    numbers = {owner: group for group, owner in enumerate(dict.fromkeys(owners.values()))}
+    return {parameter: numbers[owner] for parameter, owner in owners.items()}

@@ -171,14 +171,27 @@ def part_of(parameter: Tensor) -> str:
     return "/".join(split)
 
 
-def own_part_of_sum(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """This rank's part of the sum over all ranks of `whole`, which has a split parameter's full shape; where its part lies."""
+def own_part_of_sum(parameter: nn.Parameter, whole: Tensor | None) -> Tensor:
+    """This rank's part of the sum over all ranks of `whole`, which has a split parameter's full shape; where its part lies.
+
+    whole: None for zeros.
+    """
     assert isinstance(parameter, DTensor)
+    if whole is None:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        whole = torch.zeros(parameter.shape, dtype=dtype, device=device_of(parameter))
     mesh = parameter.device_mesh
     total = DTensor.from_local(whole, mesh, [Partial()] * mesh.ndim, run_check=False)
     if mesh.ndim > 1:  # split up first: less is then left to add up over replicas
         total = total.redistribute(placements=[Partial(), *parameter.placements[1:]])
     return local(total.redistribute(placements=parameter.placements)).to(local(parameter).device)
+
+
+def add_own_parts(done: Sequence[nn.Parameter], sums: dict[nn.Parameter, Tensor], parts: dict[nn.Parameter, Tensor]) -> None:
+    """Move the whole sums of these parameters, which FSDP2 split up, over all ranks into this rank's parts of them."""
+    for parameter in done:
+        part = own_part_of_sum(parameter, sums.pop(parameter, None))
+        parts[parameter] = parts[parameter].add_(part) if parameter in parts else part
 
 
 def device_of(parameter: Tensor) -> torch.device:

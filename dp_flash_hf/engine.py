@@ -5,37 +5,28 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from dp_flash_hf import layers, planner
-from dp_flash_hf.clipping import clip_factors
+from dp_flash_hf.clipping import clip_factors, groups_of
 from dp_flash_hf.config import Clipping
 from dp_flash_hf.coupling import BatchGuard, refuse_model
-from dp_flash_hf.distributed import Shards, as_gradient, device_of, local, own_part_of_sum
+from dp_flash_hf.distributed import Shards, add_own_parts, device_of, local, own_part_of_sum
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.compiled import CompiledLayers, is_compiled, is_compiled_function
-from dp_flash_hf.layers.logits import Logits
-from dp_flash_hf.layers.tracking import Tracked
+from dp_flash_hf.learning import Learning, training_mode
 from dp_flash_hf.records import Recorder, TwoPassError, full_precision
-from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_items, select_unit, subset
+from dp_flash_hf.sums import ClippedSums
+from dp_flash_hf.units import Batch, Select, Units, leading_shape, select_items, selector, subset
 
 Strategy = Literal["auto", "bookkeeping", "two_pass", "microbatch"]
 LossFunction = Callable[[Any], Tensor]
-Select = Callable[[Batch, int], Batch]
-
-# Noise on activations, in standard deviations, of every number by itself and of all rows alike, in the passes that show which
-# shapes follow the data: the first scatters rows over a router's choices, the second sends them all to one. With one more token
-# masked and one label ignored, and without: a batch without padding may take another way through the model.
-DISTURBANCES = tuple((each, alike, masked) for masked in (True, False) for each, alike in ((3.0, 0.0), (1.0, 10.0)))
-
-_INCOMPLETE = -1  # in place of the version of a sum to which a part of a batch may have been added
 
 
 class ClippingEngine:
@@ -94,17 +85,15 @@ class ClippingEngine:
         self.norms = torch.zeros(0)  # per-unit gradient norms of the last batch, scaled, before clipping
         # Units whose norm was not finite, since the engine was made; counted without noise: keep it secret.
         self.dropped_units = 0
-        self._sums: dict[nn.Parameter, tuple[Tensor, Tensor, int]] = {}
         self._uncovered: set[nn.Parameter] = set()
         self._long_units = False  # whether the last batch was computed unit by unit because that is faster
         self._together = False  # see `together`
         self._adds = True  # False while this rank only takes part, see `attend`
         self._same_everywhere = False  # whether all ranks compute the same batch, as in `check`
         self._unsettled = False  # whether layouts are, on some rank
-        self._adding = False  # whether sums are being changed, so that an error leaves half of a batch in them
-        self._learns_lean = True  # whether layouts are learnt in passes that keep nothing for a backward pass
         self._reached: set[nn.Parameter] = set()  # parameters that the last batch's loss depended on
-        self._groups = _groups(model, self.parameters, clipping)
+        self._sums = ClippedSums(model, self.parameters, self._shards.parameters)
+        self._groups = groups_of(model, self.parameters, clipping)
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         products = [p for p in self.parameters if p.dim() == 2 and p not in tables]
         self._products = Counter((p.shape[0], p.shape[1]) for p in products)
@@ -115,6 +104,7 @@ class ClippingEngine:
         self._attached: list[nn.Module] = []
         self._detached = False
         self._attach()
+        self._learning = Learning(model, self.parameters, self._attached, self._recorder, self._shards)
         self._compiled = CompiledLayers(self._attached, self._recorder)
         self._runs_compiled = True  # until a batch shows that autograd sees more of the parameters than the layers do
 
@@ -142,14 +132,13 @@ class ClippingEngine:
         """
         if not isinstance(batch, Mapping):
             raise invalid("batch", expected="a mapping of model inputs", actual=type(batch).__name__, remedy="pass a dict")
-        resolved = _units_of(units, batch)
+        resolved = Units.of_batch(units, batch)
         self._refuse_batch(batch)
         scale = self._scale(loss_scale, resolved)
         if resolved.n == 0 and not self._shards:
             self.norms = torch.zeros(0)
             return torch.zeros(())
-        choose = select or (lambda whole, unit: select_unit(whole, resolved, unit))
-        return self._in_memory(loss_fn, batch, resolved, scale, choose, can_split=select is None)
+        return self._in_memory(loss_fn, batch, resolved, scale, select or selector(resolved), can_split=select is None)
 
     def attend(self, loss_fn: LossFunction, batch: Batch, units: Units) -> None:
         """Add nothing, while other ranks call `backward`.
@@ -174,12 +163,11 @@ class ClippingEngine:
             owners = [unit for unit, size in enumerate(units.sizes) if size]
             if not _is_out_of_memory(error) or not can_split or len(owners) < 2 or self._shards:
                 raise
-            if self._adding and held:
+            if self._sums.interrupted and held:
                 raise self._dropped() from error
         # Here, not in the except block: there the traceback keeps what the attempt had allocated.
-        self._sums = {} if self._adding else self._sums
-        if self._adding:
-            self._clear_gradients()
+        if self._sums.interrupted:
+            self._sums.drop()
         self.dropped_units = dropped
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -194,7 +182,7 @@ class ClippingEngine:
             part, own = select_items(batch, units, items), subset(units, items)
             own_scale = None if scale is None else scale[half]
             try:
-                loss = self._in_memory(loss_fn, part, own, own_scale, partial(_unit_of, own), can_split=True)
+                loss = self._in_memory(loss_fn, part, own, own_scale, selector(own), can_split=True)
             except BaseException as error:
                 if half[0] == owners[0]:
                     raise
@@ -206,17 +194,15 @@ class ClippingEngine:
         return total
 
     def _dropped(self) -> PrivacyError:
-        self._sums = {}
-        self._clear_gradients()
+        self._sums.drop()
         return PrivacyError(
             "a batch that ran out of memory could be added in part only, so the whole step's sums were dropped, and nothing "
             "was released; resume from the last checkpoint with smaller physical batches"
         )
 
     def _once(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select) -> Tensor:
-        self._adding = False
         self._is_compiled = self._is_compiled or is_compiled_function(loss_fn)
-        with self._isolated_gradients(), self._not_compiled():
+        with self._isolated(), self._not_compiled():
             if self.strategy == "auto":
                 alone_pays = not self._together and not self._shards
                 self._long_units = alone_pays and self._microbatch_is_faster(batch, units)
@@ -225,15 +211,15 @@ class ClippingEngine:
             whole = self.whole if self.strategy == "auto" else self.strategy
             run = partial(self._compiled_or_not, self._two_pass if whole == "two_pass" else self._bookkeeping)
             try:
-                if self._shards.all(self._knows(batch, units)):
+                if self._shards.all(self._learning.knows(batch, units)):
                     try:
                         return run(loss_fn, batch, units, scale)
                     except UncoveredParametersError:
                         if not self._unsettled:
                             raise
                         self._recorder.stop()
-                        self._clear_gradients()
-                self._learn_everywhere(loss_fn, batch, select, units)
+                        self._sums.clear_gradients()
+                self._learning.learn(loss_fn, batch, select, units)
                 return run(loss_fn, batch, units, scale)
             except UncoveredParametersError as error:
                 if self._unsettled:  # constant or NaN inputs: the next batch may tell
@@ -244,7 +230,7 @@ class ClippingEngine:
                     self._uncovered |= error.parameters
                 warnings.warn(f"{error} Every unit is now computed by itself: exact, but slower.", stacklevel=4)
                 self._recorder.stop()
-                self._clear_gradients()
+                self._sums.clear_gradients()
                 return self._microbatch(loss_fn, batch, units, scale, select)
 
     @contextmanager
@@ -265,24 +251,23 @@ class ClippingEngine:
             if seen or not torch.is_grad_enabled():
                 return
             inputs = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
-            resolved = _units_of(units, inputs)
+            resolved = Units.of_batch(units, inputs)
             self._refuse_batch(inputs)
             seen.append(resolved)
             scale = self._scale(loss_scale, resolved)
-            if not self._recorder.layouts.knows(resolved, leading_shape(inputs)[1:]):
+            if not self._learning.knows(inputs, resolved):
 
                 def forward(part: Batch) -> Any:
                     return module(*(part[f"argument {i}"] for i in range(len(args))), **{name: part[name] for name in kwargs})
 
-                self._learn(forward, inputs, lambda whole, unit: select_unit(whole, resolved, unit), resolved)
+                self._learning.learn(forward, inputs, selector(resolved), resolved)
             self._recorder.start("record", resolved)
 
         if self._shards:
             raise UnsupportedError(
                 "engine.batch on a model split up by FSDP2: use engine.backward(loss_fn, batch) on every rank"
             )
-        self._adding = False
-        with self._isolated_gradients(), self._not_compiled():
+        with self._isolated(), self._not_compiled():
             handle = self.model.register_forward_pre_hook(prepare, with_kwargs=True)
             try:
                 yield
@@ -324,7 +309,6 @@ class ClippingEngine:
         finally:
             self._together = before
 
-    @torch.no_grad()
     def clipped_sum(self, parameter: nn.Parameter) -> Tensor:
         """The accumulated clipped sum of one parameter, float32 (float64): `.grad` itself, or what it was rounded from.
 
@@ -333,38 +317,14 @@ class ClippingEngine:
         """
         if parameter not in self.parameters:
             raise PrivacyError("clipped_sum: a parameter the engine does not train")
-        total, released, version = self._sums.get(parameter, (None, None, 0))
-        if parameter.grad is None or total is None:
-            if parameter.grad is not None:
-                raise PrivacyError(
-                    f"{self.parameters[parameter]}.grad was not made by the engine: it is not clipped; zero_grad() first"
-                )
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            return self._hold(parameter, torch.zeros_like(local(parameter), dtype=dtype))
-        self._require_complete(version)
-        if parameter.grad is not released or local(released)._version != version:
-            if bool((local(parameter.grad) == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
-                parameter.grad = None
-                return self.clipped_sum(parameter)
-            raise PrivacyError(f"{self.parameters[parameter]}.grad was changed since the engine made it: zero_grad() first")
-        return total
-
-    @staticmethod
-    def _require_complete(version: int) -> None:
-        if version == _INCOMPLETE:
-            raise PrivacyError(
-                "the second pass of strategy='two_pass' failed while a batch was being added, so the sums hold parts of units: "
-                "zero_grad() and begin the step again, with smaller batches if memory ran out"
-            )
+        return self._sums.total(parameter)
 
     def take_sums(self) -> dict[nn.Parameter, Tensor]:
         """Hand over the accumulated clipped sums, zeros where nothing was added, for noise to be put on them.
 
         From then on `.grad` is the caller's: the engine adds to it no more until `zero_grad()`.
         """
-        sums = {parameter: self.clipped_sum(parameter) for parameter in self.parameters}
-        self._sums = {}
-        return sums
+        return self._sums.take()
 
     def check(
         self,
@@ -386,35 +346,30 @@ class ClippingEngine:
         Of a model that FSDP2 split up, all ranks check the same batch.
         Raises PrivacyError on a mismatch.
         """
-        resolved = _units_of(units, batch)
+        resolved = Units.of_batch(units, batch)
         strategy, dropped = self.strategy, self.dropped_units
-        held, sums = {p: p.grad for p in self.parameters}, self._sums
         try:
-            with training_mode(self.model, False), self.together():
+            with self._sums.afresh(), training_mode(self.model, False), self.together():
                 self._same_everywhere = True
-                self._sums = {}
-                self._clear_gradients()
                 together = self.backward(loss_fn, batch, resolved, loss_scale, select).double()
                 norms, clipped = self.norms, self.take_sums()
                 unused = [name for p, name in self.parameters.items() if p not in self._reached]
                 self.strategy = "microbatch"
-                self._clear_gradients()
+                self._sums.drop()
                 alone = self.backward(loss_fn, batch, resolved, loss_scale, select).double()
                 norms_alone, clipped_alone = self.norms, self.take_sums()
                 moved = None
                 if resolved.kind == "rows" and resolved.identity and resolved.n > 1 and select is None:
                     order = torch.tensor([0, *range(2, resolved.n), 0])  # unit 0 stays, the others see different company
                     self.strategy = strategy
-                    self._clear_gradients()
+                    self._sums.drop()
                     rolled = None if loss_scale is None else torch.as_tensor(loss_scale)[order]
                     self.backward(loss_fn, select_items(batch, resolved, order), None, rolled)
                     moved = abs(float(self.norms[0]) - float(norms[0]))
         except AssertionError as error:
             raise PrivacyError(f"the model cannot be checked in evaluation mode, without dropout: {error}") from error
         finally:
-            self.strategy, self.dropped_units, self._sums, self._same_everywhere = strategy, dropped, sums, False
-            for parameter, gradient in held.items():
-                parameter.grad = gradient
+            self.strategy, self.dropped_units, self._same_everywhere = strategy, dropped, False
         scale = max(float(norms_alone.max()), 1e-12) if resolved.n else 1.0
         if unused:
             raise PrivacyError(
@@ -450,7 +405,7 @@ class ClippingEngine:
             layers.detach(module)
         self._attached, self._detached = [], True
 
-    # Attaching and learning.
+    # Attaching.
 
     def _attach(self) -> None:
         try:
@@ -467,73 +422,6 @@ class ClippingEngine:
         except BaseException:
             self.detach()
             raise
-
-    def _knows(self, batch: Batch, units: Units) -> bool:
-        return self._recorder.layouts.knows(units, leading_shape(batch)[1:])
-
-    def _learn_everywhere(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
-        """`_learn`; on ranks that compute together, from the batches of all those that have something to learn."""
-        if not self._shards:
-            self._learn(forward, batch, select, units)
-            return
-        if self._recorder.layouts.unsettled:
-            self._recorder.layouts.forget()
-        for rank in range(self._shards.ranks.size):
-            if self._shards.ranks.gathered(self._knows(batch, units))[rank]:
-                continue
-            theirs, their_units = self._shards.ranks.shared((_to(batch, torch.device("cpu")), units), rank)
-            self._learn(forward, _to(theirs, self._like.device), partial(_unit_of, their_units), their_units)
-        self._knows(batch, units)
-
-    def _learn(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
-        """Run the whole batch and every unit alone, without dropout, so that it is known where each layer keeps which unit."""
-        if units.is_single:
-            return
-        again = True
-        while again:  # what is the same for all units leads to more operations
-            try:
-                with _graphs_without_numbers() if self._learns_lean else nullcontext():
-                    again = self._observe(forward, batch, select, units)
-            except RuntimeError as error:
-                if not self._learns_lean or "saved tensor" not in str(error):
-                    raise
-                self._learns_lean = False  # the loss takes gradients itself, or the model transforms functions
-
-    def _observe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> bool:
-        devices = {device_of(p) for p in self.parameters} - {torch.device("cpu")}
-        hooks: list[torch.utils.hooks.RemovableHandle] = []
-        try:
-            with torch.random.fork_rng(list(devices)), training_mode(self.model, False):
-                torch.manual_seed(0)  # the same disturbances on all ranks
-                self._recorder.start("learn", units)
-                layouts = self._recorder.layouts
-                layouts.observe(units, leading_shape(batch)[1:])
-                forward(batch)
-                for unit in range(units.n):
-                    if units.sizes[unit]:
-                        layouts.compare(unit)
-                        forward(select(batch, unit))
-                for *noise, masked in DISTURBANCES:
-                    layouts.disturb()
-                    disturb = partial(_disturbed, noise)
-                    hooks = [module.register_forward_hook(disturb) for module in self._attached]
-                    try:
-                        forward(_disturbed_inputs(noise, batch, masked=masked))
-                    except (ValueError, IndexError, RuntimeError):  # a number that stood for a place, a mark for a picture
-                        layouts.restart()
-                        forward(_disturbed_inputs(noise, batch, masked=False, whole=False))
-                    _remove(hooks)
-                layouts.shorten()
-                for names in ({*batch}, {name for name in batch if "ids" not in name}) if units.kind == "rows" else ():
-                    try:
-                        forward(_shortened(batch, units, names))
-                        break
-                    except (ValueError, IndexError, RuntimeError):  # a text without its end, say, is not always allowed
-                        layouts.restart()
-                return layouts.settle()
-        finally:
-            _remove(hooks)
-            self._recorder.stop()
 
     # Strategies.
 
@@ -574,7 +462,7 @@ class ClippingEngine:
             if not self._recorder.layouts.unsettled:
                 self._run_eagerly(error.parameters)
         self.dropped_units = dropped
-        self._clear_gradients()
+        self._sums.clear_gradients()
         return run(loss_fn, batch, units, scale)
 
     def _run_eagerly(self, uncovered: set[nn.Parameter]) -> None:
@@ -603,7 +491,7 @@ class ClippingEngine:
                 raise
             warnings.warn(f"{error}. strategy='auto' keeps books from now on, which takes more memory.", stacklevel=3)
             self.whole = "bookkeeping"
-            self._clear_gradients()
+            self._sums.clear_gradients()
             return self._bookkeeping(loss_fn, batch, units, scale)
 
     def _two_passes(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None) -> Tensor:
@@ -617,51 +505,27 @@ class ClippingEngine:
             self._reached = self._recorder.reached
             factors = self._factors(self._recorder.squared_norms(self._like), scale)
         # Sums that are there are added to in place, and new ones made in backward: memory for no second set.
-        held = {p for p, gradient in self._held.items() if gradient is not None and p not in self._shards.parameters}
-        for parameter in held:  # the batch may be computed again after a second pass that failed: it would be added twice
-            self._require_complete(self._sums[parameter][2])
-        sums = {p: self._sums[p][0] for p in held}
+        in_place = self._sums.in_place()
+        sums = dict(in_place)
         parts: dict[nn.Parameter, Tensor] = {}
         self._recorder.start("sum", units, factors, sums)
-        with self._shards.at_ends(lambda done: self._add_up(done, sums, parts)):
+        with self._shards.at_ends(lambda done: add_own_parts(done, sums, parts)):
             again = loss_fn(batch)
             if self._shards.any(not torch.allclose(again, loss, rtol=1e-5, atol=1e-6, equal_nan=True)):
                 raise TwoPassError(
                     f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss)}; the model "
                     "draws random numbers that torch does not replay, use strategy='bookkeeping'"
                 )
-            for parameter in held:
-                self._sums[parameter] = (*self._sums[parameter][:2], _INCOMPLETE)
-            self._adding = bool(held)
-            _plain_backward(again)
-        self._require_coverage()
-        self._recorder.stop()
-        self._add_up(self._shards.of_any_rank(sums), sums, parts)
-        self._restore_gradients()
-        self._adding = True
-        for parameter in self.parameters:
-            if parameter in held:
-                self._publish(parameter)
-            elif parameter in parts:
-                self._add(parameter, parts.pop(parameter))
-            elif parameter in sums:
-                self._hold(parameter, sums.pop(parameter))
-            else:
-                self.clipped_sum(parameter)
-        self._adding = False
+            with self._sums.adding(in_place):
+                _plain_backward(again)
+                self._require_coverage()
+                self._recorder.stop()
+                add_own_parts(self._shards.of_any_rank(sums), sums, parts)
+                sums |= parts
+                parts.clear()
+                self._sums.put_back()
+                self._sums.add_all(sums)
         return loss
-
-    def _add_up(
-        self, done: Sequence[nn.Parameter], sums: dict[nn.Parameter, Tensor], parts: dict[nn.Parameter, Tensor]
-    ) -> None:
-        """Move the whole sums of these parameters, which FSDP2 split up, over all ranks into this rank's parts of them."""
-        for parameter in done:
-            whole = sums.pop(parameter, None)
-            if whole is None:
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                whole = torch.zeros(parameter.shape, dtype=dtype, device=device_of(parameter))
-            part = own_part_of_sum(parameter, whole)
-            parts[parameter] = parts[parameter].add_(part) if parameter in parts else part
 
     def _microbatch(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select) -> Tensor:
         if self._shards and not self._same_everywhere:
@@ -692,7 +556,9 @@ class ClippingEngine:
                     sums[p].add_(local(p.grad).to(sums[p].dtype), alpha=factor)
                 p.grad = None
         self.norms = torch.cat(norms)
-        self._commit(sums)
+        self._sums.put_back()
+        with self._sums.adding():
+            self._sums.add_all(sums)
         return total
 
     def _by_group(self, found: dict[nn.Parameter, Tensor]) -> Iterator[tuple[int, dict[nn.Parameter, Tensor]]]:
@@ -761,56 +627,17 @@ class ClippingEngine:
         factors = self._factors(self._recorder.squared_norms(self._like), scale)
         records = self._recorder.records
         self._reached = self._recorder.reached
-        self._restore_gradients()
-        self._adding = True
-        with full_precision(factors.device):
+        self._sums.put_back()
+        with self._sums.adding(), full_precision(factors.device):
             for parameter in self.parameters:
                 record, own = records.pop(parameter, None), factors[:, self._groups[parameter]].to(device_of(parameter))
                 if parameter in self._shards.parameters:
-                    parts: dict[nn.Parameter, Tensor] = {}
-                    self._add_up([parameter], {} if record is None else {parameter: record.clipped_sum(own)}, parts)
-                    self._add(parameter, parts[parameter])
+                    self._sums.add(parameter, own_part_of_sum(parameter, None if record is None else record.clipped_sum(own)))
                 elif record is None:
-                    self.clipped_sum(parameter)
-                elif parameter.grad is None:
-                    self._hold(parameter, record.clipped_sum(own))
+                    self._sums.total(parameter)
                 else:
-                    record.add_clipped_sum_(self.clipped_sum(parameter), own)
-                    self._publish(parameter)
-        self._adding = False
+                    self._sums.add_record(parameter, record, own)
         self._recorder.stop()
-
-    @torch.no_grad()
-    def _commit(self, sums: dict[nn.Parameter, Tensor]) -> None:
-        self._restore_gradients()
-        self._adding = True
-        for parameter in self.parameters:
-            added = sums.pop(parameter, None)
-            if added is None:
-                self.clipped_sum(parameter)
-            else:
-                self._add(parameter, added)
-        self._adding = False
-
-    def _add(self, parameter: nn.Parameter, added: Tensor) -> None:
-        if parameter.grad is None:
-            self._hold(parameter, added)
-        else:
-            self.clipped_sum(parameter).add_(added)
-            self._publish(parameter)
-
-    def _hold(self, parameter: nn.Parameter, total: Tensor) -> Tensor:
-        """Make a new sum the parameter's own."""
-        parameter.grad, total = as_gradient(parameter, total)
-        self._sums[parameter] = (total, parameter.grad, local(parameter.grad)._version)
-        return total
-
-    def _publish(self, parameter: nn.Parameter) -> None:
-        total, released, _ = self._sums[parameter]
-        own = local(released)
-        if own.dtype != total.dtype:
-            own.copy_(total)
-        self._sums[parameter] = (total, released, own._version)
 
     def _require_coverage(self) -> None:
         left_over = self._recorder.left_over | self._recorder.unplaced
@@ -822,53 +649,17 @@ class ClippingEngine:
             raise UncoveredParametersError(dict(self.parameters), "compiled code does not come by for every use of")
 
     @contextmanager
-    def _isolated_gradients(self) -> Iterator[None]:
-        """Backward starts from empty `.grad`s, so that whatever autograd leaves there escaped the rules."""
+    def _isolated(self) -> Iterator[None]:
+        """One batch: see `ClippedSums.apart`."""
         if self._detached:
             raise PrivacyError("the engine was detached; make a new ClippingEngine")
         self._shards.reshard()
-        self._require_same_parameters()
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                self._sums.pop(parameter, None)  # zero_grad() gave it up
-            else:
-                self.clipped_sum(parameter)
-        self._held = {p: p.grad for p in self.parameters}
-        self._clear_gradients()
-        try:
-            with self._shards.synchronizing(False):
-                yield
-        finally:
-            self._recorder.stop()
-            self._restore_gradients()
-
-    def _require_same_parameters(self) -> None:
-        added = [name for name, p in self.model.named_parameters() if p.requires_grad and p not in self.parameters]
-        if added:
-            raise PrivacyError(
-                f"trainable since the engine was made, and so not clipped: {added[:8]}; detach() and make a new engine"
-            )
-        hooked = [name for p, name in self.parameters.items() if p._post_accumulate_grad_hooks]
-        if hooked:
-            raise UnsupportedError(
-                f"hooks run as soon as gradients of {hooked[:8]} accumulate, before they are clipped (an optimizer that steps "
-                "inside backward?); use an optimizer that steps after it"
-            )
-        changed = [name for p, name in self.parameters.items() if p._backward_hooks]
-        if changed:
-            raise UnsupportedError(
-                f"register_hook on {changed[:8]}: clipped sums are formed without autograd, so the hook would not run; "
-                "change the model's output or freeze the parameter instead"
-            )
-
-    def _clear_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def _restore_gradients(self) -> None:
-        for parameter, held in self._held.items():
-            parameter.grad = held
-        self._held = {}
+        with self._sums.apart():
+            try:
+                with self._shards.synchronizing(False):
+                    yield
+            finally:
+                self._recorder.stop()
 
 
 class UncoveredParametersError(PrivacyError):
@@ -884,133 +675,9 @@ def _shown(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-@contextmanager
-def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Every module in training or evaluation mode; afterwards each in its own again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.train(training)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _graphs_without_numbers() -> Iterator[None]:
-    """Forward passes within know what requires gradients, and keep nothing for backward, which raises RuntimeError."""
-
-    def missing(nothing: None) -> Tensor:
-        raise RuntimeError("a saved tensor was not kept")
-
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: None, missing):
-        yield
-
-
-def _units_of(units: Tensor | Units | None, batch: Batch) -> Units:
-    ends = batch.get("cu_seq_lens_q")
-    if units is None and isinstance(ends, Tensor) and len(ends) > 2:
-        raise invalid(
-            "units",
-            expected="the units of a packed batch",
-            actual=None,
-            remedy="pass units=batch['cu_seq_lens_q'], or unit ids",
-        )
-    return Units.of(units, leading_shape(batch))
-
-
 def _is_out_of_memory(error: BaseException) -> bool:
     marks = ("can't allocate memory", "out of memory", "not enough memory")  # of torch's allocators: CPU, CUDA, CPU on Windows
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(mark in str(error).lower() for mark in marks)
-
-
-def _unit_of(units: Units, batch: Batch, unit: int) -> Batch:
-    return select_unit(batch, units, unit)
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, dict(batch))  # type: ignore[no-any-return]
-
-
-def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
-
-
-def _disturbed(noise: Sequence[float], module: nn.Module, args: Any, output: Any) -> Any:
-    if not isinstance(output, Tensor) or isinstance(output, Tracked) or not output.is_floating_point():
-        return output
-    if isinstance(output, Logits):
-        return output.later(partial(_with_noise, noise))
-    return _with_noise(noise, output)
-
-
-def _disturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, whole: bool = True) -> dict[str, Any]:
-    """Inputs with noise; if masked, with one token of a row masked and one label ignored, whatever the tensors are called.
-
-    A router acts on the first, a model that drops padding on the second, a head for labelled positions only on the third.
-    whole: whether whole numbers get noise too; they may stand for places in a table.
-    """
-    out = dict(batch)
-    for name, value in batch.items():
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            continue
-        if value.is_floating_point():
-            noisy = _with_noise(noise, value)
-            out[name] = noisy if whole else torch.where(value == value.round(), value, noisy)
-        elif masked and bool((value == IGNORED).any()):
-            out[name] = _without_last(value, value != IGNORED, IGNORED)
-        elif masked and bool(((value == 0) | (value == 1)).all()):
-            answers = [batch[place] for place in ("start_positions", "end_positions") if place in batch]
-            counted = value.bool()
-            for answer in answers:
-                counted[torch.arange(len(answer)), answer] = False
-            out[name] = _without_last(value, counted, 0)
-    return out
-
-
-def _shortened(batch: Batch, units: Units, names: set[str]) -> dict[str, Any]:
-    """The first row with one token less, in whatever way the inputs of these names say so.
-
-    A model that sorts rows by it, or drops what is not counted, then moves the others.
-    """
-    out = dict(batch)
-    if "start_positions" in batch:  # an answer must stay inside its text
-        return out
-    for name in names:
-        value = batch[name]
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.dim() == 0 or len(value) != units.n_items:
-            continue
-        if value.dim() == 1:
-            if "label" not in name and "position" not in name and int(value[0]) > 1:
-                out[name] = value.clone()
-                out[name][0] -= 1
-            continue
-        lowest = min(int(value.min()), 0)
-        counted = value[0] > lowest
-        marks = lowest < 0 or bool((value <= 1).all()) or (name.endswith("input_ids") and bool((value == 0).any()))
-        if marks and int(counted.sum()) > 1:
-            out[name] = value.clone()
-            out[name][(0, *counted.nonzero()[-1])] = lowest
-    return out
-
-
-def _without_last(value: Tensor, counted: Tensor, instead: int) -> Tensor:
-    """A copy in which the last counted number of the row with most of them is another: some models need one in every row."""
-    counts = counted.flatten(1).sum(1)
-    row = int(counts.argmax())
-    out = value.clone()
-    if int(counts[row]) > 1:
-        out[(row, *counted[row].nonzero()[-1])] = instead
-    return out
-
-
-def _with_noise(noise: Sequence[float], x: Tensor) -> Tensor:
-    if x.numel() == 0:
-        return x
-    each, alike = noise
-    spread = x.detach().float().std(correction=0).to(x.dtype)
-    return x + spread * (each * torch.randn_like(x) + alike * torch.randn(x.shape[-1:], dtype=x.dtype, device=x.device))
 
 
 def _plain_backward(loss: Tensor) -> None:
@@ -1018,16 +685,3 @@ def _plain_backward(loss: Tensor) -> None:
         raise invalid("loss_fn", expected="a scalar", actual=tuple(loss.shape), remedy="sum the units' losses")
     with torch.autocast(loss.device.type, enabled=False):  # backward runs in the dtypes that forward chose
         loss.backward()
-
-
-def _groups(model: nn.Module, parameters: Mapping[nn.Parameter, str], clipping: Clipping) -> dict[nn.Parameter, int]:
-    """The clipping group of each parameter: one for all, or with per_layer one for every module that owns parameters."""
-    if clipping != "per_layer":
-        return dict.fromkeys(parameters, 0)
-    owners: dict[nn.Parameter, int] = {}
-    for number, module in enumerate(model.modules()):
-        for parameter in module.parameters(recurse=False):
-            if parameter in parameters:
-                owners.setdefault(parameter, number)
-    numbers = {owner: group for group, owner in enumerate(dict.fromkeys(owners.values()))}
-    return {parameter: numbers[owner] for parameter, owner in owners.items()}

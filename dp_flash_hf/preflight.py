@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dp_flash_hf.batches import units_of, without_trailing_padding
-from dp_flash_hf.engine import ClippingEngine, training_mode
+from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.learning import training_mode
 from dp_flash_hf.losses import ModelLoss, UnitLoss, learn_loss
 from dp_flash_hf.units import IGNORED, Units, leading_shape, select_items, select_unit, text_starts
 

@@ -5,7 +5,7 @@ The one abstraction under padded batches, packed (padding-free) batches, prefere
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch import Tensor
 from dp_flash_hf.errors import invalid
 
 Batch = Mapping[str, Any]
+Select = Callable[[Batch, int], Batch]  # (batch, unit) -> that unit's batch
 IGNORED = -100  # label that takes no part in a loss, everywhere in Transformers
 
 
@@ -70,6 +71,19 @@ class Units:
         if ids.dim() == 1:
             return Units("rows", ids, n)
         return Units("tokens", ids.flatten(), n, tuple(ids.shape))
+
+    @staticmethod
+    def of_batch(units: Tensor | Units | None, batch: Batch) -> Units:
+        """As `of`, for a batch; one that holds several texts in a row must be told whose they are, else ValueError."""
+        ends = batch.get("cu_seq_lens_q")
+        if units is None and isinstance(ends, Tensor) and len(ends) > 2:
+            raise invalid(
+                "units",
+                expected="the units of a packed batch",
+                actual=None,
+                remedy="pass units=batch['cu_seq_lens_q'], or unit ids",
+            )
+        return Units.of(units, leading_shape(batch))
 
     @property
     def n_items(self) -> int:
@@ -148,6 +162,11 @@ def select_unit(batch: Batch, units: Units, unit: int) -> dict[str, Any]:
     tensor, say): a unit alone would still see everybody's. They raise ValueError.
     """
     return select_items(batch, units, units.items(unit))
+
+
+def selector(units: Units) -> Select:
+    """`select_unit` for batches of these units."""
+    return lambda batch, unit: select_unit(batch, units, unit)
 
 
 def select_items(batch: Batch, units: Units, items: Tensor) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from dp_flash_hf.engine import ClippingEngine, training_mode
+from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.learning import training_mode
 from dp_flash_hf.losses import UnitLoss, learn_loss
 from dp_flash_hf.preflight import check_alone, check_training_mode
 from dp_flash_hf.units import Units, select_unit

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.sums import ClippedSums
 from dp_flash_hf.units import Units
 from tests.models import Batch, Toy, batch_of, loss_of, tiny, toy_batch, toy_loss
 from tests.oracle import clipped_sum, distance, each_row, grads, rows_of, total_norm, unit_gradients
@@ -1095,15 +1096,15 @@ def test_no_room_while_sums_are_added_up(before: bool, monkeypatch: pytest.Monke
     if not before:
         model.zero_grad()
     calls = iter([None, None, cuda_error()])
-    add, hold = ClippingEngine._publish, ClippingEngine._hold
+    publish, hold = ClippedSums._publish, ClippedSums._hold
 
-    def failing(self: ClippingEngine, *args: Any) -> Any:
+    def failing(self: ClippedSums, *args: Any) -> Any:
         error = next(calls, None)
         if error is not None:
             raise error
-        return (add if before else hold)(self, *args)
+        return (publish if before else hold)(self, *args)
 
-    monkeypatch.setattr(ClippingEngine, "_publish" if before else "_hold", failing)
+    monkeypatch.setattr(ClippedSums, "_publish" if before else "_hold", failing)
     if before:
         with pytest.raises(PrivacyError, match="nothing was released"):
             engine.backward(loss, batch)
@@ -1260,7 +1261,7 @@ def test_a_loss_that_takes_gradients_is_learnt_with_graphs() -> None:
         return toy_loss(model)(part) + 0 * g.sum()
 
     engine.backward(penalized, batch)
-    assert not engine._learns_lean
+    assert not engine._learning.lean
     found = grads(model)
     engine.detach()
     model.zero_grad()

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels.ghost_norm import upcast
@@ -167,8 +166,12 @@ class LinearForm(Form, nn.Linear):
         _record_affine(weight, bias, x, g, _layout(recorder, module, Call(F.linear, (x, weight, bias), {}), x))
 
 
-class Conv1DForm(Form, Conv1D):
+class Conv1DForm(Form):
     """Conv1D of Transformers, a product with a matrix stored the other way round."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    nf: int
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         rows = x.view(-1, x.size(-1))
@@ -292,9 +295,10 @@ class ScaleForm(Form):
         recorder.per_unit(weight, own.reshape(units.n, *weight.shape))
 
 
-_FORMS: tuple[tuple[type[nn.Module], type[Form]], ...] = (
+# By class or, so as not to import it, by name.
+_FORMS: tuple[tuple[type[nn.Module] | str, type[Form]], ...] = (
     (nn.Linear, LinearForm),
-    (Conv1D, Conv1DForm),
+    ("transformers.pytorch_utils.Conv1D", Conv1DForm),
     (nn.Embedding, EmbeddingForm),
     (nn.LayerNorm, LayerNormForm),
     (nn.RMSNorm, RMSNormForm),
@@ -347,12 +351,24 @@ def _copy(x: Tensor) -> Tensor:
 # --- a model --------------------------------------------------------------------------------------------------------------
 
 
+def _form_of(original: type[nn.Module]) -> tuple[type[Form], type[nn.Module]]:
+    """The form for layers of a class, and the class among its bases that the form is made for."""
+    bases = original.__mro__
+    return next(
+        (form, base) for kind, form in _FORMS for base in bases if kind in (base, f"{base.__module__}.{base.__qualname__}")
+    )
+
+
 @functools.cache
-def _class_of(form: type[Form], original: type[nn.Module]) -> type:
+def _class_of(original: type[nn.Module]) -> type:
     """A layer's class with its form: in front of the class it is made for, behind subclasses' own `forward`, which call it."""
-    own = dict((f, kind) for kind, f in _FORMS)[form]
-    bases = (form,) if own is original else (form, original) if own is nn.Module else (original, form)
-    return type(original.__name__, bases, {"__module__": original.__module__, "_dp_original": original})
+    form, base = _form_of(original)
+    named = {"__module__": original.__module__, "_dp_original": original}
+    if base is nn.Module or base is original:
+        bases: tuple[type, ...] = (form, original)
+    else:
+        bases = (original, form if issubclass(form, base) else type(form.__name__, (form, base), {}))
+    return type(original.__name__, bases, named)
 
 
 class CompiledLayers:
@@ -370,7 +386,7 @@ class CompiledLayers:
             self._learnt = layouts.learnt
             before, self._forms = self._forms, {}
             for module in self._modules:
-                form = next(form for kind, form in _FORMS if isinstance(module, kind))
+                form, _ = _form_of(module._dp_original)  # type: ignore[arg-type]
                 detail = form.fits(module, layouts)
                 if detail is not None:
                     tapped = before[module][0] if module in before else _Tapped(module, form, self._recorder)
@@ -386,7 +402,7 @@ class CompiledLayers:
         try:
             for module, (tapped, detail) in self._forms.items():
                 vars(module).update(_dp_number=tapped.number, _dp_detail=detail)
-                module.__class__ = _class_of(tapped.form, module._dp_original)  # type: ignore[arg-type]
+                module.__class__ = _class_of(module._dp_original)
             with torch.compiler.set_stance("default"):
                 yield
         finally:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from transformers.pytorch_utils import Conv1D
 
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
@@ -60,6 +61,21 @@ class UsedElsewhere(Small):
 
     def last(self, x: Tensor) -> Tensor:
         return super().last(x) + F.linear(x, self.out.weight)
+
+
+class Halved(Conv1D):
+    """Says what comes out of the layer it is made of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2  # type: ignore[no-any-return, no-untyped-call]
+
+
+class WithSubclass(Small):
+    """With a product of a subclass's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = Halved(6, 6)  # type: ignore[assignment, no-untyped-call]
 
 
 class Twice(Small):
@@ -228,6 +244,14 @@ def test_a_small_model_compiled_by_inductor_equals_the_oracle() -> None:
         assert_exact(engine, model, squares(compiled), squares(model), ids_of(rows, length), 1e-11)
     assert engine._runs_compiled
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_subclass_keeps_its_own_forward() -> None:
+    model = small(WithSubclass)
+    compiled = compile_whole(model)
+    engine = ClippingEngine(compiled, max_grad_norm=1.0, strategy="bookkeeping")
+    assert_exact(engine, model, squares(compiled), squares(model), ids_of(3, 2), 1e-11)
+    assert engine._runs_compiled
 
 
 def test_what_is_recorded_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
