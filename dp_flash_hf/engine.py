@@ -126,9 +126,9 @@ class ClippingEngine:
         loss_scale: (units,), finite; multiplies each unit's gradient before clipping (1 / label count makes means of sums).
         select: (batch, unit) -> that unit's batch, for batches whose tensors are not laid out by rows.
 
-        Either the whole batch is added, or an exception is raised and `.grad` is what it was before. Not so if the second
-        backward of strategy "two_pass" fails (for want of memory, say) after other batches: sums are then refused until
-        `zero_grad()`.
+        Either the whole batch is added, or an exception is raised and `.grad` is what it was before. Not so if something fails
+        while the batch is being added, which with strategy "two_pass" is during its second backward if other batches are there
+        already: what the step has so far is then refused until `zero_grad()`.
         """
         if not isinstance(batch, Mapping):
             raise invalid("batch", expected="a mapping of model inputs", actual=type(batch).__name__, remedy="pass a dict")
@@ -505,8 +505,7 @@ class ClippingEngine:
             self._reached = self._recorder.reached
             factors = self._factors(self._recorder.squared_norms(self._like), scale)
         # Sums that are there are added to in place, and new ones made in backward: memory for no second set.
-        in_place = self._sums.in_place()
-        sums = dict(in_place)
+        sums = self._sums.in_place()
         parts: dict[nn.Parameter, Tensor] = {}
         self._recorder.start("sum", units, factors, sums)
         with self._shards.at_ends(lambda done: add_own_parts(done, sums, parts)):
@@ -516,7 +515,7 @@ class ClippingEngine:
                     f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss)}; the model "
                     "draws random numbers that torch does not replay, use strategy='bookkeeping'"
                 )
-            with self._sums.adding(in_place):
+            with self._sums.adding():
                 _plain_backward(again)
                 self._require_coverage()
                 self._recorder.stop()

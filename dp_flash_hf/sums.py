@@ -5,11 +5,11 @@ What becomes of one physical batch:
 - `apart`: the sums so far are put aside and `.grad` is empty. What autograd leaves there escaped the rules: the engine looks,
   and has it cleared. However this ends, `.grad` is given back.
 - `put_back`: all is computed, the sums so far are in `.grad` again.
-- `adding`: the batch is added to the sums, one parameter after the other. What ends this before its time leaves `interrupted`:
-  where nothing was in the sums before, the batch can be taken out again by dropping them; else the step is lost.
+- `adding`: the batch is added to the sums, one parameter after the other. Whatever ends this before its time (an interrupt,
+  too) leaves `interrupted`, and sums that are not whole: nobody is given these, and nothing is added to them, until
+  `zero_grad()`. Where nothing was in them before, the batch can be taken out again by dropping them; else the step is lost.
 
-The second backward pass of strategy "two_pass" adds to sums directly, so for it `adding` comes before `put_back`, and the sums
-are not whole until all of it has worked; until `zero_grad()` nobody is given what is not whole.
+The second backward pass of strategy "two_pass" adds to sums directly, so for it `adding` comes before `put_back`.
 """
 
 from __future__ import annotations
@@ -148,19 +148,22 @@ class ClippedSums:
         self._aside = {}
 
     @contextmanager
-    def adding(self, in_place: Collection[nn.Parameter] = ()) -> Iterator[None]:
-        """Within the context a batch is added, to the sums of `in_place` directly; `interrupted` where an error ends it."""
+    def adding(self) -> Iterator[None]:
+        """Within the context a batch is added; `interrupted`, and no sum whole, where an error ends it."""
         self.interrupted = True
-        for parameter in in_place:
-            self._sums[parameter].whole = False
-        yield
+        try:
+            yield
+        except BaseException:
+            for own in self._sums.values():
+                own.whole = False
+            raise
         self.interrupted = False
 
     @torch.no_grad()
     def add_all(self, found: dict[nn.Parameter, Tensor]) -> None:
         """Add what was found, and nothing to the sums of other parameters; `found` is used up.
 
-        A sum itself among what was found, see `in_place`, has been added to already, and is whole now.
+        A sum itself among what was found, see `in_place`, has been added to already.
         """
         for parameter in self._parameters:
             added, own = found.pop(parameter, None), self._sums.get(parameter)
@@ -201,7 +204,7 @@ class ClippedSums:
         gradient = local(own.gradient)
         if gradient.dtype != own.total.dtype:
             gradient.copy_(own.total)
-        own.version, own.whole = gradient._version, True
+        own.version = gradient._version
 
     def _require_same_parameters(self) -> None:
         added = [name for name, p in self._model.named_parameters() if p.requires_grad and p not in self._parameters]
@@ -226,6 +229,6 @@ class ClippedSums:
 def _require_whole(own: _Sum) -> None:
     if not own.whole:
         raise PrivacyError(
-            "the second pass of strategy='two_pass' failed while a batch was being added, so the sums hold parts of units: "
-            "zero_grad() and begin the step again, with smaller batches if memory ran out"
+            "something failed while a batch was being added (the second pass of strategy='two_pass', say), so the sums hold "
+            "parts of units: zero_grad() and begin the step again, with smaller batches if memory ran out"
         )

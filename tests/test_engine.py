@@ -1217,6 +1217,42 @@ def test_a_second_backward_that_fails_leaves_sums_that_nobody_takes(dtype: torch
     assert distance(grads(model), wanted) == 0.0
 
 
+@pytest.mark.parametrize("strategy", ["bookkeeping", "microbatch"])
+@pytest.mark.parametrize("before", [0, 1], ids=["nothing before", "after a batch"])
+def test_half_of_a_batch_is_never_handed_over(strategy: Any, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted between two parameters: a batch that is computed again would be in the sums twice."""
+    model, batch = Toy(), toy_batch()
+    engine, loss = ClippingEngine(model, max_grad_norm=0.7, strategy=strategy), toy_loss(model)
+    engine.backward(loss, batch)
+    wanted = grads(model)
+    model.zero_grad()
+    for _ in range(before):
+        engine.backward(loss, batch)
+    added = 0
+
+    def interrupting(original: Any) -> Any:
+        def add(self: Any, *args: Any) -> None:
+            nonlocal added
+            added += 1
+            if added == 3:
+                raise KeyboardInterrupt
+            original(self, *args)
+
+        return add
+
+    with monkeypatch.context() as patch:
+        for method in ("add", "add_record"):
+            patch.setattr(ClippedSums, method, interrupting(getattr(ClippedSums, method)))
+        with pytest.raises(KeyboardInterrupt):
+            engine.backward(loss, batch)
+    for use in (lambda: engine.backward(loss, batch), engine.take_sums):
+        with pytest.raises(PrivacyError, match="hold parts of units"):
+            use()
+    model.zero_grad()
+    engine.backward(loss, batch)
+    assert distance(grads(model), wanted) == 0.0
+
+
 def test_learning_keeps_nothing_for_a_backward_pass() -> None:
     model, batch = tiny("llama"), batch_of("llama")
     engine = ClippingEngine(model, max_grad_norm=0.7)
