@@ -54,8 +54,8 @@ class DPSGD:
         self.record: SpendRecord | RecordElsewhere | None = None
         self._plan, self._continued = plan, False
         self._before: dict[str, Any] | None = None  # state of the last plan, if there was one before this one
-        # Who took how many steps. Each writer only ever counts up, so of two copies of its count the higher is right, and
-        # checkpoints and records of any age and origin can be put together.
+        # Who took how many steps. A writer is one run, in one process or one group of ranks, and only ever counts up: of two
+        # copies of its count the higher is right, and checkpoints and records of any age and origin can be put together.
         self._writer = secrets.token_hex(8)
         self._books: dict[str, Ledger] = {self._writer: Ledger(plan.accountant)}
         self._engine: ClippingEngine | None = None
@@ -94,8 +94,9 @@ class DPSGD:
     @property
     def recorded(self) -> bool:
         """Whether every step so far was written to disk before it was released."""
-        # Of another folder it is not known what was lost there after the checkpoint that was resumed here.
-        return self.record is not None and all(name == self.record.name for name, own in self._books.items() if own.steps)
+        # Of another folder, or of a copy of this one, it is not known what was lost after the checkpoint that was resumed here.
+        written = {} if self.record is None else self.record.written
+        return self.record is not None and all(own.steps <= written.get(name, 0) for name, own in self._books.items())
 
     def keep(self, record: SpendRecord | RecordElsewhere) -> None:
         """Write every step to this record before it is released, and count what it holds already.
@@ -215,7 +216,7 @@ class DPSGD:
         state = {
             **self._plan_state(),
             "taken": self.taken,
-            "books": {name: own.state_dict() for name, own in self._books.items()},
+            "books": {name: own.state_dict() for name, own in self._books.items() if own.steps},
         }
         return {**state, "checksum": _checksum(state)}
 

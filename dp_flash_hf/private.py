@@ -111,11 +111,14 @@ class PrivateLoop:
         self._collate_fn, self._num_workers = collate_fn, num_workers
         self._loss_fn = loss_fn or _ModelLoss(self._model)
         self._checked = False
-        self.awaited = False  # whether a draw of `loader` waits for `backward`
+        self.waiting: dict[str, Any] | None = None  # the draw of `loader` that `backward` did not take yet
 
     @property
     def loader(self) -> Draws:
-        """One Poisson draw, collated, for every step that is left; the next raises PrivacyError if one was left out."""
+        """One Poisson draw, collated, for every step that is left; the next raises PrivacyError if one was left out.
+
+        Iterating anew begins with the draw that waits for `backward`, if there is one: to look at a draw leaves none out.
+        """
         return Draws(self, self._loader())
 
     @property
@@ -131,27 +134,21 @@ class PrivateLoop:
 
         Raises PrivacyError, with nothing released, for a batch that is not fresh from the loader, before the `optimizer.step()`
         of the step before, when `.grad` holds anything else, and beyond the planned steps; UnsupportedError and PrivacyError
-        for what the proof finds.
+        for what the proof finds. When it raises, for want of memory, say, `.grad` is empty and the batch as before: it may be
+        given again. One that can never be computed is given up as by a crash: load a checkpoint, whose next draw is another.
         """
         self._training.mechanism.require_next()
-        if UNITS not in batch:
+        if UNITS not in batch or self.waiting is None:
             raise PrivacyError(
                 "the batch was not drawn by private.loader, or was used before: its sampling would not be what is accounted"
             )
-        inputs, move = {**batch}, cast(Callable[..., dict[str, Any]], send_to_device)
+        try:
+            loss = self._step({**batch})
+        except BaseException:
+            self._model.zero_grad()  # of a part of the draw, and without noise: another attempt would add to it
+            raise
         del batch[UNITS]
-        if not self._checked:
-            _refuse_settings(self._accelerator)  # again: they may have changed
-            self._training.check(
-                self._loader(),
-                self._loss,
-                lambda collated: move(collated, next(self._model.parameters()).device),
-                reduced_precision=self._accelerator.mixed_precision == "bf16",
-            )
-            self._checked = True
-        loss = self._training.add(inputs)
-        self._training.mechanism.release()
-        self.awaited = False
+        self.waiting = None
         return loss
 
     def report(self) -> PrivacyReport:
@@ -169,9 +166,26 @@ class PrivateLoop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the books of a checkpoint, also one with other noise or sampling: both parts are then added up.
 
+        A draw that waits for `backward` is given up, as when the process is started again.
         Raises PrivacyError where they cannot be, see `DPSGD.load_state_dict`.
         """
         self._training.mechanism.load_state_dict(state)
+        self.waiting = None
+
+    def _step(self, inputs: dict[str, Any]) -> Tensor:
+        if not self._checked:
+            _refuse_settings(self._accelerator)  # again: they may have changed
+            move = cast(Callable[..., dict[str, Any]], send_to_device)
+            self._training.check(
+                self._loader(),
+                self._loss,
+                lambda collated: move(collated, next(self._model.parameters()).device),
+                reduced_precision=self._accelerator.mixed_precision == "bf16",
+            )
+            self._checked = True
+        loss = self._training.add(inputs)
+        self._training.mechanism.release()
+        return loss
 
     def _loader(self) -> DataLoader[Any]:
         return self._training.loader(
@@ -200,15 +214,17 @@ class Draws:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._loop.awaited = False
-        for batch in self._loader:
-            if self._loop.awaited:
+        loop = self._loop
+        for number, batch in enumerate(self._loader):
+            if loop.waiting is None:
+                loop.waiting = batch
+            elif number:
                 raise PrivacyError(
                     "the last draw was left out: also an empty one takes a noisy step, or its absence would tell that it was "
-                    "empty. Call private.backward(batch) for every batch"
+                    "empty. Call private.backward(batch) for every batch, and after an error again with the same batch, which "
+                    "iterating anew hands out again"
                 )
-            self._loop.awaited = True
-            yield batch
+            yield loop.waiting
 
 
 class _ModelLoss:

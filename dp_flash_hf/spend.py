@@ -24,7 +24,6 @@ from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.sampling import sampler_from_dict
 
 FILE_NAME = "_privacy_spend.jsonl"  # `Trainer.push_to_hub` leaves out files whose name begins so
-RECORDED = "record-"  # how the names of records begin, where processes without one are named otherwise
 _EXAMPLES_READ = 1024  # for a dataset's fingerprint
 _READ_TWICE = 8  # of them, to find out whether reading is random
 
@@ -37,9 +36,11 @@ class SpendRecord:
         record.append()                 # returns when the step is on disk: now noise may be drawn
         record.close()
 
-    A line is a JSON object with a hash of itself and all lines before. The first line of a run says of what kind its steps are,
-    and is written with the first of them. A process killed between `append` and the release has counted a step too many, never
-    one too few. A last line that is cut short was never synced, so its step was not released, and it is removed.
+    A line is a JSON object with a hash of itself and all lines before. The first line of a run says who counts, and of what
+    kind the steps are; it is written with the first of them. Each run that opens the file counts under a new name: two copies
+    of it that both go on have no name in common for what they add, so nothing is lost where they are put together. A process
+    killed between `append` and the release has counted a step too many, never one too few. A last line that is cut short was
+    never synced, so its step was not released, and it is removed.
 
     Never publish the file: it holds a hash of private text, and its key, with which guesses at the text can be checked. It is
     created with mode 0600.
@@ -49,9 +50,11 @@ class SpendRecord:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.name = RECORDED + secrets.token_hex(8)
-        self.ledgers: dict[str, Ledger] = {}  # of the steps of this file, and of those that others took before it
+        self.name = secrets.token_hex(8)  # of the run that opened the file, and of no other
+        self.ledgers: dict[str, Ledger] = {}  # by run: the steps of this file, and those that were taken elsewhere before
+        self.written: dict[str, int] = {}  # how many steps of each run this file's own lines count
         self.last: dict[str, Any] | None = None  # the latest run
+        self._writer = ""  # whose steps the latest lines are
         self._key, self._fingerprint = secrets.token_hex(16), ""
         self._run: dict[str, Any] | None = None  # of the next steps, if not yet in the file
         self._hash, self._end = "", 0
@@ -97,7 +100,7 @@ class SpendRecord:
         run: JSON data with "sampler" and "noise_multiplier" at least. others: what was spent before and elsewhere, by whom.
         """
         self._run = {
-            "record": self.name,
+            "writer": self.name,
             "key": self._key,
             "fingerprint": self._fingerprint,
             "run": {**run},
@@ -110,13 +113,13 @@ class SpendRecord:
             self._write(self._run)
             self._take(self._run)
             self._run = None
-        line = {"step": self.ledgers[self.name].steps + 1}
+        line = {"step": self.written[self.name] + 1}
         self._write(line)
         self._take(line)
 
     def elsewhere(self) -> RecordElsewhere:
         """What other ranks need to know of this record."""
-        return RecordElsewhere(self.path, self.name, self.ledgers, self.last)
+        return RecordElsewhere(self.path, self.name, self.ledgers, self.written, self.last)
 
     def close(self) -> None:
         """Let another run write."""
@@ -136,6 +139,11 @@ class SpendRecord:
                 found = line.pop("hash")
                 if found != self._chained(line):
                     raise ValueError("its hash does not follow from the lines before")
+                if "record" in line:
+                    raise PrivacyError(
+                        f"{self.path} was written by an earlier version, in which copies of a folder counted under one name, "
+                        "so steps of theirs may be missing: begin anew in another folder, and count what was spent here too"
+                    )
                 self._take(line)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise PrivacyError(
@@ -150,16 +158,18 @@ class SpendRecord:
     def _take(self, line: dict[str, Any]) -> None:
         """Count what a line says."""
         if "step" in line:
-            if self.last is None or line["step"] != self.ledgers[self.name].steps + 1:
+            if self.last is None or line["step"] != self.written[self._writer] + 1:
                 raise ValueError("a step is missing before it")
             run = self.last
-            self.ledgers[self.name].record(sampler_from_dict(run["sampler"]), run["noise_multiplier"])
+            self.ledgers[self._writer].record(sampler_from_dict(run["sampler"]), run["noise_multiplier"])
+            self.written[self._writer] += 1
             return
-        if self.last is not None and (line["record"], line["key"]) != (self.name, self._key):
+        if self.last is not None and line["key"] != self._key:
             raise ValueError("it is of another record")
-        self.name, self._key, self._fingerprint = line["record"], line["key"], line["fingerprint"]
+        self._writer, self._key, self._fingerprint = line["writer"], line["key"], line["fingerprint"]
         self.last = line["run"]
-        self.ledgers.setdefault(self.name, Ledger())
+        self.ledgers.setdefault(self._writer, Ledger())
+        self.written.setdefault(self._writer, 0)
         for name, state in line["others"].items():
             other = Ledger()
             other.load_state_dict(state)
@@ -213,13 +223,15 @@ class RecordElsewhere:
     path: Path
     name: str
     ledgers: dict[str, Ledger]
+    written: dict[str, int]
     last: dict[str, Any] | None
 
     def begin(self, run: Mapping[str, Any], others: Mapping[str, Ledger]) -> None:
         """Of the first rank's doing."""
 
     def append(self) -> None:
-        """Of the first rank's doing."""
+        """Count with the first rank, which writes."""
+        self.written[self.name] = self.written.get(self.name, 0) + 1
 
     def close(self) -> None:
         """Of the first rank's doing."""

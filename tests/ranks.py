@@ -17,7 +17,9 @@ import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils.dataclasses import DistributedType
 
-SECONDS = 300.0  # a rank that waits in vain for another is an error after that
+SECONDS = 300.0  # a rank that waits in vain for another is an error after that,
+AFTER_ANOTHER = 30.0  # sooner where another is done, because all end together,
+AFTER_AN_ERROR = 5.0  # and where another failed
 
 
 class World:
@@ -47,14 +49,16 @@ class World:
         errors: dict[int, str] = {}
         try:
             while len(found) + len(errors) < self.size:
-                rank, result, error = self._results.get(timeout=SECONDS if not errors else 5.0)
+                patience = AFTER_AN_ERROR if errors else AFTER_ANOTHER if found else SECONDS
+                rank, result, error = self._results.get(timeout=patience)
                 if error is not None:
                     errors[rank] = error
                 else:
                     found[rank] = result
         except queue.Empty:
             self.close()
-            errors.setdefault(-1, f"ranks {sorted({*range(self.size)} - found.keys() - errors.keys())} wait in vain")
+            waiting = sorted({*range(self.size)} - found.keys() - errors.keys())
+            errors[-1] = f"ranks {waiting} wait in vain; the others returned {found}"[:2000]
         if errors:
             raise AssertionError("\n".join(f"rank {rank}: {error}" for rank, error in errors.items()))
         return [found[rank] for rank in range(self.size)]

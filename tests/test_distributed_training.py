@@ -326,8 +326,8 @@ def test_a_trainer_with_fsdp2(fsdp: int, replicas: int, lora: bool, tmp_path: Pa
             torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
-def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool, bool]:
-    """Of a loop with a spend record: its error, steps on the books, lost ones, whether weights changed, if all is on record."""
+def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool, bool, list[str]]:
+    """Of a loop with a spend record: error, steps on the books, lost ones, if weights changed, if all is on record, writers."""
     fresh()
     model = model_of("none")
     before = checksum(model.lm_head.weight)
@@ -349,6 +349,9 @@ def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool,
     def full(self: SpendRecord) -> None:
         raise PrivacyError("no space left on device")
 
+    def goes_on(self: Ranks, tensors: Any) -> Any:  # it would wait for the others in vain
+        raise AssertionError("this rank goes on to release a step that another one refused")
+
     def train() -> None:
         for drawn in private.loader:
             private.backward(drawn)
@@ -358,6 +361,7 @@ def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool,
     with pytest.MonkeyPatch.context() as patch:
         if failing:
             patch.setattr(SpendRecord, "append", full)
+            patch.setattr(Ranks, "added_up", goes_on)
         error = fails(train)
     private.stop()
     report = private.report()
@@ -367,6 +371,7 @@ def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool,
         report.lost_steps,
         checksum(model.lm_head.weight) != before,
         private._training.mechanism.recorded,
+        list(private.state_dict()["books"]),
     )
 
 
@@ -379,14 +384,15 @@ def test_a_record_of_several_ranks(tmp_path: Path) -> None:
     assert not first[3]
     assert not second[3]
     for lost in (0, 3):  # what an earlier training in this folder took is not in the weights of the next
-        for error, steps, found, changed, on_record in world(2).run(recorded, path, 3, False):
+        for error, steps, found, changed, on_record, writers in world(2).run(recorded, path, 3, False):
             assert error == ""
             assert (steps, found) == (3 + lost, lost)
             assert changed
             assert on_record
-    record = SpendRecord(path)
-    record.close()
-    assert sum(own.steps for own in record.ledgers.values()) == 6
+            record = SpendRecord(path)
+            record.close()
+            assert writers == list(record.ledgers)
+    assert [own.steps for own in record.ledgers.values()] == [3, 3]
 
 
 def alike(what: str) -> str:

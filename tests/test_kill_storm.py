@@ -97,14 +97,14 @@ def check(folder: Path, steps: int) -> None:
     report = PrivacyReport.from_json((folder / "report.json").read_text())
     record = SpendRecord(folder / "run" / FILE_NAME)
     record.close()
-    (on_record,) = record.ledgers.values()
+    on_record = Ledger.total(record.ledgers.values(), "rdp")
     counted = Ledger("rdp")
     counted.record(PoissonSampler(24, 4), 1.0, released)
     assert steps <= stepped <= released <= on_record.steps
     assert report.steps == on_record.steps == report.planned_steps
     assert report.lost_steps == report.steps - steps
     assert report.epsilon >= counted.epsilon(1e-3)
-    assert report.epsilon == Ledger.total([on_record], "rdp").epsilon(1e-3)
+    assert report.epsilon == on_record.epsilon(1e-3)
     newest, *_ = checkpoints.by_age(folder / "run")
     state = checkpoints.read_state(newest)
     assert state["global_step"] == steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import types
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from dp_flash_hf import PrivacyConfig, make_private
 from dp_flash_hf import mechanism as mechanism_module
 from dp_flash_hf import training as training_module
+from dp_flash_hf.batches import UNITS
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.private import PrivateLoop
@@ -271,7 +273,7 @@ def test_the_loss_shown_is_the_mean_over_labels(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_draw_may_not_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skipping empty batches, as loops do, would show which steps had nobody."""
-    draws(monkeypatch, [1, 2], [], [3])
+    draws(monkeypatch, [1, 2], [], *[[3]] * 9)
     private, _, optimizer = loop()
 
     def skipping() -> None:
@@ -281,10 +283,108 @@ def test_a_draw_may_not_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    with pytest.raises(PrivacyError, match="also an empty one takes a noisy step"):
-        skipping()
+    for _ in range(3):  # nor by beginning anew
+        with pytest.raises(PrivacyError, match=r"also an empty one takes a noisy step.*hands out again"):
+            skipping()
+        assert private.report().steps == 1
+    assert [len(batch[UNITS]) for batch in stepping(private, optimizer)] == [0, 1]
+
+
+def stepping(private: PrivateLoop, optimizer: Any) -> Iterator[dict[str, Any]]:
+    """The draws of a loop, each before its step."""
+    for batch in private.loader:
+        yield {**batch}
+        private.backward(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_draw_that_is_looked_at_is_the_next_step(taken: int, workers: int) -> None:
+    private, _, optimizer = loop(num_workers=workers)
+    for _ in zip(range(taken + 1), stepping(private, optimizer), strict=False):
+        pass  # the last of these draws is only looked at
+    first, second = (next(iter(private.loader)) for _ in range(2))
+    assert first is second
+    assert len(private.loader) == private.steps_left == 3 - taken
+    units = first[UNITS]
+    assert next(stepping(private, optimizer))[UNITS] is units
+    copied = {**first}
+    assert run(private, optimizer) == 3 - taken
+    assert UNITS not in first
+    with pytest.raises(PrivacyError, match="planned steps are spent"):
+        private.backward(copied)
+
+
+def test_a_copy_of_a_draw_is_no_draw() -> None:
+    private, _, optimizer = loop()
+    batch = next(iter(private.loader))
+    copied = {**batch}
+    private.backward(batch)
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(PrivacyError, match="used before"):
+        private.backward(copied)
     assert private.report().steps == 1
-    assert next(iter(private.loader))  # to look at one is no step
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """As if memory ran out in this call, counted from now, and in no other."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise MemoryError("in the test")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("where", ["second part", "sums", "noise"])
+def test_a_draw_whose_backward_failed_is_taken_later(where: str, anew: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone, once: what the attempt had added up is gone, and not in the sum of another draw."""
+    seen = watch(monkeypatch)
+    model = without_dropout(tiny("gpt2"))
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    for fails in (False, True):
+        draws(monkeypatch, [5], DRAWS[0], *[[0, 3, 4]] * 9)
+        private, _, _ = loop(model, optimizer=still, max_rows_per_device=3, steps=9)
+        batches = iter(private.loader)
+        private.backward(next(batches))
+        still.step()
+        still.zero_grad()
+        batch = next(batches)
+        if not fails:
+            private.backward(batch)
+            private.stop()
+    owner, name, call = {
+        "second part": (private._training.engine, "backward", 2),
+        "sums": (private._training.engine, "take_sums", 1),
+        "noise": (mechanism_module, "add_gaussian_noise_", 1),
+    }[where]
+    fail_once(monkeypatch, owner, name, call)
+    with pytest.raises(MemoryError, match="in the test"):
+        private.backward(batch)
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(PrivacyError, match="without noise"):
+        still.step()
+    private.backward(next(iter(private.loader)) if anew else batch)
+    assert distance(seen.sums[-1], seen.sums[1]) <= ROUNDING
+    assert private.report().steps == (2 if where == "second part" else 3)  # an attempt that came to noise counts
+
+
+def test_a_draw_that_waits_is_given_up_with_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the process were started again."""
+    draws(monkeypatch, [1, 2], [3])
+    private, _, _ = loop()
+    state = private.state_dict()
+    old = next(iter(private.loader))
+    private.load_state_dict(state)
+    with pytest.raises(PrivacyError, match=r"not drawn by private\.loader"):
+        private.backward(old)
+    assert next(iter(private.loader))[UNITS].tolist() == [0]
 
 
 # Mistakes.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -25,11 +27,12 @@ from dp_flash_hf import mechanism as mechanism_module
 from dp_flash_hf.accountant import Ledger
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.mechanism import DPSGD
+from dp_flash_hf.report import PrivacyReport
 from dp_flash_hf.sampling import PoissonSampler
 from dp_flash_hf.spend import FILE_NAME, SpendRecord, fingerprint_of
 from tests.models import Toy
 from tests.test_mechanism import EXPECTED, N, dpsgd, started
-from tests.trainers import texts
+from tests.trainers import attached, texts, trainer_for
 
 RUN = {"sampler": PoissonSampler(N, EXPECTED).to_dict(), "noise_multiplier": 1.0, "config": {}, "steps": 3}
 
@@ -61,19 +64,54 @@ def test_every_step_is_read_back(path: Path) -> None:
     written(path, 2)
     written(path, 3)
     record = read(path)
-    assert list(record.ledgers) == [record.name]
-    assert record.ledgers[record.name].entries == (((PoissonSampler(N, EXPECTED), 1.0), 5),)
+    first, second = record.ledgers
+    assert record.name not in (first, second)
+    assert record.ledgers[first].entries == (((PoissonSampler(N, EXPECTED), 1.0), 2),)
+    assert record.ledgers[second].entries == (((PoissonSampler(N, EXPECTED), 1.0), 3),)
+    assert record.written == {first: 2, second: 3}
     assert record.last == RUN
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line.get("step") for line in lines] == [None, 1, 2, None, 3, 4, 5]
+    assert [line.get("step") for line in lines] == [None, 1, 2, None, 1, 2, 3]
 
 
-def test_a_run_without_a_step_leaves_no_line(path: Path) -> None:
+def test_a_run_whose_kind_of_step_changes_counts_on(path: Path) -> None:
     record = SpendRecord(path)
+    for sigma in (1.0, 2.0):
+        record.begin({**RUN, "noise_multiplier": sigma}, {})
+        record.append()
+    record.close()
+    again = read(path)
+    assert again.written == {record.name: 2}
+    assert again.ledgers[record.name].entries == record.ledgers[record.name].entries
+    assert [steps for _, steps in record.ledgers[record.name].entries] == [1, 1]
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_run_without_a_step_leaves_no_line(before: int, path: Path) -> None:
+    if before:
+        written(path, before)
+    old = path.read_bytes() if before else b""
+    record = SpendRecord(path)
+    with pytest.raises(KeyError):
+        record.append()  # of no kind, and not one of an earlier run's
     record.begin(RUN, {})
     record.close()
-    assert path.read_bytes() == b""
+    assert path.read_bytes() == old
+
+
+def test_a_file_of_an_earlier_version_is_refused(path: Path) -> None:
+    """Its name for all runs was that of its copies too."""
+    path.parent.mkdir()
+    content, last = "", ""
+    run_line = {"record": "record-0123456789abcdef", "key": KEY, "fingerprint": "", "run": RUN, "others": {}}
+    for line in (run_line, {"step": 1}):
+        last = hashlib.sha256(f"{last}{json.dumps(line, sort_keys=True)}".encode()).hexdigest()[:32]
+        content += json.dumps({**line, "hash": last}, sort_keys=True) + "\n"
+    path.write_text(content)
+    with pytest.raises(PrivacyError, match=r"spend.jsonl was written by an earlier version.*another folder, and count"):
+        SpendRecord(path)
+    assert path.read_text() == content
 
 
 @pytest.mark.parametrize("cut", [1, 10, 40])
@@ -221,11 +259,15 @@ def kept(path: Path, **changes: Any) -> tuple[DPSGD, Any]:
     return mechanism, optimizer
 
 
+def step(mechanism: DPSGD, optimizer: Any) -> None:
+    mechanism.release()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def run(mechanism: DPSGD, optimizer: Any, steps: int) -> None:
     for _ in range(steps):
-        mechanism.release()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(mechanism, optimizer)
     assert mechanism.record is not None
     mechanism.record.close()
 
@@ -345,14 +387,95 @@ def test_an_older_copy_of_the_record_does_not_hide_steps_of_a_checkpoint(path: P
     assert steps_in(path) == 6
 
 
+@pytest.mark.parametrize("alive", [False, True])
+def test_copies_of_a_folder_that_both_went_on_are_put_together(alive: bool, path: Path) -> None:
+    """Both began with the same steps, and took others then: all of them count, whichever checkpoint is resumed where."""
+    first, first_optimizer = kept(path, steps=30)
+    for _ in range(4):
+        step(first, first_optimizer)
+    if not alive:
+        run(first, first_optimizer, 0)
+    copy = path.parent.with_name("copy") / path.name
+    shutil.copytree(path.parent, copy.parent)
+    if alive:
+        here = first
+        run(here, first_optimizer, 3)
+    else:
+        here, optimizer = kept(path, steps=30)
+        here.load_state_dict(first.state_dict())
+        run(here, optimizer, 3)
+    there, optimizer = kept(copy, steps=30)
+    run(there, optimizer, 2)
+    assert (here.steps, there.steps) == (4 + 3, 4 + 2)
+
+    for place, brought in ((path, there), (copy, here)):
+        together, optimizer = kept(place, steps=30)
+        together.load_state_dict(brought.state_dict())
+        assert together.steps == 4 + 3 + 2
+        run(together, optimizer, 1)
+        assert steps_in(place) == 4 + 3 + 2 + 1
+        assert together.report().parts == ({"steps": 10, "sampler": together.plan.sampler.to_dict(), "noise_multiplier": 1.0},)
+
+
+def test_a_checkpoint_of_a_copied_output_folder(tmp_path: Path) -> None:
+    """As `Trainer` resumes it: 2 steps in both folders, 2 more here, 1 more there, and then 1."""
+
+    def trained(folder: Path, steps: int, resume: Path | None) -> PrivacyReport:
+        trainer = trainer_for("gpt2", folder, max_steps=steps, save_strategy="steps", save_steps=1)
+        dp = attached(trainer)
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return dp.report()
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    trained(here, 2, None)
+    shutil.copytree(here, there)
+    assert trained(here, 4, here / "checkpoint-2").steps == 4
+    assert trained(there, 3, there / "checkpoint-2").steps == 3
+    report = trained(there, 5, here / "checkpoint-4")
+    assert (report.steps, report.lost_steps) == (2 + 2 + 1 + 1, 1)
+
+
+def test_what_a_copy_took_is_not_on_record_here(path: Path) -> None:
+    """What it lost after its checkpoint is not known, also where its run began in this folder."""
+    first, optimizer = kept(path, steps=30)
+    step(first, optimizer)
+    copy = path.parent.with_name("copy") / path.name
+    shutil.copytree(path.parent, copy.parent)
+    run(first, optimizer, 1)
+    there, optimizer = kept(copy, steps=30)
+    assert (there.steps, there.recorded) == (1, True)
+    there.load_state_dict(first.state_dict())
+    assert (there.steps, there.recorded) == (2, False)
+    run(there, optimizer, 1)
+    later, _ = kept(copy, steps=30)  # which the record carries over
+    assert (later.steps, later.recorded) == (3, False)
+    here, _ = kept(path, steps=30)
+    assert (here.steps, here.recorded) == (2, True)
+    here.load_state_dict(there.state_dict())
+    assert (here.steps, here.recorded) == (3, False)
+
+
+def test_books_grow_by_one_name_for_each_run_that_took_a_step(path: Path) -> None:
+    mechanism, optimizer = kept(path, steps=30)
+    for runs in range(1, 4):
+        run(mechanism, optimizer, 2)
+        state = mechanism.state_dict()
+        assert len(state["books"]) == runs
+        mechanism, optimizer = kept(path, steps=30)
+        mechanism.load_state_dict(state)
+        assert mechanism.state_dict()["books"] == state["books"]
+        assert mechanism.recorded
+    assert not any(json.loads(line).get("others") for line in path.read_text().splitlines())
+
+
 def test_kinds_of_step_are_told_apart(path: Path) -> None:
     mechanism, optimizer = kept(path)
     run(mechanism, optimizer, 2)
     again, optimizer = kept(path, noise_multiplier=2.0)
     run(again, optimizer, 3)
-    (ledger,) = read(path).ledgers.values()
+    ledger = Ledger.total(read(path).ledgers.values(), "rdp")
     assert {sigma: steps for (_, sigma), steps in ledger.entries} == {1.0: 2, 2.0: 3}
-    assert again.epsilon() == Ledger.total([ledger], "rdp").epsilon(1e-3)
+    assert again.epsilon() == ledger.epsilon(1e-3)
     with pytest.raises(PrivacyError, match=r"seed: None in earlier runs of .*spend.jsonl, 1 now.*another folder"):
         kept(path, seed=1)
 
