@@ -168,7 +168,8 @@ def dp_flash_attention(
     site: Site | None = getattr(module, SITE, None)
     segments: Segments | None = None
     # Noise depends on who sees whom, and boundaries are numbers: these are read, also where that breaks a compiled graph.
-    if torch.compiler.is_compiling() and site is None and cu_seq_lens_q is None and _is_known(attention_mask, sliding_window):
+    traced = torch.compiler.is_compiling() and site is None and cu_seq_lens_q is None
+    if traced and _is_known(attention_mask, sliding_window, n_queries):
         positions = position_ids if square and (attention_mask is None or causal) else None
         mask, layout = without_reading(mask, positions, query, causal=causal, made=attention_mask is None)
     else:
@@ -222,7 +223,8 @@ def _read(
     layout = Layout(None, None, None, 0)
     if mask is not None and mask.dtype == torch.bool and n_queries > 1:  # for one (decoding), copying the keys costs too much
         layout = once(mask, layout_of_mask, n_queries)
-    if attention_mask is not None and causal and square and sliding_window is not None and layout.reach >= sliding_window:
+    ignored = attention_mask is not None and getattr(attention_mask, _WINDOW, None) != sliding_window
+    if ignored and causal and square and sliding_window is not None and layout.reach >= sliding_window:
         raise UnsupportedError(
             f"{type(module).__name__} has a sliding window of {sliding_window} that its attention mask ignores, so whether it "
             "applies would depend on the other rows of the batch; set sliding_window to None or pass a mask that contains it"
@@ -276,11 +278,11 @@ def _mask_of_padding(padding: Tensor, causal: bool) -> Tensor:
     return mask & causal_mask(real.shape[1], real.device) & real[:, None, :, None] if causal else mask
 
 
-def _is_known(attention_mask: Tensor | None, sliding_window: int | None) -> bool:
+def _is_known(attention_mask: Tensor | None, sliding_window: int | None, n_queries: int) -> bool:
     """Whether nothing has to be read in a mask to be sure of it."""
     if attention_mask is None:
         return True
     if attention_mask.ndim == 2:
         return sliding_window is None
     made_here = attention_mask.dtype == torch.bool and hasattr(attention_mask, _WINDOW)
-    return made_here and sliding_window in (None, getattr(attention_mask, _WINDOW))
+    return made_here and attention_mask.shape[2] == n_queries and sliding_window in (None, getattr(attention_mask, _WINDOW))

@@ -138,7 +138,8 @@ class ClippingEngine:
         if resolved.n == 0 and not self._shards:
             self.norms = torch.zeros(0)
             return torch.zeros(())
-        return self._in_memory(loss_fn, batch, resolved, scale, select or selector(resolved), can_split=select is None)
+        with self._sums.whole_batch():
+            return self._in_memory(loss_fn, batch, resolved, scale, select or selector(resolved), can_split=select is None)
 
     def attend(self, loss_fn: LossFunction, batch: Batch, units: Units) -> None:
         """Add nothing, while other ranks call `backward`.
@@ -176,20 +177,21 @@ class ClippingEngine:
             "(per_device_train_batch_size with more accumulation, or max_tokens_per_device) save that time.",
             stacklevel=3,
         )
-        total, norms = torch.zeros(()), torch.zeros(units.n)
-        for half in (owners[: len(owners) // 2], owners[len(owners) // 2 :]):
-            items = torch.isin(units.of_item, torch.tensor(half)).nonzero().flatten()
-            part, own = select_items(batch, units, items), subset(units, items)
-            own_scale = None if scale is None else scale[half]
-            try:
+        total, norms, added = torch.zeros(()), torch.zeros(units.n), False
+        try:
+            for half in (owners[: len(owners) // 2], owners[len(owners) // 2 :]):
+                items = torch.isin(units.of_item, torch.tensor(half)).nonzero().flatten()
+                part, own = select_items(batch, units, items), subset(units, items)
+                own_scale = None if scale is None else scale[half]
                 loss = self._in_memory(loss_fn, part, own, own_scale, selector(own), can_split=True)
-            except BaseException as error:
-                if half[0] == owners[0]:
-                    raise
-                raise self._dropped() from error  # the first half is in the sums, and cannot be taken out again
-            norms = norms.to(self.norms)
-            norms[half] = self.norms
-            total = total.to(loss.device) + loss
+                added = True
+                norms = norms.to(self.norms)
+                norms[half] = self.norms
+                total = total.to(loss.device) + loss
+        except Exception as error:
+            if added:  # the first half is in the sums, and cannot be taken out again
+                raise self._dropped() from error
+            raise
         self.norms = norms
         return total
 
@@ -267,7 +269,7 @@ class ClippingEngine:
             raise UnsupportedError(
                 "engine.batch on a model split up by FSDP2: use engine.backward(loss_fn, batch) on every rank"
             )
-        with self._isolated(), self._not_compiled():
+        with self._sums.whole_batch(), self._isolated(), self._not_compiled():
             handle = self.model.register_forward_pre_hook(prepare, with_kwargs=True)
             try:
                 yield
@@ -317,6 +319,7 @@ class ClippingEngine:
         """
         if parameter not in self.parameters:
             raise PrivacyError("clipped_sum: a parameter the engine does not train")
+        self._sums.require_whole()
         return self._sums.total(parameter)
 
     def take_sums(self) -> dict[nn.Parameter, Tensor]:
@@ -506,6 +509,7 @@ class ClippingEngine:
             factors = self._factors(self._recorder.squared_norms(self._like), scale)
         # Sums that are there are added to in place, and new ones made in backward: memory for no second set.
         sums = self._sums.in_place()
+        begun = bool(sums)
         parts: dict[nn.Parameter, Tensor] = {}
         self._recorder.start("sum", units, factors, sums)
         with self._shards.at_ends(lambda done: add_own_parts(done, sums, parts)):
@@ -515,15 +519,17 @@ class ClippingEngine:
                     f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss)}; the model "
                     "draws random numbers that torch does not replay, use strategy='bookkeeping'"
                 )
-            with self._sums.adding():
-                _plain_backward(again)
-                self._require_coverage()
-                self._recorder.stop()
-                add_own_parts(self._shards.of_any_rank(sums), sums, parts)
-                sums |= parts
-                parts.clear()
-                self._sums.put_back()
-                self._sums.add_all(sums)
+            if begun:
+                self._sums.begin()
+            _plain_backward(again)
+        self._require_coverage()
+        self._recorder.stop()
+        add_own_parts(self._shards.of_any_rank(sums), sums, parts)
+        sums |= parts
+        parts.clear()
+        self._sums.put_back()
+        with self._sums.adding(begun=begun):
+            self._sums.add_all(sums)
         return loss
 
     def _microbatch(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select) -> Tensor:

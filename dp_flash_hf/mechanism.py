@@ -163,6 +163,11 @@ class DPSGD:
             handle.remove()
         self._handles, self._engine, self._released = [], None, {}
 
+    @property
+    def released(self) -> bool:
+        """Whether gradients with noise wait for `optimizer.step()`."""
+        return self._gradient == "released"
+
     def require_next(self) -> None:
         """Raise PrivacyError where `release` may not be called now."""
         if self._engine is None:
@@ -184,7 +189,6 @@ class DPSGD:
             if self.record is not None:
                 self.record.append()
             self._books[self._writer].record(self.plan.sampler, self.plan.noise_multiplier)  # counted before it can be seen
-            self.taken += 1
             sums = self._engine.take_sums()
         if self.config.seed is not None:
             self._generators = {}  # a stream for every step
@@ -200,6 +204,7 @@ class DPSGD:
             parameter.grad, _ = as_gradient(parameter, total)
             self._released[parameter] = (parameter.grad, local(parameter.grad)._version)
         self._gradient = "released"
+        self.taken += 1
 
     def epsilon(self) -> float:
         """Spent so far, at the plan's delta."""
@@ -336,7 +341,7 @@ class DPSGD:
         if (device, part) not in self._generators:
             stream = f"noise {part}"
             if self.config.seed is not None:
-                made = fresh_generator(device, seed=self.config.seed, stream=f"{stream} step {self.taken} {device.type}")
+                made = fresh_generator(device, seed=self.config.seed, stream=f"{stream} step {self.taken + 1} {device.type}")
             else:
                 made = self._ranks.generator(device, stream=stream)
             self._generators[device, part] = made

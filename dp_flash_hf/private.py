@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,14 +14,16 @@ from accelerate.utils.operations import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dp_flash_hf.batches import UNITS
 from dp_flash_hf.config import PrivacyConfig
+from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.report import PrivacyReport
 from dp_flash_hf.training import PrivateTraining, accelerator_refusals, refuse, unwrapped
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]
+
+_DRAW = "dp_draw"  # key of a batch, until it is used: which draw it is
 
 
 def make_private(
@@ -112,6 +115,8 @@ class PrivateLoop:
         self._loss_fn = loss_fn or _ModelLoss(self._model)
         self._checked = False
         self.waiting: dict[str, Any] | None = None  # the draw of `loader` that `backward` did not take yet
+        self.ended = False  # by an error after which going on would leave a draw out, or ranks out of step
+        self._draws = itertools.count()
 
     @property
     def loader(self) -> Draws:
@@ -135,20 +140,25 @@ class PrivateLoop:
         Raises PrivacyError, with nothing released, for a batch that is not fresh from the loader, before the `optimizer.step()`
         of the step before, when `.grad` holds anything else, and beyond the planned steps; UnsupportedError and PrivacyError
         for what the proof finds. When it raises, for want of memory, say, `.grad` is empty and the batch as before: it may be
-        given again. One that can never be computed is given up as by a crash: load a checkpoint, whose next draw is another.
+        given again, unless several processes train. One that can never be computed ends the run, as a crash does.
         """
+        self.require_going_on()
         self._training.mechanism.require_next()
-        if UNITS not in batch or self.waiting is None:
+        if self.waiting is None or int(batch.get(_DRAW, -1)) != int(self.waiting[_DRAW]):
             raise PrivacyError(
-                "the batch was not drawn by private.loader, or was used before: its sampling would not be what is accounted"
+                "the batch is not the one that private.loader drew last, or was used before: its sampling would not be what is "
+                "accounted"
             )
         try:
-            loss = self._step({**batch})
+            loss = self._step({name: value for name, value in batch.items() if name != _DRAW})
         except BaseException:
-            self._model.zero_grad()  # of a part of the draw, and without noise: another attempt would add to it
+            if self._training.mechanism.released:  # an interrupt: what was released is a step, which can be taken
+                self._use_up(batch)
+            else:
+                self._model.zero_grad()  # of a part of the draw, and without noise: another attempt would add to it
+                self.ended = Ranks().size > 1
             raise
-        del batch[UNITS]
-        self.waiting = None
+        self._use_up(batch)
         return loss
 
     def report(self) -> PrivacyReport:
@@ -166,10 +176,31 @@ class PrivateLoop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the books of a checkpoint, also one with other noise or sampling: both parts are then added up.
 
-        A draw that waits for `backward` is given up, as when the process is started again.
         Raises PrivacyError where they cannot be, see `DPSGD.load_state_dict`.
         """
         self._training.mechanism.load_state_dict(state)
+
+    def require_going_on(self) -> None:
+        """Raise PrivacyError where an error ended the loop."""
+        if self.ended:
+            raise PrivacyError(
+                "the loop ended with an error: to go on could leave a draw out, or processes out of step. Mend what failed, "
+                "and start again from the last checkpoint"
+            )
+
+    def draw(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+        """The next draw, which waits for `backward` from now on; None after the last one."""
+        try:
+            batch = next(batches, None)
+        except Exception:
+            self.ended = True  # examples that cannot be read or collated are part of a draw, which would be left out
+            raise
+        if batch is not None:
+            self.waiting = {**batch, _DRAW: torch.tensor(next(self._draws))}
+        return self.waiting
+
+    def _use_up(self, batch: MutableMapping[str, Any]) -> None:
+        del batch[_DRAW]
         self.waiting = None
 
     def _step(self, inputs: dict[str, Any]) -> Tensor:
@@ -215,16 +246,17 @@ class Draws:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         loop = self._loop
-        for number, batch in enumerate(self._loader):
-            if loop.waiting is None:
-                loop.waiting = batch
-            elif number:
+        loop.require_going_on()
+        batches, draw = iter(self._loader), loop.waiting
+        while draw is not None or (loop.steps_left and (draw := loop.draw(batches)) is not None):
+            yield draw
+            if loop.waiting is not None:
                 raise PrivacyError(
                     "the last draw was left out: also an empty one takes a noisy step, or its absence would tell that it was "
                     "empty. Call private.backward(batch) for every batch, and after an error again with the same batch, which "
                     "iterating anew hands out again"
                 )
-            yield loop.waiting
+            draw = None
 
 
 class _ModelLoss:

@@ -5,11 +5,13 @@ What becomes of one physical batch:
 - `apart`: the sums so far are put aside and `.grad` is empty. What autograd leaves there escaped the rules: the engine looks,
   and has it cleared. However this ends, `.grad` is given back.
 - `put_back`: all is computed, the sums so far are in `.grad` again.
-- `adding`: the batch is added to the sums, one parameter after the other. Whatever ends this before its time (an interrupt,
-  too) leaves `interrupted`, and sums that are not whole: nobody is given these, and nothing is added to them, until
-  `zero_grad()`. Where nothing was in them before, the batch can be taken out again by dropping them; else the step is lost.
+- `adding`: the batch is added to the sums, one parameter after the other.
 
-The second backward pass of strategy "two_pass" adds to sums directly, so for it `adding` comes before `put_back`.
+The second backward pass of strategy "two_pass" adds to sums directly, so for it adding begins before `put_back`.
+
+Whatever ends this between the first number that is added and the end of `whole_batch` (an interrupt, too) leaves `interrupted`:
+nobody is given the sums, and nothing is added to them, until `zero_grad()`. Where nothing was in them before, the batch can be
+taken out again by dropping them; else the step is lost.
 """
 
 from __future__ import annotations
@@ -32,13 +34,11 @@ class _Sum:
 
     total: what is added to, float32 (float64), of this rank's part of the parameter. gradient: what `.grad` was set to: `total`
     itself where it has the parameter's dtype, else rounded from it. version: how often that had been changed in place by then.
-    whole: False while parts of a batch may be in it.
     """
 
     total: Tensor
     gradient: Tensor
     version: int
-    whole: bool = True
 
 
 class ClippedSums:
@@ -53,7 +53,8 @@ class ClippedSums:
         self._model, self._parameters, self._sharded = model, parameters, sharded
         self._sums: dict[nn.Parameter, _Sum] = {}
         self._aside: dict[nn.Parameter, Tensor | None] = {}  # `.grad` of every parameter, between `apart` and `put_back`
-        self.interrupted = False  # whether the last batch began to be added, and was not added to the end
+        self.interrupted = False  # whether parts of a batch may be in the sums
+        self._batches = 0  # or parts of batches, added to the end
 
     def __bool__(self) -> bool:
         """Whether there are sums that `take` did not hand over yet."""
@@ -72,7 +73,6 @@ class ClippedSums:
                 )
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             return self._hold(parameter, torch.zeros_like(local(parameter), dtype=dtype))
-        _require_whole(own)
         if parameter.grad is not own.gradient or local(own.gradient)._version != own.version:
             if bool((local(parameter.grad) == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
                 parameter.grad = None
@@ -81,29 +81,48 @@ class ClippedSums:
         return own.total
 
     def take(self) -> dict[nn.Parameter, Tensor]:
-        """Hand over all sums; `.grad` is the caller's from then on."""
+        """Hand over all sums; `.grad` is the caller's from then on. Raises PrivacyError unless they are whole."""
+        self.require_whole()
         sums = {parameter: self.total(parameter) for parameter in self._parameters}
         self._sums = {}
         return sums
 
     def drop(self) -> None:
         """No sums and no gradients from now on."""
-        self._sums = {}
+        self._sums, self.interrupted = {}, False
         self.clear_gradients()
+
+    def require_whole(self) -> None:
+        """Raise PrivacyError where parts of a batch may be in the sums, unless `zero_grad()` gave them up."""
+        if not self.interrupted:
+            return
+        if any(p.grad is not None and bool((local(p.grad) != 0).any()) for p in self._parameters):
+            raise _of_parts()
+        self.drop()
 
     @contextmanager
     def afresh(self) -> Iterator[None]:
         """Within the context there are no sums and no gradients; afterwards those of before are there again."""
-        gradients, sums = {p: p.grad for p in self._parameters}, self._sums
+        gradients, sums, interrupted = {p: p.grad for p in self._parameters}, self._sums, self.interrupted
         try:
             self.drop()
             yield
         finally:
-            self._sums = sums
+            self._sums, self.interrupted = sums, interrupted
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
 
     # A batch, in this order.
+
+    @contextmanager
+    def whole_batch(self) -> Iterator[None]:
+        """Within the context a batch is added, in one part or several: `interrupted` where an error ends it after the first."""
+        before = self._batches
+        try:
+            yield
+        except BaseException:
+            self.interrupted = self.interrupted or self._batches != before
+            raise
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -112,7 +131,7 @@ class ClippedSums:
         Raises PrivacyError where `.grad` holds anything but whole sums or a trained parameter is new, UnsupportedError where
         hooks on parameters would see gradients that are not clipped, or none.
         """
-        self.interrupted = False
+        self.require_whole()
         self._require_same_parameters()
         for parameter in self._parameters:
             if parameter.grad is None:
@@ -134,11 +153,11 @@ class ClippedSums:
     def in_place(self) -> dict[nn.Parameter, Tensor]:
         """The sums put aside that a backward pass may add to directly: not those of parameters that are split up.
 
-        Raises PrivacyError if one of them is not whole: the same batch would be added to it twice.
+        Raises PrivacyError where that was begun before: the same batch would be added twice.
         """
+        if self.interrupted:
+            raise _of_parts()
         there = [p for p, gradient in self._aside.items() if gradient is not None and p not in self._sharded]
-        for parameter in there:
-            _require_whole(self._sums[parameter])
         return {parameter: self._sums[parameter].total for parameter in there}
 
     def put_back(self) -> None:
@@ -147,16 +166,18 @@ class ClippedSums:
             parameter.grad = gradient
         self._aside = {}
 
-    @contextmanager
-    def adding(self) -> Iterator[None]:
-        """Within the context a batch is added; `interrupted`, and no sum whole, where an error ends it."""
+    def begin(self) -> None:
+        """From now on, and until `adding` ends, parts of a batch may be in the sums."""
         self.interrupted = True
-        try:
-            yield
-        except BaseException:
-            for own in self._sums.values():
-                own.whole = False
-            raise
+
+    @contextmanager
+    def adding(self, *, begun: bool = False) -> Iterator[None]:
+        """Within the context a batch is added. Raises PrivacyError where one was begun already, unless it is this one."""
+        if self.interrupted and not begun:
+            raise _of_parts()
+        self.begin()
+        yield
+        self._batches += 1
         self.interrupted = False
 
     @torch.no_grad()
@@ -226,9 +247,8 @@ class ClippedSums:
             )
 
 
-def _require_whole(own: _Sum) -> None:
-    if not own.whole:
-        raise PrivacyError(
-            "something failed while a batch was being added (the second pass of strategy='two_pass', say), so the sums hold "
-            "parts of units: zero_grad() and begin the step again, with smaller batches if memory ran out"
-        )
+def _of_parts() -> PrivacyError:
+    return PrivacyError(
+        "something failed while a batch was being added (the second pass of strategy='two_pass', say), so the sums may hold "
+        "parts of it: zero_grad() and begin the step again, with smaller batches if memory ran out"
+    )

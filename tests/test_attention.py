@@ -761,6 +761,10 @@ TRACED: dict[str, Callable[[], dict[str, Any]]] = {
     "padding, full sight": lambda: {"mask": padding([S, 4]), "causal": False},
     "4-D padding": lambda: {"mask": made_here(causal_mask(S) & padding([S, 4])[:, None, None])},
     "4-D window": lambda: {"mask": made_here(causal_mask(S, 3)[None, None], 3), "sliding_window": 3},
+    "4-D window that a picture looks across": lambda: {
+        "mask": made_here((causal_mask(S, 3) | (torch.arange(S) < 5) & (torch.arange(S)[:, None] < 5))[None, None], 3),
+        "sliding_window": 3,
+    },
     "picked keys": lambda: {"indices": torch.arange(S).remainder(3).expand(B, S, S)[..., :2].contiguous()},
     "restarts": lambda: {"position_ids": RESTARTING},
     "restarts, full sight": lambda: {"position_ids": RESTARTING, "causal": False},
@@ -789,8 +793,9 @@ def test_traced_code_equals_what_is_read(name: str) -> None:
         {"cu_seq_lens_q": torch.tensor([0, 5, 6, S], dtype=torch.int32)},
         {"mask": causal_mask(S, 3)[None, None], "sliding_window": 3},
         {"mask": causal_mask(S)[None, None].double().log()},
+        {"mask": made_here(padding([S, 4])[:, None, None]), "position_ids": torch.arange(S)[None]},
     ],
-    ids=["boundaries", "a window in a mask of somebody else's", "a float mask"],
+    ids=["boundaries", "a window in a mask of somebody else's", "a float mask", "a mask alike for all queries"],
 )
 def test_what_has_to_be_read_breaks_the_graph_and_counts(asked: dict[str, Any]) -> None:
     torch._dynamo.reset()

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.records import Recorder
 from dp_flash_hf.sums import ClippedSums
-from dp_flash_hf.units import Units
+from dp_flash_hf.units import Units, select_items
 from tests.models import Batch, Toy, batch_of, loss_of, tiny, toy_batch, toy_loss
 from tests.oracle import clipped_sum, distance, each_row, grads, rows_of, total_norm, unit_gradients
 
@@ -1209,7 +1210,7 @@ def test_a_second_backward_that_fails_leaves_sums_that_nobody_takes(dtype: torch
     with pytest.raises(ArithmeticError):
         engine.backward(loss, batch)
     for use in (lambda: engine.backward(loss, batch), engine.take_sums):
-        with pytest.raises(PrivacyError, match="hold parts of units"):
+        with pytest.raises(PrivacyError, match="may hold parts of it"):
             use()
     fails = False
     model.zero_grad()
@@ -1217,10 +1218,35 @@ def test_a_second_backward_that_fails_leaves_sums_that_nobody_takes(dtype: torch
     assert distance(grads(model), wanted) == 0.0
 
 
-@pytest.mark.parametrize("strategy", ["bookkeeping", "microbatch"])
+def interrupted_at(number: int, error: type[BaseException], original: Any) -> Any:
+    """A method that raises at its call of this number."""
+    calls = 0
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise error("interrupted")
+        return original(*args, **kwargs)
+
+    return method
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("before", [0, 1], ids=["nothing before", "after a batch"])
-def test_half_of_a_batch_is_never_handed_over(strategy: Any, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted between two parameters: a batch that is computed again would be in the sums twice."""
+@pytest.mark.parametrize(
+    ("strategy", "place", "number"),
+    [
+        ("bookkeeping", (ClippedSums, "add_record"), 3),  # between two parameters
+        ("microbatch", (ClippedSums, "add"), 3),
+        ("two_pass", (ClippedSums, "add_all"), 1),  # after its second backward pass
+        ("bookkeeping", (Recorder, "stop"), 1),  # all is added, and nobody was told
+    ],
+)
+def test_half_of_a_batch_is_never_handed_over(
+    strategy: Any, place: tuple[Any, str], number: int, before: int, set_to_none: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that is computed again would be in the sums twice."""
     model, batch = Toy(), toy_batch()
     engine, loss = ClippingEngine(model, max_grad_norm=0.7, strategy=strategy), toy_loss(model)
     engine.backward(loss, batch)
@@ -1228,27 +1254,33 @@ def test_half_of_a_batch_is_never_handed_over(strategy: Any, before: int, monkey
     model.zero_grad()
     for _ in range(before):
         engine.backward(loss, batch)
-    added = 0
-
-    def interrupting(original: Any) -> Any:
-        def add(self: Any, *args: Any) -> None:
-            nonlocal added
-            added += 1
-            if added == 3:
-                raise KeyboardInterrupt
-            original(self, *args)
-
-        return add
-
     with monkeypatch.context() as patch:
-        for method in ("add", "add_record"):
-            patch.setattr(ClippedSums, method, interrupting(getattr(ClippedSums, method)))
+        method = interrupted_at(number, KeyboardInterrupt, getattr(*place))
+        patch.setattr(*place, lambda self, *args: method(self, *args))
         with pytest.raises(KeyboardInterrupt):
             engine.backward(loss, batch)
-    for use in (lambda: engine.backward(loss, batch), engine.take_sums):
-        with pytest.raises(PrivacyError, match="hold parts of units"):
-            use()
+    if grads(model):
+        for use in (lambda: engine.backward(loss, batch), engine.take_sums, lambda: engine.clipped_sum(model.norm.weight)):
+            with pytest.raises(PrivacyError, match="may hold parts of it"):
+                use()
+    model.zero_grad(set_to_none=set_to_none)
+    engine.backward(loss, batch)
+    assert distance(grads(model), wanted) == 0.0
+
+
+def test_halves_of_a_batch_that_fail_between_each_other_drop_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = Toy(), toy_batch()
+    engine, loss = ClippingEngine(model, max_grad_norm=0.7, strategy="bookkeeping"), toy_loss(model)
+    engine.backward(loss, batch)
+    wanted = grads(model)
     model.zero_grad()
+    once = interrupted_at(1, MemoryError, ClippingEngine._once)
+    with monkeypatch.context() as patch:
+        patch.setattr("dp_flash_hf.engine.select_items", interrupted_at(2, MemoryError, select_items))
+        patch.setattr(ClippingEngine, "_once", lambda *args: once(*args))
+        with pytest.warns(UserWarning, match="two halves"), pytest.raises(PrivacyError, match="whole step's sums were dropped"):
+            engine.backward(loss, batch)
+    assert not grads(model)
     engine.backward(loss, batch)
     assert distance(grads(model), wanted) == 0.0
 
@@ -1360,7 +1392,7 @@ def test_a_second_pass_that_finds_a_use_outside_the_rules_adds_nothing_twice() -
             total = total + 0 * torch.einsum("i,i->", model.norm._parameters["weight"], model.norm._parameters["weight"])
         return total
 
-    with pytest.raises(PrivacyError, match="hold parts of units"):
+    with pytest.raises(PrivacyError, match="may hold parts of it"):
         engine.backward(differs, batch)
-    with pytest.raises(PrivacyError, match="hold parts of units"):
+    with pytest.raises(PrivacyError, match="may hold parts of it"):
         engine.take_sums()

@@ -225,8 +225,9 @@ def test_epochs_spend_the_budget_and_no_more() -> None:
     assert 0.998 * 8.0 <= report.epsilon <= 8.0
     assert report.private
     weights = copy.deepcopy(model.state_dict())
+    assert next(batches, None) is None
     with pytest.raises(PrivacyError, match="9 planned steps are spent"):
-        private.backward(next(batches))
+        private.backward({})
     with pytest.raises(PrivacyError, match="without noise"):
         optimizer.step()
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -312,7 +313,7 @@ def test_a_draw_that_is_looked_at_is_the_next_step(taken: int, workers: int) -> 
     assert next(stepping(private, optimizer))[UNITS] is units
     copied = {**first}
     assert run(private, optimizer) == 3 - taken
-    assert UNITS not in first
+    assert "dp_draw" not in first
     with pytest.raises(PrivacyError, match="planned steps are spent"):
         private.backward(copied)
 
@@ -375,16 +376,89 @@ def test_a_draw_whose_backward_failed_is_taken_later(where: str, anew: bool, mon
     assert private.report().steps == (2 if where == "second part" else 3)  # an attempt that came to noise counts
 
 
-def test_a_draw_that_waits_is_given_up_with_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the process were started again."""
+def test_a_draw_waits_on_when_a_checkpoint_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To save and load again would be a way to choose among draws."""
     draws(monkeypatch, [1, 2], [3])
     private, _, _ = loop()
     state = private.state_dict()
     old = next(iter(private.loader))
     private.load_state_dict(state)
-    with pytest.raises(PrivacyError, match=r"not drawn by private\.loader"):
-        private.backward(old)
-    assert next(iter(private.loader))[UNITS].tolist() == [0]
+    assert next(iter(private.loader)) is old
+
+
+def test_the_last_draw_may_not_be_left_out_either() -> None:
+    private, _, optimizer = loop(steps=2)
+    batches = stepping(private, optimizer)
+    next(batches), next(batches)
+    with pytest.raises(PrivacyError, match="left out"):
+        list(private.loader)
+
+
+def test_another_draw_than_the_one_that_waits_is_refused() -> None:
+    private, _, optimizer = loop()
+    batches = iter(private.loader)
+    first = next(batches)
+    kept = {**first}
+    private.backward(first)
+    optimizer.step()
+    optimizer.zero_grad()
+    second = next(batches)
+    with pytest.raises(PrivacyError, match="not the one that private"):
+        private.backward(kept)
+    private.backward({name: value.clone() for name, value in second.items()})  # as when it is moved
+    assert private.report().steps == 2
+
+
+def test_examples_that_cannot_be_collated_end_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else draws of which the collator makes nothing would be left out, which may depend on what is in them."""
+
+    class Failing(Pad):
+        def __call__(self, examples: Any) -> Any:
+            if [example["input_ids"] for example in examples] == failing:
+                raise MemoryError("in the test")
+            return super().__call__(examples)
+
+    failing = [texts()[row]["input_ids"] for row in (3, 7, 8)]
+    draws(monkeypatch, [1, 2], [3, 7, 8], *[[4]] * 9)
+    private, _, optimizer = loop(collate_fn=Failing())
+    with pytest.raises(MemoryError, match="in the test"):
+        run(private, optimizer)
+    for use in (lambda: next(iter(private.loader)), lambda: private.backward({})):
+        with pytest.raises(PrivacyError, match="start again from the last checkpoint"):
+            use()
+    assert private.report().steps == 1
+
+
+def test_an_interrupt_after_the_release_leaves_a_step_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    private, model, optimizer = loop(steps=2)
+    batch, before = next(iter(private.loader)), model.lm_head.weight.clone()
+    release = private._training.mechanism.release
+
+    def interrupted() -> None:
+        release()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(private._training.mechanism, "release", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            private.backward(batch)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not torch.equal(before, model.lm_head.weight)
+    assert run(private, optimizer) == 1
+    assert private.report().steps == 2
+
+
+def test_a_step_that_counted_twice_shortens_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    private, _, optimizer = loop(steps=4)
+    batches = stepping(private, optimizer)
+    next(batches), next(batches)
+    fail_once(monkeypatch, private._training.engine, "take_sums", 1)
+    with pytest.raises(MemoryError):
+        next(batches)
+    assert run(private, optimizer) == 2
+    assert private.report().steps == 4
+    assert private.state_dict()["taken"] == 3
 
 
 # Mistakes.
@@ -404,7 +478,7 @@ def test_a_gradient_of_ones_own_is_refused(when: str, monkeypatch: pytest.Monkey
     draws(monkeypatch, [] if "empty" in when else [1, 2])
     private, model, optimizer = loop(steps=1)
     before = model.lm_head.weight.clone()
-    (batch,) = private.loader
+    batch = next(iter(private.loader))
     if when == "after":
         private.backward(batch)
     model(**Pad()(texts()[:2])).loss.backward()
@@ -438,7 +512,7 @@ def test_gradients_changed_after_backward_are_refused() -> None:
 
 def test_a_batch_is_one_draw_used_once() -> None:
     private, _, optimizer = loop()
-    with pytest.raises(PrivacyError, match=r"not drawn by private\.loader"):
+    with pytest.raises(PrivacyError, match="not the one that private"):
         private.backward(Pad()(texts()[:4]))
     batch = next(iter(private.loader))
     private.backward(batch)
