@@ -236,7 +236,8 @@ def _without_numbers(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _not_of_fsdp(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
-    return OrderedDict((key, hook) for key, hook in hooks.items() if ".fsdp." not in str(getattr(hook, "__module__", "")))
+    own = {key for key, hook in hooks.items() if str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")}
+    return OrderedDict((key, hook) for key, hook in hooks.items() if key not in own)
 
 
 def _peak(
@@ -391,7 +392,7 @@ class _Gathering:
     def _enter(self, group: _Group, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if group not in self._whole:
             self._gather(group)
-        if self._in_backward:  # computed again
+        if group in self._begun:  # computed again
             return None
         # Of several modules the first one called ends last, if its inputs have gradients at all.
         ends = len(group.modules) == 1 or group not in self._entered
@@ -399,22 +400,23 @@ class _Gathering:
         return with_end(partial(self._end, group if ends else None, module, set(group.parameters)), module, args, kwargs)
 
     def _leave(self, group: _Group, module: nn.Module, args: Any, out: Any) -> None:
-        if self._in_backward:
-            return
-        if not group.stays:
-            self._whole.pop(group, None)
-        self._order.append(group)
+        if not self._in_backward:
+            self._order.append(group)
+            if not group.stays:
+                self._whole.pop(group, None)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(partial(self._begin, group, len(self._order) - 1))
+                leaf.register_hook(partial(self._begin, group))
 
-    def _begin(self, group: _Group, place: int, gradient: Tensor) -> None:
+    def _begin(self, group: _Group, gradient: Tensor) -> None:
         if group in self._begun:
             return
         self._begun.add(group)
         if group not in self._whole:
             self._gather(group)
-        before = self._order[place - 1] if place else group
+        while self._order and self._order.pop() is not group:
+            pass
+        before = self._order[-1] if self._order else group
         if before not in self._whole and before not in self._coming:
             self._coming[before] = _bytes(before.size)
 

@@ -19,6 +19,8 @@ from accelerate.accelerator import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils.checkpoint import checkpoint
 
 from dp_flash_hf import bench, memory, training
 from dp_flash_hf.bench import Work
@@ -182,23 +184,28 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Four matrices of the same size, each gathered by itself; beside them nothing takes memory."""
+    """Four matrices of the same size, each gathered by itself; beside them nothing takes memory.
+
+    again: with checkpointing, in torch's older way (reentrant) or the usual one.
+    """
 
     _no_split_modules = ("Block",)
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, again: str = "") -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(rows) for _ in range(4))
+        self.again = again
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_(bool(self.again))
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=self.again == "older") if self.again else block(x)
         return x.sum()
 
 
-def of_blocks(rows: int, frozen: tuple[int, ...] = (), ranks: int = 2) -> dict[str, float]:
+def of_blocks(rows: int, frozen: tuple[int, ...] = (), ranks: int = 2, again: str = "") -> dict[str, float]:
     """What a step holds beside a rank's own part, in gathered matrices."""
-    model = Blocks(rows)
+    model = Blocks(rows, again)
     for number in frozen:
         model.blocks[number].requires_grad_(False)
     found = estimate(model, {"x": torch.ones(1, 256)}, 1, loss_fn=lambda model, batch: model(**batch), ranks=ranks)
@@ -218,8 +225,11 @@ def of_blocks(rows: int, frozen: tuple[int, ...] = (), ranks: int = 2) -> dict[s
         ({"rows": 255}, 4.0, 2.5, 5.5),
         # Of frozen matrices there is nothing but themselves: the last one, the next on its way, and its gradient or sum.
         ({"rows": 256, "frozen": (0, 1, 2)}, 3.0, 2.0, 3.0),
+        # What is computed again is gathered already.
+        ({"rows": 256, "again": "usual"}, 4.0, 2.0, 4.5),
+        ({"rows": 256, "again": "older"}, 4.0, 2.0, 4.5),
     ],
-    ids=["even", "four ranks", "odd", "frozen"],
+    ids=["even", "four ranks", "odd", "frozen", "checkpointing", "reentrant checkpointing"],
 )
 def test_what_a_rank_holds_whole(settings: Any, plain: float, bookkeeping: float, two_pass: float) -> None:
     assert of_blocks(**settings) == pytest.approx(
@@ -321,7 +331,7 @@ def two_rows(small: bool = False) -> dict[str, Tensor]:
 
 
 def estimates_of_split(family: str, kind: str, variant: str) -> tuple[list[MemoryEstimate], list[MemoryEstimate], bool]:
-    """Of a model that is split up, and of the same whole, over as many ranks; whether it is what it was."""
+    """Of a model that is split up, and of the same whole, over as many ranks; whether it was left alone."""
     plain, batch = decoder(family, small=True), two_rows(small=True)
     settings: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if variant == "bf16" else {}
     model = wrapped(decoder(family, small=True), kind, **settings)
@@ -332,10 +342,13 @@ def estimates_of_split(family: str, kind: str, variant: str) -> tuple[list[Memor
     engine = ClippingEngine(model, max_grad_norm=1.0)
     classes = [type(module) for module in model.modules()]
     numbers = [(id(p), p.to_local().clone()) for p in model.parameters()]
-    found = estimate(model, batch, 2, loss_fn=loss_of)
+    with CommDebugMode() as communicated:
+        found = estimate(model, batch, 2, loss_fn=loss_of)
     again = [(id(p), p.to_local()) for p in model.parameters()]
-    unchanged = classes == [type(module) for module in model.modules()] and all(
-        a == b and torch.equal(x, y) for (a, x), (b, y) in zip(numbers, again, strict=True)
+    unchanged = (
+        communicated.get_total_counts() == 0
+        and classes == [type(module) for module in model.modules()]
+        and all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(numbers, again, strict=True))
     )
     engine.backward(lambda batch: loss_of(model, batch), batch)
     engine.detach()
