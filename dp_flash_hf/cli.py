@@ -109,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--lora", type=_whole, help="rank of adapters on all linear layers, which are all that is trained")
     memory.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: float32)")
     memory.add_argument("--optimizer", choices=sorted(_OPTIMIZERS), default="adamw", help="default: adamw")
+    memory.add_argument(
+        "--ranks",
+        type=_whole,
+        default=1,
+        help="what one rank needs where FSDP2 splits the model up over so many; with DDP each needs as much as one alone",
+    )
     plan.set_defaults(command=_plan)
 
     recipes = commands.add_parser("recipes", help="list or copy recipes").add_subparsers(required=True, metavar="COMMAND")
@@ -306,19 +312,27 @@ def _plan_memory(options: argparse.Namespace) -> None:
     if options.checkpointing:
         model.activation_checkpointing_enable()
     found = estimate(
-        model, {"input_ids": ids, "labels": labels}, rows, loss_fn=model_loss_of, moments=_OPTIMIZERS[options.optimizer]
+        model,
+        {"input_ids": ids, "labels": labels},
+        rows,
+        loss_fn=model_loss_of,
+        moments=_OPTIMIZERS[options.optimizer],
+        ranks=options.ranks,
     )
     table = _table("MiB", "weights", "grads", "states", "activations", "records", "total", justify="right")
+    if options.ranks > 1:
+        table.title = f"one of {options.ranks} ranks, split up by FSDP2"
     for row in found:
         parts = (row.parameters, row.gradients, row.optimizer, row.activations, row.records, row.total)
         table.add_row(row.strategy, *(f"{part / 2**20:,.0f}" for part in parts))
     _print(table)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) / 1e6 for every in (True, False))
+    gathered = " Activations are with the weights that FSDP2 gathers." if options.ranks > 1 else ""
     print(
         f"{type(model).__name__}: {size:,.1f} M parameters in {options.dtype}, {trained:,.1f} M trained with "
         f"{options.optimizer}.\n{rows} rows of {length} tokens, {'with' if options.checkpointing else 'without'} "
-        f"checkpointing. Free on {device} now: {free_memory(device) / 2**20:,.0f} MiB."
+        f"checkpointing.{gathered} Free on {device} now: {free_memory(device) / 2**20:,.0f} MiB."
     )
 
 

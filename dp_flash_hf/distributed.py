@@ -302,7 +302,7 @@ class Shards:
         for module in cast(list[nn.Module], self.modules):
             inner = {p for m in module.modules() if m is not module and isinstance(m, FSDPModule) for p in m.parameters()}
             own = [p for p in module.parameters() if p in self.parameters and p.requires_grad and p not in inner]
-            end = partial(_with_end, partial(act, own))
+            end = partial(with_end, partial(act, own))
             handles.append(module.register_forward_pre_hook(end, with_kwargs=True))
         try:
             yield
@@ -311,7 +311,8 @@ class Shards:
                 handle.remove()
 
 
-def _with_end(act: Callable[[], None], module: nn.Module, args: Any, kwargs: Any) -> Any:
+def with_end(act: Callable[[], None], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A forward pre-hook: `act` is called in backward when all gradients of the module's inputs are there."""
     leaves, structure = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if torch.is_grad_enabled() and places:

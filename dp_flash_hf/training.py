@@ -6,7 +6,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from transformers.utils import logging
 from dp_flash_hf.accountant import PrivacyPlan
 from dp_flash_hf.batches import UNITS, PoissonBatches, UnitCollator, WithUnits, physical_batches, steps_per_epoch, units_of
 from dp_flash_hf.config import PrivacyConfig
-from dp_flash_hf.distributed import Ranks, local
+from dp_flash_hf.distributed import Ranks, device_of, local
 from dp_flash_hf.engine import ClippingEngine, Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.compiled import is_compiled
@@ -213,30 +213,39 @@ class PrivateTraining:
         )
 
     def _choose_by_memory(self, batch: dict[str, Any], units: Units, autocast: torch.dtype | None) -> None:
-        """Book-keeping if its estimate fits in free memory, else two passes; says so. batch: of one unit, a long one."""
+        """Book-keeping if its estimate fits in free memory, else two passes; says so. batch: of one unit, a long one.
+
+        Ranks that compute together choose the same: two passes if any of them must.
+        """
         assert self.engine is not None
+        choice = self._choice_by_memory(batch, units, autocast)
         if self.engine.split_up:
-            self.engine.whole = "two_pass"
-            logger.warning(
-                "strategy='auto' chose two_pass: book-keeping would hold records that FSDP2 does not split up; where there is "
-                "room for them, strategy='bookkeeping' is faster"
-            )
-            return
-        device = next(iter(self.engine.parameters)).device
-        wide, n_units = widest(batch, units, max_rows=self.max_examples * self.rows_per_example, max_tokens=self.max_tokens)
+            choice = next((other for other in Ranks().gathered(choice) if other[0] == "two_pass"), choice)
+        self.engine.whole, because = choice
+        logger.warning(f"strategy='auto' chose {self.engine.whole}: {because}")
+
+    def _choice_by_memory(
+        self, batch: dict[str, Any], units: Units, autocast: torch.dtype | None
+    ) -> tuple[Literal["bookkeeping", "two_pass"], str]:
+        """What this rank would choose, and why; it raises nothing, for other ranks may wait for the answer."""
+        assert self.engine is not None
         try:
-            _, books, passes = estimate(
+            wide, n_units = widest(batch, units, max_rows=self.max_examples * self.rows_per_example, max_tokens=self.max_tokens)
+            _, *private = estimate(
                 self.engine.model, wide, n_units, loss_fn=model_loss_of, moments=self._moments, autocast=autocast
             )
-        except Exception as error:  # what cannot be estimated can still be trained
-            logger.warning(f"strategy='auto' chose bookkeeping: {' '.join(str(error).split())}")
-            return
-        free, present = free_memory(device), books.parameters
-        self.engine.whole = "bookkeeping" if books.total - present <= free else "two_pass"
-        logger.warning(
-            f"strategy='auto' chose {self.engine.whole}: beside the model, a step needs about "
-            f"{(books.total - present) / GIB:.2f} GiB with bookkeeping and {(passes.total - present) / GIB:.2f} GiB with "
-            f"two_pass, and {free / GIB:.2f} GiB are free on {device}"
+            parameter = next(iter(self.engine.parameters))
+            device = device_of(parameter)
+            # Where parameters are kept elsewhere meanwhile, so are their sums and the optimizer's state.
+            here = device.type == parameter.device.type
+            books, passes = (e.activations + e.records + here * (e.gradients + e.optimizer) for e in private)
+            free = free_memory(device)
+        except Exception as error:  # what cannot be estimated can still be trained; split up, it could not be tried in halves
+            return "two_pass" if self.engine.split_up else "bookkeeping", " ".join(str(error).split())
+        beside, each = ("its part of the model", " on every rank") if self.engine.split_up else ("the model", "")
+        return "bookkeeping" if books <= free else "two_pass", (
+            f"beside {beside}, a step needs about {books / GIB:.2f} GiB with bookkeeping and {passes / GIB:.2f} GiB with "
+            f"two_pass{each}, and {free / GIB:.2f} GiB are free on {device}"
         )
 
     def add(self, inputs: Mapping[str, Any]) -> Tensor:

@@ -83,6 +83,7 @@ PLAN = ["plan", "--units", "1000", "--batch", "50"]
         (["plan", "--memory", "--model", "gone"], "--memory needs --model, --batch-rows and --length"),
         (["plan", "--memory", "--model", "gone", "--batch-rows", "2", "--length", "8"], "gone"),
         (["plan", "--memory", "--model", "gone", "--batch-rows", "2", "--length", "8", "--dtype", "int8"], "'int8'"),
+        (["plan", "--memory", "--model", "gone", "--batch-rows", "2", "--length", "8", "--ranks", "0"], "--ranks: expected"),
         (["doctor", "--model", "gone"], "gone"),
         (["bench", "--lengths", "many"], "--lengths"),
     ],
@@ -179,6 +180,16 @@ def test_plan_of_memory_counts_a_step(task: str, tmp_path: Path, capsys: pytest.
     adapters = _rows(capsys.readouterr().out)
     assert [row[3] for row in adapters] == ["0"] * 3
     assert all(abs(int(row[1]) - 2 * numbers / 2**20) <= 1 for row in adapters)
+    cli.main([*command, "--ranks", "4"])
+    printed = capsys.readouterr().out
+    assert "one of 4 ranks, split up by FSDP2" in printed
+    assert "with the weights that FSDP2 gathers" in printed
+    for name, *parts in _rows(printed):
+        weights, gradients, states, activations, _, _ = (int(part.replace(",", "")) for part in parts)
+        assert abs(weights - numbers / 2**20) <= 1
+        assert abs(gradients - numbers / 2**20) <= 1
+        assert abs(states - 2 * numbers / 2**20) <= 1
+        assert activations - without[name][3] > 4 * layer / 2**20
 
 
 def test_recipes_ls_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
