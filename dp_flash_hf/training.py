@@ -37,6 +37,9 @@ logger = logging.get_logger(__name__)
 
 Move = Callable[[dict[str, Any]], Mapping[str, Any]]  # a collated batch -> the same on the model's device
 
+# Estimates of book-keeping on models that FSDP2 splits up were up to 9 % low, and out of memory ends training there.
+_MARGIN_OF_SPLIT = 1.15
+
 
 class PrivateTraining:
     """Draws, clipped sums, noise, books, and the checks before the first step.
@@ -243,7 +246,8 @@ class PrivateTraining:
         except Exception as error:  # what cannot be estimated can still be trained; split up, it could not be tried in halves
             return "two_pass" if self.engine.split_up else "bookkeeping", " ".join(str(error).split())
         beside, each = ("its part of the model", " on every rank") if self.engine.split_up else ("the model", "")
-        return "bookkeeping" if books <= free else "two_pass", (
+        margin = _MARGIN_OF_SPLIT if self.engine.split_up else 1.0
+        return "bookkeeping" if books * margin <= free else "two_pass", (
             f"beside {beside}, a step needs about {books / GIB:.2f} GiB with bookkeeping and {passes / GIB:.2f} GiB with "
             f"two_pass{each}, and {free / GIB:.2f} GiB are free on {device}"
         )
