@@ -3,11 +3,11 @@
     import dp_flash_hf                                       # registers the name
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="dp_flash")
 
-Rows of a batch are separate by construction. Units packed into one row are computed segment by segment, so that not even
-a NaN crosses: a mask alone does not stop it, because 0 * NaN = NaN in weights @ value and in every product of the backward.
-Segments come from `cu_seq_lens_q/k`, from the mask (a block-diagonal mask is cut into its blocks) and from `position_ids`
-that restart (some models, GPT-OSS among them, do not tell their mask about these). Padding (keys nobody sees, queries that
-see nothing) is zeroed for the same reason.
+Rows of a batch are separate by construction. Units packed into one row are computed segment by segment (by masks in code that
+`torch.compile` traces), so that not even a NaN crosses: a mask alone does not stop it, because 0 * NaN = NaN in weights @
+value and in every product of the backward. Segments come from `cu_seq_lens_q/k`, from the mask (a block-diagonal mask is cut
+into its blocks) and from `position_ids` that restart (some models, GPT-OSS among them, do not tell their mask about these).
+Padding (keys nobody sees, queries that see nothing) is zeroed for the same reason.
 
 `dp_attention` is the same thing under a name without "flash": some models treat any name with that word as the flash-attn
 package and refuse what this implementation can do (Llama 4's chunks beyond one chunk, HRM's prefix masks, ESM-C's chains).

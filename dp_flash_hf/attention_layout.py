@@ -31,7 +31,10 @@ def is_packed(position_ids: Tensor | None, attention_mask: Tensor | None = None)
 
 @dataclass(frozen=True)
 class Layout:
-    """What a bool mask (B, H, Q, K) implies; B and H may be 1. Holds no view of the mask, which it must not keep alive."""
+    """What a bool mask (B, H, Q, K) implies; B and H may be 1. Holds no view of the mask, which it must not keep alive.
+
+    In traced code `unseen` and `blind` are there in any case, and `segments` and `reach` say nothing.
+    """
 
     unseen: Tensor | None  # (B, 1, K, 1), True at keys no query sees; None if there are none
     blind: Tensor | None  # (B, 1, Q, 1), True at queries that see no key; None if there are none
@@ -159,7 +162,7 @@ def without_reading(
     Numbers are those of segments, but a NaN is stopped between rows only.
 
     mask: bool, or None. position_ids: (B or 1, Q) where a restart separates segments, else None. query: (B, H, Q, D).
-    made: whether nobody but `dp_flash_attention` made the mask, so that restarts are not in it.
+    made: whether the caller was given no mask, so that restarts are certainly not in this one.
     """
     rows, _, size, _ = query.shape
     if position_ids is not None and position_ids.shape in ((1, size), (rows, size)):

@@ -28,7 +28,9 @@ def register() -> None:
     """Make the names in `NAMES` known to Transformers; calling it again changes nothing.
 
     Registers the attention and the mask function, and teaches `PreTrainedModel` that the names need no flash-attn package
-    and no replacement by a kernel from the Hub. All other names behave as before.
+    and no replacement by a kernel from the Hub; that models with a patch are patched when they are built or given one of the
+    names, and unpatched when given another; and that a first forward in which this attention was not called raises. All other
+    names behave as before.
 
     Raises UnsupportedError if this version of Transformers chooses attention implementations in an unknown way.
     """

@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     memory.add_argument("--lora", type=_whole, help="rank of adapters on all linear layers, which are all that is trained")
     memory.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights (default: float32)")
+    memory.add_argument("--autocast", action="store_true", help="with bfloat16 autocast over them: bf16 of TrainingArguments")
     memory.add_argument("--optimizer", choices=sorted(_OPTIMIZERS), default="adamw", help="default: adamw")
     memory.add_argument(
         "--ranks",
@@ -136,8 +137,8 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="speed and memory beside non-private training and peers",
         description="Presets: cpu and cuda, training beside Opacus; memory, strategies with and without checkpointing, 126 M "
-        "parameters on the CPU; on a GPU also full, all weights in bfloat16 at 512 tokens, lora, adapters of rank 16, vocab, a "
-        "head of 128k tokens, and attention, the kernels beside torch's and flash-attn's.",
+        "parameters on the CPU; compile, compiled beside eager; on a GPU also full, all weights in bfloat16 at 512 tokens, "
+        "lora, adapters of rank 16, vocab, a head of 128k tokens, and attention, the kernels beside torch's and flash-attn's.",
     )
     bench.add_argument("--preset", choices=_PRESETS, default="cpu", help="what is measured (default: cpu)")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
@@ -317,6 +318,7 @@ def _plan_memory(options: argparse.Namespace) -> None:
         rows,
         loss_fn=model_loss_of,
         moments=_OPTIMIZERS[options.optimizer],
+        autocast=torch.bfloat16 if options.autocast else None,
         ranks=options.ranks,
     )
     table = _table("MiB", "weights", "grads", "states", "activations", "records", "total", justify="right")
@@ -329,10 +331,11 @@ def _plan_memory(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) / 1e6 for every in (True, False))
     gathered = " Activations are with the weights that FSDP2 gathers." if options.ranks > 1 else ""
+    dtype = f"{options.dtype} under bfloat16 autocast" if options.autocast else options.dtype
     print(
-        f"{type(model).__name__}: {size:,.1f} M parameters in {options.dtype}, {trained:,.1f} M trained with "
-        f"{options.optimizer}.\n{rows} rows of {length} tokens, {'with' if options.checkpointing else 'without'} "
-        f"checkpointing.{gathered} Free on {device} now: {free_memory(device) / 2**20:,.0f} MiB."
+        f"{type(model).__name__}: {size:,.1f} M parameters in {dtype}, {trained:,.1f} M trained with {options.optimizer}.\n"
+        f"{rows} rows of {length} tokens, {'with' if options.checkpointing else 'without'} checkpointing.{gathered} "
+        f"Free on {device} now: {free_memory(device) / 2**20:,.0f} MiB."
     )
 
 

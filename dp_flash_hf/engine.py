@@ -199,7 +199,7 @@ class ClippingEngine:
         self._sums.drop()
         return PrivacyError(
             "a batch that ran out of memory could be added in part only, so the whole step's sums were dropped, and nothing "
-            "was released; resume from the last checkpoint with smaller physical batches"
+            "was released; begin the step again with smaller physical batches, or resume from the last checkpoint with them"
         )
 
     def _once(self, loss_fn: LossFunction, batch: Batch, units: Units, scale: Tensor | None, select: Select) -> Tensor:

@@ -52,7 +52,7 @@ class Learning:
     def learn(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
         """Learn the layouts of such a batch.
 
-        On ranks that compute together, from the batches of all those that have something to learn.
+        On ranks that compute together the batch of each that has something to learn is sent to all, and all learn from it.
         """
         if not self._shards:
             self._learn(forward, batch, select, units)

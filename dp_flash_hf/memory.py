@@ -8,6 +8,7 @@ what a formula thinks of them. So is what FSDP2 gathers and adds up: storages th
 from __future__ import annotations
 
 import copy
+import math
 import os
 import weakref
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -124,12 +126,25 @@ def moments_of(optimizer: object) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process could still allocate there: torch's own unused blocks too, of a machine's memory its share."""
+    """Bytes that this process could still allocate there: torch's own unused blocks too, of a machine's memory its share.
+
+    The machine's is that of the container, where one is limited (by cgroups, version 2).
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     available = int(psutil.virtual_memory().available)  # type: ignore[no-untyped-call]
-    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(min(available, _left_in_container())) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that a container's limit leaves; what it caches of files can be given up."""
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # "max": no limit
+        return math.inf
+    return limit - used + int(counts.get("inactive_file", 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +289,7 @@ def _peak(
 
 @contextmanager
 def _as_on_cpu() -> Iterator[None]:
-    """Answers what torch raises for when tensors without numbers are asked: autocast, and random states to come back to."""
+    """Autocast, and the random states of checkpointing, for which torch raises on the meta device, are as on the CPU."""
     known: Any = torch
     replaced = {name: getattr(torch, name) for name in ("is_autocast_enabled", "autocast")}
     usual = DefaultDeviceType.get_device_type()

@@ -139,8 +139,8 @@ class PrivateLoop:
 
         Raises PrivacyError, with nothing released, for a batch that is not fresh from the loader, before the `optimizer.step()`
         of the step before, when `.grad` holds anything else, and beyond the planned steps; UnsupportedError and PrivacyError
-        for what the proof finds. When it raises, for want of memory, say, `.grad` is empty and the batch as before: it may be
-        given again, unless several processes train. One that can never be computed ends the run, as a crash does.
+        for what the proof finds. When computing fails, for want of memory, say, `.grad` is empty and the batch as before: it
+        may be given again, unless several processes train. Where it can never be computed, no further step can be taken.
         """
         self.require_going_on()
         self._training.mechanism.require_next()

@@ -245,8 +245,10 @@ class PrivateTraining:
             free = free_memory(device)
         except Exception as error:  # what cannot be estimated can still be trained; split up, it could not be tried in halves
             return "two_pass" if self.engine.split_up else "bookkeeping", " ".join(str(error).split())
-        beside, each = ("its part of the model", " on every rank") if self.engine.split_up else ("the model", "")
-        margin = _MARGIN_OF_SPLIT if self.engine.split_up else 1.0
+        margin, beside, each = 1.0, "the model", ""
+        if self.engine.split_up:
+            margin, beside = _MARGIN_OF_SPLIT, "its part of the model"
+            each = f" on every rank (book-keeping has to fit with {margin - 1:.0%} to spare)"
         return "bookkeeping" if books * margin <= free else "two_pass", (
             f"beside {beside}, a step needs about {books / GIB:.2f} GiB with bookkeeping and {passes / GIB:.2f} GiB with "
             f"two_pass{each}, and {free / GIB:.2f} GiB are free on {device}"

@@ -50,22 +50,36 @@ def trainer_of(path: str, lora: bool, on_cpu: bool, **settings: Any) -> tuple[An
         torch.manual_seed(3)
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     place = {"use_cpu": True, "ddp_backend": "gloo"} if on_cpu and Ranks().size > 1 else {"use_cpu": on_cpu}
-    share = 8 // Ranks().size
+    share = 12 // Ranks().size // settings.get("gradient_accumulation_steps", 1)
     chosen = {"learning_rate": 0.5, "per_device_train_batch_size": share, **place, **settings}
     trainer = trainer_for(model, Path(path), **chosen)
     return trainer, attached(trainer, seed=SEED, max_grad_norm=ADAPTER if lora else FULL)
 
 
 def trained(
-    path: str, lora: bool = False, more: dict[str, Any] | None = None, *, on_cpu: bool = True, **settings: Any
+    path: str,
+    lora: bool = False,
+    more: dict[str, Any] | None = None,
+    accumulation: int = 1,
+    replicas: int = 1,
+    *,
+    on_cpu: bool = True,
 ) -> dict[str, Tensor]:
-    """Parameters after three steps without noise. more: what `fsdp_config` says besides; None: not split up."""
+    """Parameters after three steps without noise, of 12 units expected in each, on however many ranks there are.
+
+    more: what `fsdp_config` says besides; None: not split up.
+    """
     with fsdp_on_cpu():
-        fsdp = {} if more is None else {"fsdp": True, "fsdp_config": {**WRAP, **more}}
-        trainer, dp = trainer_of(path, lora, on_cpu, max_steps=3, **fsdp, **settings)
+        settings: dict[str, Any] = {"max_steps": 3, "gradient_accumulation_steps": accumulation}
+        if more is not None:
+            settings |= {"fsdp": True, "fsdp_config": {**WRAP, **more}}
+        if replicas > 1:
+            shards = Ranks().size // replicas
+            settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
+        trainer, dp = trainer_of(path, lora, on_cpu, **settings)
         with noise_if(False):
             trainer.train()
-    assert dp.report().steps == 3
+    assert (dp.report().steps, dp.report().expected_batch_size) == (3, 12)
     assert any(isinstance(p, DTensor) for p in trainer.model.parameters()) == (more is not None)
     return plain_names(trainer.model)
 
@@ -92,11 +106,25 @@ def test_a_trainer_on_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "lora"), [*((name, False) for name in VARIANTS), ("plain", True), ("activation checkpointing", True)]
+    ("variant", "lora", "accumulation", "replicas"),
+    [
+        *((variant, False, 1, 1) for variant in VARIANTS),
+        ("activation checkpointing", True, 1, 1),
+        ("plain", True, 1, 1),
+        ("plain", False, 3, 1),
+        ("plain", True, 3, 1),
+        ("plain", False, 1, 2),
+        ("plain", True, 1, 2),
+        ("plain", False, 3, 2),
+        ("plain", True, 3, 2),
+    ],
 )
-def test_a_trainer_is_a_trainer_in_one_process(variant: str, lora: bool, tmp_path: Path) -> None:
+def test_a_trainer_is_a_trainer_in_one_process(
+    variant: str, lora: bool, accumulation: int, replicas: int, tmp_path: Path
+) -> None:
     wanted = trained(str(tmp_path / "one"), lora)
-    for found in world(2).run(trained, str(tmp_path / "two"), lora, VARIANTS[variant]):
+    ranks = world(2 * replicas)
+    for found in ranks.run(trained, str(tmp_path / "two"), lora, VARIANTS[variant], accumulation, replicas):
         assert found.keys() == wanted.keys()
         for name in wanted:
             torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)

@@ -180,6 +180,11 @@ def test_plan_of_memory_counts_a_step(task: str, tmp_path: Path, capsys: pytest.
     adapters = _rows(capsys.readouterr().out)
     assert [row[3] for row in adapters] == ["0"] * 3
     assert all(abs(int(row[1]) - 2 * numbers / 2**20) <= 1 for row in adapters)
+    cli.main([*command, "--autocast"])
+    printed = capsys.readouterr().out
+    assert "in float32 under bfloat16 autocast" in printed
+    mixed = {name: int(parts[3]) for name, *parts in _rows(printed)}
+    assert mixed["non-private"] < without["non-private"][3]
     cli.main([*command, "--ranks", "4"])
     printed = capsys.readouterr().out
     assert "one of 4 ranks, split up by FSDP2" in printed

@@ -548,7 +548,7 @@ def test_accelerate_launch_with_fsdp2(data: Path, tmp_path: Path) -> None:
     assert "full_finetune" in command
     command = [str(tmp_path / "dying.py") if part == "full_finetune" else part for part in command]
     command = [*command[:2], "--num_processes", "2", "--main_process_port", free_port(), *command[2:]]
-    command += [*sizes(data, tmp_path / "run"), "resume_from_checkpoint=true"]
+    command += sizes(data, tmp_path / "run")
     run_together(command, folder=tmp_path, fails=True)
     printed = run_together(command, folder=tmp_path)
     check(tmp_path / "run", 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from dp_flash_hf.bench import Work
 from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine import ClippingEngine
 from dp_flash_hf.errors import UnsupportedError
-from dp_flash_hf.memory import NON_PRIVATE, MemoryEstimate, estimate, free_memory, moments_of
+from dp_flash_hf.memory import NON_PRIVATE, MemoryEstimate, _left_in_container, estimate, free_memory, moments_of
 from dp_flash_hf.private import make_private
 from tests.models import tiny
 from tests.ranks import fresh, world
@@ -165,6 +166,17 @@ def test_moments_of_optimizers() -> None:
     assert moments_of(torch.optim.AdamW(parameters)) == 2
     assert moments_of(torch.optim.SGD(parameters, lr=0.1)) == 0
     assert moments_of(torch.optim.SGD(parameters, lr=0.1, momentum=0.9)) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"), [("max", math.inf), ("1000", 1000 - 700 + 150), (None, math.inf)], ids=["none", "some", "no cgroups"]
+)
+def test_a_container_leaves_what_its_limit_leaves(limit: str | None, left: float, tmp_path: Path) -> None:
+    if limit is not None:
+        stat = "anon 500\ninactive_file 150\nactive_file 50\n"
+        for name, content in (("memory.max", limit), ("memory.current", "700"), ("memory.stat", stat)):
+            (tmp_path / name).write_text(f"{content}\n")
+    assert _left_in_container(tmp_path) == left
 
 
 def test_free_memory_is_what_the_device_has() -> None:
@@ -414,7 +426,12 @@ def chosen(free: list[int], broken: list[bool]) -> tuple[str, list[str], int]:
     ("free", "broken", "strategy", "says"),
     [
         ([2**40, 2**40], [False, False], "bookkeeping", "beside its part of the model, a step needs about 0.00 GiB"),
-        ([2**40, 2**10], [False, False], "two_pass", "on every rank, and 0.00 GiB are free on cpu"),
+        (
+            [2**40, 2**10],
+            [False, False],
+            "two_pass",
+            "on every rank (book-keeping has to fit with 15% to spare)",
+        ),
         ([2**40, 2**40], [False, True], "two_pass", "memory cannot be told"),
     ],
     ids=["fits", "not on one rank", "not to be told on one rank"],
