@@ -108,15 +108,23 @@ def test_a_trainer_on_gpus() -> None:
 @pytest.mark.parametrize(
     ("variant", "lora", "accumulation", "replicas"),
     [
-        *((variant, False, 1, 1) for variant in VARIANTS),
+        ("plain", False, 1, 1),
         ("activation checkpointing", True, 1, 1),
-        ("plain", True, 1, 1),
-        ("plain", False, 3, 1),
-        ("plain", True, 3, 1),
-        ("plain", False, 1, 2),
-        ("plain", True, 1, 2),
-        ("plain", False, 3, 2),
+        ("offload", False, 1, 1),
         ("plain", True, 3, 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("activation checkpointing", False, 1, 1),
+                ("kept whole after forward", False, 1, 1),
+                ("plain", True, 1, 1),
+                ("plain", False, 3, 1),
+                ("plain", True, 3, 1),
+                ("plain", False, 1, 2),
+                ("plain", True, 1, 2),
+                ("plain", False, 3, 2),
+            )
+        ),
     ],
 )
 def test_a_trainer_is_a_trainer_in_one_process(
@@ -199,7 +207,13 @@ def looped(replicas: int = 0, precision: str | None = None, strategy: Strategy =
 
 
 @pytest.mark.parametrize(
-    ("size", "replicas", "strategy"), [(2, 1, "bookkeeping"), (2, 1, "two_pass"), (4, 2, "bookkeeping"), (4, 2, "two_pass")]
+    ("size", "replicas", "strategy"),
+    [
+        (2, 1, "two_pass"),
+        (4, 2, "bookkeeping"),
+        pytest.param(2, 1, "bookkeeping", marks=pytest.mark.slow),
+        pytest.param(4, 2, "two_pass", marks=pytest.mark.slow),
+    ],
 )
 def test_a_loop_with_the_plugin_is_a_loop_in_one_process(size: int, replicas: int, strategy: str) -> None:
     wanted = looped()
