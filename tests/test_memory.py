@@ -173,7 +173,7 @@ def test_moments_of_optimizers() -> None:
 )
 def test_a_container_leaves_what_its_limit_leaves(limit: str | None, left: float, tmp_path: Path) -> None:
     if limit is not None:
-        stat = "anon 500\ninactive_file 150\nactive_file 50\n"
+        stat = "anon 500\ninactive_file 150\nactive_file 50"
         for name, content in (("memory.max", limit), ("memory.current", "700"), ("memory.stat", stat)):
             (tmp_path / name).write_text(f"{content}\n")
     assert _left_in_container(tmp_path) == left
