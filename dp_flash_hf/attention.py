@@ -44,7 +44,7 @@ NAMES = ("dp_flash", "dp_attention")
 _UNHANDLED = ("block_indices", "sinks", "cache", "block_table", "head_mask")
 
 # Attribute of masks that `dp_flash_mask` made: the window that was asked for, or None.
-_WINDOW = "made_by_dp_flash"
+MADE_HERE = "made_by_dp_flash"
 # Model types that cannot do without a mask: those that do not support torch's SDPA by themselves, found while models are built.
 ALWAYS_MASKED: set[str] = set()
 
@@ -223,7 +223,7 @@ def _read(
     layout = Layout(None, None, None, 0)
     if mask is not None and mask.dtype == torch.bool and n_queries > 1:  # for one (decoding), copying the keys costs too much
         layout = once(mask, layout_of_mask, n_queries)
-    ignored = attention_mask is not None and getattr(attention_mask, _WINDOW, None) != sliding_window
+    ignored = attention_mask is not None and getattr(attention_mask, MADE_HERE, None) != sliding_window
     if ignored and causal and square and sliding_window is not None and layout.reach >= sliding_window:
         raise UnsupportedError(
             f"{type(module).__name__} has a sliding window of {sliding_window} that its attention mask ignores, so whether it "
@@ -242,7 +242,7 @@ def _read(
         assert mask is not None
         if not causal or not bool(crosses_restarts(mask, position_ids)):
             return layout, segments
-        if attention_mask.ndim == 4 and not hasattr(attention_mask, _WINDOW):
+        if attention_mask.ndim == 4 and not hasattr(attention_mask, MADE_HERE):
             raise UnsupportedError(
                 f"{type(module).__name__} was given position_ids that restart, as for several units in one row, and a mask "
                 "under which these see each other; separate them in the mask, or give position_ids that do not restart"
@@ -268,7 +268,7 @@ def dp_flash_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if mask is not None and causal and padding is not None and queries == keys and padding.shape == (mask.shape[0], keys):
         mask = mask & padding[:, None, :, None].to(torch.bool)
     if mask is not None:
-        setattr(mask, _WINDOW, kwargs.get("local_size"))
+        setattr(mask, MADE_HERE, kwargs.get("local_size"))
     return mask
 
 
@@ -284,5 +284,5 @@ def _is_known(attention_mask: Tensor | None, sliding_window: int | None, n_queri
         return True
     if attention_mask.ndim == 2:
         return sliding_window is None
-    made_here = attention_mask.dtype == torch.bool and hasattr(attention_mask, _WINDOW)
-    return made_here and attention_mask.shape[2] == n_queries and sliding_window in (None, getattr(attention_mask, _WINDOW))
+    made_here = attention_mask.dtype == torch.bool and hasattr(attention_mask, MADE_HERE)
+    return made_here and attention_mask.shape[2] == n_queries and sliding_window in (None, getattr(attention_mask, MADE_HERE))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_flash_hf.attention import dp_flash_attention
+from dp_flash_hf.attention import MADE_HERE, dp_flash_attention
 from dp_flash_hf.attention_layout import is_packed, once
 from dp_flash_hf.patching import keys_and_values, register_attention, register_guard
 
@@ -62,6 +62,6 @@ def _within(mask: Tensor, window: int) -> Tensor:
     """A bool mask (B, 1, Q, K), less the keys that are not among the last `window` up to the query."""
     queries, keys = mask.shape[-2:]
     seen = mask & torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1 - window)
-    if hasattr(mask, "made_by_dp_flash"):
-        seen.made_by_dp_flash = window  # type: ignore[attr-defined]
+    if hasattr(mask, MADE_HERE):
+        setattr(seen, MADE_HERE, window)
     return seen

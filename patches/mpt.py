@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dp_flash_hf.attention import ALWAYS_MASKED, dp_flash_attention
+from dp_flash_hf.attention import ALWAYS_MASKED, MADE_HERE, dp_flash_attention
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.patching import heads, keys_and_values, register_attention
 
@@ -25,7 +25,7 @@ class FlashMptAttention:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        if attention_mask is not None and not hasattr(attention_mask, "made_by_dp_flash"):
+        if attention_mask is not None and not hasattr(attention_mask, MADE_HERE):
             raise UnsupportedError("MPT turns a 4-D attention_mask around; pass a mask of shape (batch, tokens)")
         mixed = self.Wqkv(hidden_states)
         if self.clip_qkv:

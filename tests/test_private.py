@@ -8,6 +8,7 @@ import math
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -427,6 +428,20 @@ def test_examples_that_cannot_be_collated_end_the_loop(monkeypatch: pytest.Monke
         with pytest.raises(PrivacyError, match="start again from the last checkpoint"):
             use()
     assert private.report().steps == 1
+
+
+def test_an_error_on_one_of_several_processes_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have gone on: another attempt would meet them at another place."""
+    private, _, _ = loop()
+    batch = next(iter(private.loader))
+    monkeypatch.setattr("dp_flash_hf.private.Ranks", lambda: SimpleNamespace(size=2))
+    fail_once(monkeypatch, private._training, "add", 1)
+    with pytest.raises(MemoryError, match="in the test"):
+        private.backward(batch)
+    for use in (lambda: private.backward(batch), lambda: next(iter(private.loader))):
+        with pytest.raises(PrivacyError, match="start again from the last checkpoint"):
+            use()
+    assert private.report().steps == 0
 
 
 def test_an_interrupt_after_the_release_leaves_a_step_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
