@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
-from dp_flash_hf.noise import fresh_generator
+from dp_flash_hf.mechanisms.gaussian_noise import fresh_generator
 
 _BUCKET_BYTES = 32 * 2**20  # smaller sums are added up together: DDP's own buckets have 25 MiB
 _CHECKED_BYTES = 64 * 2**20  # at once, for a checksum

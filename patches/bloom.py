@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from dp_flash_hf.attention import dp_flash_attention
+from dp_flash_hf.attention.function import dp_flash_attention
+from dp_flash_hf.attention.patching import keys_and_values, register_attention
 from dp_flash_hf.errors import UnsupportedError
-from dp_flash_hf.patching import keys_and_values, register_attention
 
 
 @register_attention("transformers.models.bloom.modeling_bloom.BloomAttention")

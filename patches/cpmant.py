@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dp_flash_hf.attention import dp_flash_attention
-from dp_flash_hf.attention_layout import once
-from dp_flash_hf.patching import heads, keys_and_values, register_attention
+from dp_flash_hf.attention.function import dp_flash_attention
+from dp_flash_hf.attention.patching import heads, keys_and_values, register_attention
+from dp_flash_hf.attention.segments import once
 
 
 @register_attention("transformers.models.cpmant.modeling_cpmant.CpmAntAttention")

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_flash_hf.attention import MADE_HERE, dp_flash_attention
-from dp_flash_hf.attention_layout import is_packed, once
-from dp_flash_hf.patching import keys_and_values, register_attention, register_guard
+from dp_flash_hf.attention.function import dp_flash_attention
+from dp_flash_hf.attention.masks import MADE_HERE
+from dp_flash_hf.attention.patching import keys_and_values, register_attention, register_guard
+from dp_flash_hf.attention.segments import is_packed, once
 
 
 @register_attention("transformers.models.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention")

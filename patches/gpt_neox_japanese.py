@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_flash_hf.attention import dp_flash_attention
-from dp_flash_hf.patching import heads, keys_and_values, register_attention
+from dp_flash_hf.attention.function import dp_flash_attention
+from dp_flash_hf.attention.patching import heads, keys_and_values, register_attention
 
 
 @register_attention("transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_flash_hf.attention import dp_flash_attention
-from dp_flash_hf.patching import keys_and_values, register_attention
+from dp_flash_hf.attention.function import dp_flash_attention
+from dp_flash_hf.attention.patching import keys_and_values, register_attention
 
 
 @register_attention("transformers.models.gptj.modeling_gptj.GPTJAttention")

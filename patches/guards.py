@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dp_flash_hf.attention_layout import is_packed
+from dp_flash_hf.attention.patching import register_guard
+from dp_flash_hf.attention.segments import is_packed
 from dp_flash_hf.errors import UnsupportedError
-from dp_flash_hf.patching import register_guard
 
 
 @register_guard(

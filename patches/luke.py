@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dp_flash_hf.attention import dp_flash_attention
-from dp_flash_hf.patching import heads, register_attention
+from dp_flash_hf.attention.function import dp_flash_attention
+from dp_flash_hf.attention.patching import heads, register_attention
 
 
 @register_attention("transformers.models.luke.modeling_luke.LukeSelfAttention")

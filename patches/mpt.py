@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dp_flash_hf.attention import ALWAYS_MASKED, MADE_HERE, dp_flash_attention
+from dp_flash_hf.attention.function import dp_flash_attention
+from dp_flash_hf.attention.masks import ALWAYS_MASKED, MADE_HERE
+from dp_flash_hf.attention.patching import heads, keys_and_values, register_attention
 from dp_flash_hf.errors import UnsupportedError
-from dp_flash_hf.patching import heads, keys_and_values, register_attention
 
 ALWAYS_MASKED.add("mpt")  # the model calls .to(torch.bool) on its mask
 

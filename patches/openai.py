@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_flash_hf.attention import dp_flash_attention
-from dp_flash_hf.attention_layout import once
-from dp_flash_hf.patching import heads, register_attention
+from dp_flash_hf.attention.function import dp_flash_attention
+from dp_flash_hf.attention.patching import heads, register_attention
+from dp_flash_hf.attention.segments import once
 
 
 @register_attention("transformers.models.openai.modeling_openai.Attention")

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dp_flash_hf.attention import dp_flash_attention
-from dp_flash_hf.patching import heads, register_attention
+from dp_flash_hf.attention.function import dp_flash_attention
+from dp_flash_hf.attention.patching import heads, register_attention
 
 
 @register_attention("transformers.models.perceiver.modeling_perceiver.PerceiverSelfAttention")

@@ -19,11 +19,11 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from rich.progress import track
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from dp_flash_hf import checkpoints
-from dp_flash_hf.callback import DPCallback
-from dp_flash_hf.config import PrivacyConfig
+from dp_flash_hf.accounting.spend_log import FILE_NAME
 from dp_flash_hf.errors import invalid
-from dp_flash_hf.spend import FILE_NAME
+from dp_flash_hf.integrations import checkpoints
+from dp_flash_hf.integrations.trainer import DPCallback
+from dp_flash_hf.mechanisms.config import PrivacyConfig
 
 _HEADING = "## Differential privacy"  # of report.to_model_card()
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

@@ -69,8 +69,8 @@ class _CoverageTable:
             self.rows += [value for name, value in report.user_properties if name == "coverage" and isinstance(value, dict)]
 
     def pytest_sessionfinish(self) -> None:
-        from tests.coverage_table import render
-        from tests.examination import Examination
+        from tests.support.coverage_table import render
+        from tests.support.examination import Examination
 
         self.path.write_text(render(Examination(**row) for row in self.rows))  # type: ignore[arg-type]
 

@@ -20,7 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
+
 BENCH = ("-m", "dp_flash_hf.cli", "bench", "--repeats", "3", "--preset")
 TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations", "5", "--tb", "short")
 

@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from dp_flash_hf.distributed import Ranks
-from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.units import Units
-from tests.models import batch_of, loss_of, tiny
-from tests.oracle import rows_of
-from tests.ranks import fails, world
+from tests.support.models import batch_of, loss_of, tiny
+from tests.support.oracle import rows_of
+from tests.support.ranks import fails, world
 
 
 def split(model: nn.Module, kind: str, **settings: Any) -> nn.Module:

@@ -12,10 +12,10 @@ import torch
 import transformers as hf
 from accelerate.accelerator import Accelerator
 
-from dp_flash_hf import cli
+from dp_flash_hf.cli import main as cli
 from dp_flash_hf.errors import PrivacyError
+from tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent
 VOCABULARY, PADDING = 31, 0
 
 

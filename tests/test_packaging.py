@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
+
 SIBLINGS = {"dp_flash_hf.patches": "patches", "dp_flash_hf.recipes": "recipes"}
 
 
@@ -63,7 +64,7 @@ def test_wheel_holds_every_module_and_recipe_and_nothing_else(wheel: Path) -> No
 def test_wheel_declares_the_command(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     name = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
-    assert "dp-flash = dp_flash_hf.cli:main" in archive.read(name).decode()
+    assert "dp-flash = dp_flash_hf.cli.main:main" in archive.read(name).decode()
 
 
 def test_siblings_are_importable_only_under_the_package(wheel: Path, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dp_flash_hf.errors import PrivacyError
-from dp_flash_hf.layers import layout_of, record, record_bias, register_rule
+from dp_flash_hf.layers.rules import layout_of, record, record_bias, register_rule
 from dp_flash_hf.testing import check_exact
-from tests.models import batch_of, loss_of, tiny
+from tests.support.models import batch_of, loss_of, tiny
 
 
 class Shift(nn.Module):

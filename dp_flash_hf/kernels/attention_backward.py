@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_flash_hf.kernels.attention import Pattern, SegmentTable
 from dp_flash_hf.kernels.attention_forward import (
     LOG2E,
     VARYING,
@@ -31,6 +30,7 @@ from dp_flash_hf.kernels.attention_forward import (
 )
 from dp_flash_hf.kernels.counter_noise_triton import kept
 from dp_flash_hf.kernels.ghost_norm_triton import dot
+from dp_flash_hf.kernels.types import Pattern, SegmentTable
 
 # As the forward's: the first of each is the one that must build everywhere without spilling registers.
 KEY_VALUE_CONFIGS = {

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_flash_hf.kernels.attention import Pattern, Release, SegmentTable
 from dp_flash_hf.kernels.counter_noise_triton import CHACHA, PHILOX, kept, normals
 from dp_flash_hf.kernels.ghost_norm_triton import dot
+from dp_flash_hf.kernels.types import Pattern, Release, SegmentTable
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on CPU, for tests
 LOG2E = tl.constexpr(math.log2(math.e))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dp_flash_hf.kernels.ghost_norm import is_uniform, runs_on_triton, upcast
+from dp_flash_hf.kernels.numerics import is_uniform, runs_on_triton, upcast
 
 
 def _takes(out: Tensor, factors: Tensor) -> bool:

@@ -11,62 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dp_flash_hf.kernels.numerics import CANCELLED, hidden_by_rounding, is_uniform, runs_on_triton, upcast
+
 # Rows of the smallest Gram blocks. On CPU 16 to 64 are alike (within 4 % at 128 and 512 rows), 128 and more are slower.
 SMALLEST_BLOCK = 32
-
-# Below this fraction of its bound (sum_t |a_t| |g_t|)^2 a Gram sum has cancelled so far that float32 rounding (2^-24 of the
-# bound per term) could hide a norm; such a unit is computed anew from its gradient itself, whose squares cannot cancel.
-CANCELLED = 2.0**-16
-
-HIDDEN = 32  # see `hidden_by_rounding`
-
-
-@cache
-def has_triton(device: torch.device) -> bool:
-    """Whether this CUDA device runs the Triton kernels."""
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is not None or capability < (8, 0) or find_spec("triton") is None:  # 8.0: bfloat16 in matrix units
-        return False
-    # Triton 3.6 fails to compile Gram matrices for tensor memory; 3.9 does not.
-    return capability < (10, 0) or tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
-
-
-def runs_on_triton(*records: Tensor) -> bool:
-    """Whether Triton kernels take these records: bfloat16, float16 or float32 on an NVIDIA GPU, and triton.
-
-    Ampere and newer; Blackwell with Triton 3.9.
-    """
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return all(x.is_cuda and x.dtype in dtypes for x in records) and has_triton(records[0].device)
-
-
-def upcast(x: Tensor) -> Tensor:
-    """x in the dtype sums run in: float64 stays, everything else becomes float32."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def is_uniform(sizes: Sequence[int]) -> bool:
-    """Whether all units have the same number of rows, at least one."""
-    return len(sizes) > 0 and sizes[0] > 0 and all(size == sizes[0] for size in sizes)
-
-
-def hidden_by_rounding(bound: Tensor, rows: int | Tensor) -> Tensor:
-    """Square of the norm that rounding may hide in a sum of so many rows whose norms add up to `bound`.
-
-    Added to the squared norm of a sum that has cancelled: the clipped sum rounds in another order than its norm did, and a unit
-    made to cancel would otherwise leave more than C there. rows^(1/2) eps is the usual growth of rounding (Higham and Mary
-    2019, doi 10.1137/18M1226312); the factor keeps what is left below 2 % of C.
-    """
-    lost = HIDDEN * torch.finfo(bound.dtype).eps * bound
-    return torch.as_tensor(rows, dtype=bound.dtype, device=bound.device) * lost.square()
 
 
 class Gram(NamedTuple):

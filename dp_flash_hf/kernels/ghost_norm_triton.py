@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_flash_hf.kernels.ghost_norm import CANCELLED, HIDDEN
+from dp_flash_hf.kernels.numerics import CANCELLED, HIDDEN
 
 # Launch options by bytes per number, compiled for compute capability 8.0, 9.0 and 10.0 without spills. BLOCK: rows on a side of
 # a Gram tile at most, smaller where units are shorter. Two tiles of 128 x 128 float32 sums, of inputs and output gradients,

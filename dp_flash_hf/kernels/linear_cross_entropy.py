@@ -17,23 +17,13 @@ import torch
 from torch import Tensor
 
 from dp_flash_hf.kernels.clipped_sum import add_linear_
-from dp_flash_hf.kernels.ghost_norm import linear_squared_norms, row_sums, runs_on_triton, upcast
+from dp_flash_hf.kernels.ghost_norm import linear_squared_norms, row_sums
+from dp_flash_hf.kernels.numerics import runs_on_triton, upcast
+from dp_flash_hf.kernels.types import Head
 
 # Float32 logits that exist at once take this many bytes, or what the fewest columns take that products are still fast with.
 BLOCK_BYTES = 2**26
 FEWEST_COLUMNS = 256
-
-
-class Head(NamedTuple):
-    """Logits of hidden states h: z = scale * (h W^T + b), then softcap * tanh(z / softcap) if there is a soft-cap.
-
-    weight: (V, d). bias: (V,) or None. Soft-cap as in Gemma 2 (arXiv 2408.00118).
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
 
 
 def linear_cross_entropy(hidden: Tensor, head: Head, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -86,7 +76,8 @@ class LogitGradients:
         if runs_on_triton(self.hidden):
             from dp_flash_hf.kernels import linear_cross_entropy_triton as triton
 
-            return triton.logit_gradients(self, columns.start, columns.stop)
+            at = columns.start, columns.stop
+            return triton.logit_gradients(self.hidden, self.head, self.labels, self.lse, self.weights, *at)
         logits = _logits(self.hidden, self.head, columns)
         out = self._softmax(logits)
         own = self.labels - columns.start

@@ -5,7 +5,7 @@ Inputs in bfloat16, float16 or float32, sums in float32. No atomics: equal input
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -13,9 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dp_flash_hf.kernels.ghost_norm_triton import dot, on_its_device
-
-if TYPE_CHECKING:
-    from dp_flash_hf.kernels.linear_cross_entropy import Head, LogitGradients
+from dp_flash_hf.kernels.types import Head
 
 # How the kernels are launched, by the bytes of a hidden state's numbers.
 LAUNCH: dict[int, dict[str, int]] = {
@@ -38,27 +36,26 @@ def log_sum_exp(hidden: Tensor, head: Head) -> Tensor:
     return parts.logsumexp(1)
 
 
-def logit_gradients(g: LogitGradients, start: int, stop: int) -> Tensor:
-    """Columns [start, stop) of the gradients of h W^T + b: (rows, stop - start), in the dtype of the hidden states."""
-    return _logit_gradients(g.hidden, g, start, stop)
-
-
 @on_its_device
-def _logit_gradients(hidden: Tensor, g: LogitGradients, start: int, stop: int) -> Tensor:
+def logit_gradients(hidden: Tensor, head: Head, labels: Tensor, lse: Tensor, weights: Tensor, start: int, stop: int) -> Tensor:
+    """Columns [start, stop) of the gradients of h W^T + b: (rows, stop - start), in the dtype of the hidden states.
+
+    hidden: (rows, d). labels: int64 (rows,). lse, weights: float (rows,); see `linear_cross_entropy.LogitGradients`.
+    """
     hidden = _dense(hidden)
     launch = LAUNCH[hidden.element_size()]
     out = hidden.new_empty(len(hidden), stop - start)
     if len(hidden):
         grid = (triton.cdiv(len(hidden), launch["BLOCK_ROWS"]), triton.cdiv(stop - start, launch["BLOCK_COLUMNS"]))
-        operands = _operands(hidden, g.head, start, stop)
+        operands = _operands(hidden, head, start, stop)
         logit_gradients_kernel[grid](
             *operands,
-            g.labels.contiguous(),
-            g.lse.contiguous(),
-            g.weights.contiguous(),
+            labels.contiguous(),
+            lse.contiguous(),
+            weights.contiguous(),
             out,
             start,
-            **_options(g.head),
+            **_options(head),
             **launch,
         )
     return out

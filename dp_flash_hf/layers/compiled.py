@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_flash_hf.errors import PrivacyError
-from dp_flash_hf.kernels.ghost_norm import upcast
+from dp_flash_hf.kernels.numerics import upcast
+from dp_flash_hf.layers.layout_inference import Layouts
 from dp_flash_hf.layers.operations import record_bias, record_product
+from dp_flash_hf.layers.recorder import Recorder
 from dp_flash_hf.layers.tracking import Call, Tracked, derived
-from dp_flash_hf.layouts import Layout, Layouts
-from dp_flash_hf.records import Recorder
+from dp_flash_hf.layers.unit_layout import Layout
 
 _PRODUCTS = {"mul", "__mul__", "__rmul__"}
 _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dp_flash_hf.kernels.ghost_norm import upcast
+from dp_flash_hf.kernels.numerics import upcast
+from dp_flash_hf.layers.recorder import Recorder
 from dp_flash_hf.layers.tracking import Tracked, once, record
-from dp_flash_hf.layouts import Layout
-from dp_flash_hf.records import Recorder
+from dp_flash_hf.layers.unit_layout import Layout
 
 
 class Routes(NamedTuple):

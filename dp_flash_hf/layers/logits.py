@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_flash_hf.errors import PrivacyError
-from dp_flash_hf.kernels.linear_cross_entropy import Gradients, Head, LogitGradients, gradients, linear_cross_entropy
+from dp_flash_hf.kernels.linear_cross_entropy import Gradients, LogitGradients, gradients, linear_cross_entropy
+from dp_flash_hf.kernels.types import Head
+from dp_flash_hf.layers.gradient_records import HeadUse, full_precision
 from dp_flash_hf.layers.tracking import Tracked, autocast_dtype, once, record, replaced
-from dp_flash_hf.layouts import Layout
-from dp_flash_hf.records import HeadUse, full_precision
+from dp_flash_hf.layers.unit_layout import Layout
 
 # A product of fewer bytes than this, in float32, is formed at once: putting it off would cost time and save little.
 DEFERRED_BYTES = 2**28

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from dp_flash_hf.kernels.ghost_norm import row_sums, upcast
+from dp_flash_hf.kernels.ghost_norm import row_sums
+from dp_flash_hf.kernels.numerics import upcast
+from dp_flash_hf.layers.gradient_records import LinearUse
 from dp_flash_hf.layers.logits import Numbers, Origins, deferred
 from dp_flash_hf.layers.tracking import (
     Call,
@@ -25,8 +27,7 @@ from dp_flash_hf.layers.tracking import (
     unexpanded,
     while_learning,
 )
-from dp_flash_hf.layouts import Layout
-from dp_flash_hf.records import LinearUse
+from dp_flash_hf.layers.unit_layout import Layout
 
 # --- products with a matrix -----------------------------------------------------------------------------------------------
 

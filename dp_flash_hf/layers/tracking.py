@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_flash_hf.errors import PrivacyError
-from dp_flash_hf.layouts import Layout
-from dp_flash_hf.records import Recorder
+from dp_flash_hf.layers.recorder import Recorder
+from dp_flash_hf.layers.unit_layout import Layout
 from dp_flash_hf.units import Units
 
 # Of their second argument they take the shape or the dtype, and no number.

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 
 def train(run: dict[str, Any]) -> None:
     """Run the recipe in one worker; Ray has set RANK, WORLD_SIZE and MASTER_ADDR as torchrun does."""
-    from dp_flash_hf import cli  # only workers need it
+    from dp_flash_hf.cli import main as cli  # only workers need it
 
     os.chdir(run["storage"])
     # An exit status would end the worker; with --traceback errors are raised, and reach whoever waits for the run.

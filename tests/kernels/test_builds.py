@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.builds import CHIPS, Build
+from tests.support import ROOT
+from tests.support.builds import CHIPS, Build
 
 pytest.importorskip("triton")
 
@@ -33,9 +34,9 @@ def compile_all(cache: Path, *options: str) -> tuple[set[str], list[Build]]:
     """The names of all kernels, and every build."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.builds", *options],
+        [sys.executable, "-m", "tests.support.builds", *options],
         env={**environment, "TRITON_CACHE_DIR": str(cache)},
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

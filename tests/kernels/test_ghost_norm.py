@@ -10,14 +10,12 @@ from torch import Tensor
 
 from dp_flash_hf.kernels.ghost_norm import (
     embedding_squared_norms,
-    hidden_by_rounding,
-    is_uniform,
     linear_squared_norms,
     row_sums,
     tied_cross_terms,
     unit_gradients,
-    upcast,
 )
+from dp_flash_hf.kernels.numerics import hidden_by_rounding, is_uniform, upcast
 
 SIZES = [(4, 4, 4), (1, 1), (3,), (5, 0, 2), (0, 0), (1, 7, 40), (64, 64), (51, 51, 51), (131,)]
 

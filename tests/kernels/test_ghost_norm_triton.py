@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from dp_flash_hf.kernels import ghost_norm
 from dp_flash_hf.kernels import ghost_norm_triton as kernels
-from dp_flash_hf.kernels.ghost_norm import hidden_by_rounding
+from dp_flash_hf.kernels.numerics import hidden_by_rounding, runs_on_triton
 from tests.kernels.test_ghost_norm import gradients, squares, tables
 
 EPS = torch.finfo(torch.float32).eps
@@ -183,8 +183,8 @@ def test_cuda_tensors_are_computed_by_triton(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_goes_to_triton(device: str) -> None:
     here = torch.zeros(1, device=device)
-    assert ghost_norm.runs_on_triton(here, here.bfloat16(), here.half()) == (device == "cuda")
-    assert not ghost_norm.runs_on_triton(here, here.double())
+    assert runs_on_triton(here, here.bfloat16(), here.half()) == (device == "cuda")
+    assert not runs_on_triton(here, here.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,7 +205,7 @@ def test_unit_gradients(sizes: tuple[int, ...], dtype: torch.dtype, device: str)
 def test_launches_are_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Triton launches on the current device, whatever its arguments lie on."""
     from dp_flash_hf.kernels import clipped_sum_triton, linear_cross_entropy_triton
-    from dp_flash_hf.kernels.linear_cross_entropy import Head, LogitGradients
+    from dp_flash_hf.kernels.types import Head
 
     entered: list[torch.device] = []
     device_of = torch.cuda.device_of
@@ -227,7 +227,7 @@ def test_launches_are_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch, dev
         lambda: clipped_sum_triton.add_embedding_(torch.zeros(4, 5, device=device), ids, g, factors, sizes),
         lambda: clipped_sum_triton.add_per_unit_(torch.zeros(3, 5, device=device), g.view(2, 3, 5), factors),
         lambda: linear_cross_entropy_triton.log_sum_exp(a, head),
-        lambda: linear_cross_entropy_triton.logit_gradients(LogitGradients(a, head, ids, rows, rows), 0, 5),
+        lambda: linear_cross_entropy_triton.logit_gradients(a, head, ids, rows, rows, 0, 5),
     ):
         entered.clear()
         launches()

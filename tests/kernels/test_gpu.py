@@ -18,16 +18,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support import ROOT
+
 pytest.importorskip("triton")
 
-from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.kernels import clipped_sum, ghost_norm
-from dp_flash_hf.kernels.attention import Release, SegmentTable, flash_attention
+from dp_flash_hf.kernels.attention import flash_attention
 from dp_flash_hf.kernels.counter_noise import keep_mask, normals
-from dp_flash_hf.kernels.linear_cross_entropy import Head, linear_cross_entropy
-from tests.models import batch_of, loss_of, tiny
-from tests.oracle import clipped_sum as oracle_sum
-from tests.oracle import distance, each_row, grads, unit_gradients
+from dp_flash_hf.kernels.linear_cross_entropy import linear_cross_entropy
+from dp_flash_hf.kernels.types import Head, Release, SegmentTable
+from tests.support.models import batch_of, loss_of, tiny
+from tests.support.oracle import clipped_sum as oracle_sum
+from tests.support.oracle import distance, each_row, grads, unit_gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -368,7 +371,7 @@ def test_no_access_out_of_bounds_and_no_race(tool: str) -> None:
         ],
         # Torch's own allocator would hand out neighbouring memory, which the tool then takes for allocated.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

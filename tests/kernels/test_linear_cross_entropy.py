@@ -13,13 +13,13 @@ from torch import Tensor
 from dp_flash_hf.kernels import linear_cross_entropy as kernels
 from dp_flash_hf.kernels.linear_cross_entropy import (
     Gradients,
-    Head,
     LogitGradients,
     add_cross_entropy_,
     gradients,
     head_cross_terms,
     linear_cross_entropy,
 )
+from dp_flash_hf.kernels.types import Head
 
 SIZES = [(3, 3, 3), (7,), (5, 0, 2, 1), (0, 0), (40, 40), (1, 64)]
 HEADS: dict[str, dict[str, Any]] = {"plain": {}, "scaled": {"scale": 0.37}, "soft-capped": {"scale": 1.3, "softcap": 2.5}}

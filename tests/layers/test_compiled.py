@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers.pytorch_utils import Conv1D
 
-from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.layers.compiled import EmbeddingForm, LayerNormForm, LinearForm, is_compiled
-from tests.models import Batch, batch_of, loss_of, tiny
-from tests.oracle import clipped_sum, distance, each_row, grads, rows_of, unit_gradients
+from tests.support.models import Batch, batch_of, loss_of, tiny
+from tests.support.oracle import clipped_sum, distance, each_row, grads, rows_of, unit_gradients
 
 Loss = Callable[[Any], Tensor]
 

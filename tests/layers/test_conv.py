@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.layers.checks import how
+from tests.support.layer_checks import how
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
-from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import UnsupportedError
-from tests.layers.checks import how
-from tests.oracle import grads
+from tests.support.layer_checks import how
+from tests.support.oracle import grads
 
 
 def ids(*shape: int, high: int = 9) -> Tensor:

@@ -11,11 +11,11 @@ from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.layers.experts import routes
-from dp_flash_hf.layouts import Layout
+from dp_flash_hf.layers.unit_layout import Layout
 from dp_flash_hf.units import Units, leading_shape, select_unit
-from tests.oracle import clipped_sum, distance, grads, unit_gradients
+from tests.support.oracle import clipped_sum, distance, grads, unit_gradients
 
 D, EXPERTS, K = 6, 4, 2
 STRATEGIES = ("bookkeeping", "two_pass")

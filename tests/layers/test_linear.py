@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.layers.checks import how
+from tests.support.layer_checks import how
 
 conv1d: Callable[..., nn.Module] = Conv1D
 

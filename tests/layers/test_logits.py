@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels import linear_cross_entropy as kernels
 from dp_flash_hf.layers import logits as subject
-from dp_flash_hf.records import Recorder
-from tests.models import batch_of, packed_batch
-from tests.oracle import clipped_sum, distance, each_row, grads, rows_of, unit_gradients
-from tests.test_exactness import assert_exact
+from dp_flash_hf.layers.recorder import Recorder
+from tests.end_to_end.test_exactness import assert_exact
+from tests.support.models import batch_of, packed_batch
+from tests.support.oracle import clipped_sum, distance, each_row, grads, rows_of, unit_gradients
 
 VOCABULARY = 61
 FAST: Any = ("bookkeeping", "two_pass")

@@ -13,9 +13,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
-from tests.layers.checks import how
+from tests.support.layer_checks import how
 
 D = 5
 t5_norm: Callable[[int], nn.Module] = T5LayerNorm

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.layers.tracking import Tracked
-from tests.layers.checks import how
-from tests.oracle import clipped_sum, distance, each_row, grads, unit_gradients
+from tests.support.layer_checks import how
+from tests.support.oracle import clipped_sum, distance, each_row, grads, unit_gradients
 
 D = 6
 Use = Callable[[Any, Tensor], Tensor]

@@ -1,0 +1,172 @@
+"""From samplers and noise to (epsilon, delta), and back. Adjacency: add or remove one privacy unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+from dp_flash_hf.accounting.ledger import Entry, Ledger, _chi_square
+from dp_flash_hf.errors import invalid
+from dp_flash_hf.mechanisms.config import AccountantName, PrivacyConfig
+from dp_flash_hf.mechanisms.sampling import PoissonSampler, sampler_from
+
+_CALIBRATION_TOLERANCE = 1e-3  # calibrated epsilon lies in [1 - this, 1] * target
+_NOISE_MULTIPLIERS = (0.05, 1e6)  # searched; pld needs a minute for one step with less noise
+_MOST_STEPS = 10**6  # a search for an affordable number of steps ends here, far beyond any fine-tuning
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """What a training run will do to the private data, decided before it starts; everything here is public.
+
+    noise_multiplier: noise standard deviation / max_grad_norm. steps: optimizer steps with this sampler and noise.
+    spent: steps with others, taken before.
+    Raises ValueError for a field outside its range, in particular target_delta >= 1 / n_units: at such a delta, publishing one
+    unit chosen at random would count as private.
+    """
+
+    sampler: PoissonSampler
+    noise_multiplier: float
+    steps: int
+    target_delta: float
+    accountant: AccountantName = "pld"
+    spent: tuple[Entry, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise invalid(
+                "steps", expected="a whole number >= 1", actual=self.steps, remedy="set max_steps or num_train_epochs"
+            )
+        n = self.sampler.n_units
+        if not 0 < self.target_delta < 1 / n:
+            raise invalid(
+                "target_delta", expected=f"0 < delta < 1 / {n} units", actual=self.target_delta, remedy=f"try {n**-1.1:.1g}"
+            )
+        self._ledger(1)
+
+    @classmethod
+    def from_config(
+        cls, config: PrivacyConfig, *, n_units: int, expected_batch_size: int, steps: int, spent: Ledger | None = None
+    ) -> Self:
+        """The plan that keeps `config`'s promise, with the noise calibrated if it gives target_epsilon.
+
+        spent: what was taken before, on the same units. `steps` come on top, and noise is calibrated so that all together keep
+        the budget.
+
+        The calibrated plan has 0.999 * target_epsilon <= epsilon() <= target_epsilon (less only where target_epsilon asks for
+        almost no noise). Raises ValueError if no noise can meet the budget.
+        """
+        plan = cls(
+            sampler=sampler_from(config, n_units=n_units, expected_batch_size=expected_batch_size),
+            noise_multiplier=config.noise_multiplier or 1.0,
+            steps=steps,
+            target_delta=config.target_delta,
+            accountant=config.accountant,
+        )
+        if config.target_epsilon is None:
+            return plan if spent is None else plan.after(spent, steps)
+        if spent is not None:
+            plan = replace(plan, spent=spent.entries)
+        squared_mu = _squared_mu(config.target_epsilon, config.target_delta) / (plan.sampler.sampling_rate**2 * steps)
+        sigma = _calibrate(
+            lambda sigma: replace(plan, noise_multiplier=sigma).epsilon(),
+            target=config.target_epsilon,
+            start=1 / math.sqrt(math.log1p(squared_mu)),
+        )
+        plan = replace(plan, noise_multiplier=sigma)
+        return plan if spent is None else plan.after(spent, steps)
+
+    def after(self, spent: Ledger, steps: int) -> Self:
+        """This plan with so many steps on top of those spent, of which it counts those of its own kind as its own."""
+        own = (self.sampler, self.noise_multiplier)
+        others = tuple(entry for entry in spent.entries if entry[0] != own)
+        return replace(self, steps=spent.count(*own) + steps, spent=others)
+
+    def epsilon(self, steps: int | None = None) -> float:
+        """The epsilon of the first `steps` steps (default: all) after those spent, at target_delta: what a ledger says."""
+        return self._ledger(self.steps if steps is None else steps).epsilon(self.target_delta)
+
+    def _ledger(self, steps: int) -> Ledger:
+        ledger = Ledger(self.accountant)
+        for (sampler, noise_multiplier), taken in self.spent:
+            ledger.record(sampler, noise_multiplier, taken)
+        ledger.record(self.sampler, self.noise_multiplier, steps)
+        return ledger
+
+    def max_steps(self, target_epsilon: float) -> int:
+        """The number of steps k that this noise affords: epsilon(k) <= target_epsilon < epsilon(k + 1); at most a million."""
+        if not 0 < target_epsilon < math.inf:
+            raise invalid(
+                "target_epsilon", expected="a finite number above 0", actual=target_epsilon, remedy="give a positive one"
+            )
+        guess = _squared_mu(target_epsilon, self.target_delta) / _chi_square(self.sampler, self.noise_multiplier)
+        high = min(max(1, round(guess)), _MOST_STEPS)
+        low, low_epsilon, high_epsilon = 0, 0.0, self.epsilon(high)
+        while high_epsilon <= target_epsilon:
+            if high == _MOST_STEPS:
+                return high
+            low, low_epsilon = high, high_epsilon
+            high = min(math.ceil(high * 1.2), _MOST_STEPS)
+            high_epsilon = self.epsilon(high)
+        while high - low > 1:
+            middle = int(_crossing(low, low_epsilon, high, high_epsilon, target_epsilon)) if low else high // 2
+            middle = min(max(middle, low + 1), high - 1)
+            middle_epsilon = self.epsilon(middle)
+            if middle_epsilon <= target_epsilon:
+                low, low_epsilon = middle, middle_epsilon
+            else:
+                high, high_epsilon = middle, middle_epsilon
+        return low
+
+
+def _squared_mu(epsilon: float, delta: float) -> float:
+    """mu^2 of the Gaussian mechanism that mu^2 / 2 + mu sqrt(2 ln(1 / delta)) makes (epsilon, delta)-private.
+
+    DP-SGD tends to mu = q sqrt(steps (exp(1 / sigma^2) - 1)) (Bu et al. 2020, arXiv 1911.11607). It gives first guesses only.
+    """
+    log_delta = 2 * math.log(1 / delta)
+    return (math.sqrt(log_delta + 2 * epsilon) - math.sqrt(log_delta)) ** 2
+
+
+def _calibrate(epsilon: Callable[[float], float], *, target: float, start: float) -> float:
+    """The least noise multiplier, to the tolerance, whose epsilon is at most `target`."""
+    least, most = _NOISE_MULTIPLIERS
+    high = low = min(max(start, least), most)
+    high_epsilon = low_epsilon = epsilon(high)
+    factor = 1.2
+    while high_epsilon > target:
+        if high >= most:
+            raise invalid(
+                "target_epsilon",
+                expected=f"a budget that some noise meets, at least {high_epsilon:.3g} here",
+                actual=target,
+                remedy="raise target_epsilon or target_delta, take fewer steps, or use accountant='pld'",
+            )
+        low, low_epsilon = high, high_epsilon
+        high = min(high * factor, most)
+        high_epsilon = epsilon(high)
+        factor **= 2
+    while low_epsilon <= target:
+        high, high_epsilon = low, low_epsilon
+        if low <= least:
+            return high
+        low = max(low / 1.2, least)
+        low_epsilon = epsilon(low)
+    while high_epsilon < (1 - _CALIBRATION_TOLERANCE) * target and high / low > 1 + 1e-9:
+        middle = _crossing(low, low_epsilon, high, high_epsilon, (1 - _CALIBRATION_TOLERANCE / 2) * target)
+        middle_epsilon = epsilon(middle)
+        if middle_epsilon <= target:
+            high, high_epsilon = middle, middle_epsilon
+        else:
+            low, low_epsilon = middle, middle_epsilon
+    return high
+
+
+def _crossing(low: float, low_epsilon: float, high: float, high_epsilon: float, target: float) -> float:
+    """Where epsilon is about `target`, between low and high: log epsilon is nearly linear in log sigma and in log steps."""
+    share = 0.5
+    if 0 < low_epsilon < math.inf and 0 < high_epsilon < math.inf:
+        share = math.log(target / low_epsilon) / math.log(high_epsilon / low_epsilon)
+    return low * math.pow(high / low, min(max(share, 0.01), 0.99))  # strictly between, so that every search ends

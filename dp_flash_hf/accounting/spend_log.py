@@ -1,0 +1,244 @@
+"""What was spent, on disk before anything of it can be seen: a write-ahead record beside the checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import stat
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dp_flash_hf.accounting.dataset_fingerprint import fingerprint_of
+from dp_flash_hf.accounting.ledger import Ledger
+from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.mechanisms.sampling import sampler_from_dict
+
+FILE_NAME = "_privacy_spend.jsonl"  # `Trainer.push_to_hub` leaves out files whose name begins so
+
+
+class SpendRecord:
+    """An append-only file of all noisy steps of a folder, each written and synced before it is released.
+
+        record = SpendRecord(path)      # locks the file; reads what it holds
+        record.begin(run)               # of what kind the next steps are
+        record.append()                 # returns when the step is on disk: now noise may be drawn
+        record.close()
+
+    A line is a JSON object with a hash of itself and all lines before. The first line of a run says who counts, and of what
+    kind the steps are; it is written with the first of them. Each run that opens the file counts under a new name: two copies
+    of it that both go on have no name in common for what they add, so nothing is lost where they are put together. A process
+    killed between `append` and the release has counted a step too many, never one too few. A last line that is cut short was
+    never synced, so its step was not released, and it is removed.
+
+    Never publish the file: it holds a hash of private text, and its key, with which guesses at the text can be checked. It is
+    created with mode 0600.
+
+    Raises PrivacyError for a file that cannot be written, locked or read back, or that another run holds.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.name = secrets.token_hex(8)  # of the run that opened the file, and of no other
+        self.ledgers: dict[str, Ledger] = {}  # by run: the steps of this file, and those that were taken elsewhere before
+        self.written: dict[str, int] = {}  # how many steps of each run this file's own lines count
+        self.last: dict[str, Any] | None = None  # the latest run
+        self._writer = ""  # whose steps the latest lines are
+        self._key, self._fingerprint = secrets.token_hex(16), ""
+        self._run: dict[str, Any] | None = None  # of the next steps, if not yet in the file
+        self._hash, self._end = "", 0
+        self._file: int | None = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise PrivacyError(f"the spend record {self.path} is not a file: remove it, or choose another folder")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._sync_folder()
+            self._read()
+        except BlockingIOError as error:
+            self.close()
+            raise PrivacyError(
+                f"another run is writing {self.path}: two runs cannot share a folder and its books; wait for it to end, or "
+                "choose another folder"
+            ) from error
+        except OSError as error:
+            self.close()
+            raise PrivacyError(
+                f"the spend record {self.path} cannot be opened ({error}), so steps could be lost uncounted; choose "
+                "a folder on a disk that can be written and locked"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        _open.add(self)
+
+    def require_dataset(self, dataset: Any) -> None:
+        """Raise PrivacyError where the dataset is not the one that earlier runs of this record drew from."""
+        fingerprint = fingerprint_of(dataset, self._key)
+        if self.last is not None and fingerprint != self._fingerprint:
+            raise PrivacyError(
+                f"the dataset changed since the earlier runs in {self.path.parent}, and what was spent on one says nothing "
+                "about another: give the same data, in the same order and with the same columns, or choose another folder"
+            )
+        self._fingerprint = fingerprint
+
+    def begin(self, run: Mapping[str, Any], others: Mapping[str, Ledger]) -> None:
+        """Let the next steps be of this run.
+
+        run: JSON data with "sampler" and "noise_multiplier" at least. others: what was spent before and elsewhere, by whom.
+        """
+        self._run = {
+            "writer": self.name,
+            "key": self._key,
+            "fingerprint": self._fingerprint,
+            "run": {**run},
+            "others": {name: ledger.state_dict() for name, ledger in others.items()},
+        }
+
+    def append(self) -> None:
+        """Count one step. When this returns it is on disk; when it raises PrivacyError, nothing may be released."""
+        if self._run is not None:
+            self._write(self._run)
+            self._take(self._run)
+            self._run = None
+        line = {"step": self.written[self.name] + 1}
+        self._write(line)
+        self._take(line)
+
+    def elsewhere(self) -> RecordElsewhere:
+        """What other ranks need to know of this record."""
+        return RecordElsewhere(self.path, self.name, self.ledgers, self.written, self.last)
+
+    def close(self) -> None:
+        """Let another run write."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _read(self) -> None:
+        assert self._file is not None
+        with open(os.dup(self._file), "rb") as file:
+            file.seek(0)
+            content = file.read()
+        whole, newline, torn = content.rpartition(b"\n")
+        for number, text in enumerate(whole.split(b"\n") if newline else (), start=1):
+            try:
+                line = json.loads(text)
+                found = line.pop("hash")
+                if found != self._chained(line):
+                    raise ValueError("its hash does not follow from the lines before")
+                if "record" in line:
+                    raise PrivacyError(
+                        f"{self.path} was written by an earlier version, in which copies of a folder counted under one name, "
+                        "so steps of theirs may be missing: begin anew in another folder, and count what was spent here too"
+                    )
+                self._take(line)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise PrivacyError(
+                    f"{self.path}, line {number}: damaged ({error}), so what was spent is unknown. Restore a copy of "
+                    "the file, if no step was taken since; or begin anew in another folder, and count what was spent here too"
+                ) from error
+            self._hash, self._end = found, self._end + len(text) + 1
+        if torn:
+            os.ftruncate(self._file, self._end)
+            os.fsync(self._file)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        """Count what a line says."""
+        if "step" in line:
+            if self.last is None or line["step"] != self.written[self._writer] + 1:
+                raise ValueError("a step is missing before it")
+            run = self.last
+            self.ledgers[self._writer].record(sampler_from_dict(run["sampler"]), run["noise_multiplier"])
+            self.written[self._writer] += 1
+            return
+        if self.last is not None and line["key"] != self._key:
+            raise ValueError("it is of another record")
+        self._writer, self._key, self._fingerprint = line["writer"], line["key"], line["fingerprint"]
+        self.last = line["run"]
+        self.ledgers.setdefault(self._writer, Ledger())
+        self.written.setdefault(self._writer, 0)
+        for name, state in line["others"].items():
+            other = Ledger()
+            other.load_state_dict(state)
+            self.ledgers.setdefault(name, Ledger()).raise_to(other)
+
+    def _chained(self, line: Mapping[str, Any]) -> str:
+        return hashlib.sha256(f"{self._hash}{json.dumps(line, sort_keys=True)}".encode()).hexdigest()[:32]
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file is None:
+            raise PrivacyError(f"the spend record {self.path} is closed: nothing may be released any more; start the run again")
+        found = self._chained(line)
+        text = memoryview(json.dumps({**line, "hash": found}, sort_keys=True).encode() + b"\n")
+        try:
+            if os.fstat(self._file).st_nlink == 0:
+                raise OSError("it was deleted while in use")
+            written = 0
+            while written < len(text):
+                written += os.write(self._file, text[written:])
+            os.fsync(self._file)
+        except OSError as error:
+            self._undo()
+            raise PrivacyError(
+                f"the spend record {self.path} could not be written ({error}), so the step was not released; free disk space "
+                "or mend the folder, then resume"
+            ) from error
+        self._hash, self._end = found, self._end + len(text)
+
+    def _undo(self) -> None:
+        """Back to the last good line; nothing is written after a line that may be torn."""
+        assert self._file is not None
+        with contextlib.suppress(OSError):  # an incomplete line is removed when the file is opened again, too
+            os.ftruncate(self._file, self._end)
+        self.close()
+
+    def _sync_folder(self) -> None:
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@dataclasses.dataclass
+class RecordElsewhere:
+    """The record that the first of several ranks writes, as the others know it: with the same books, and nothing to write.
+
+    They release a step only after the first has put it on disk: `DPSGD.release` has all ranks wait for each other before noise.
+    """
+
+    path: Path
+    name: str
+    ledgers: dict[str, Ledger]
+    written: dict[str, int]
+    last: dict[str, Any] | None
+
+    def begin(self, run: Mapping[str, Any], others: Mapping[str, Ledger]) -> None:
+        """Of the first rank's doing."""
+
+    def append(self) -> None:
+        """Count with the first rank, which writes."""
+        self.written[self.name] = self.written.get(self.name, 0) + 1
+
+    def close(self) -> None:
+        """Of the first rank's doing."""
+
+
+_open: weakref.WeakSet[SpendRecord] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A worker of a data loader may outlive a killed run, and must not hold its lock."""
+    for record in _open:
+        record.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

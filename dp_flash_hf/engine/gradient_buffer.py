@@ -1,0 +1,254 @@
+"""Custody of `.grad`: nothing comes in but clipped sums, and no batch comes in by half.
+
+What becomes of one physical batch:
+
+- `apart`: the sums so far are put aside and `.grad` is empty. What autograd leaves there escaped the rules: the engine looks,
+  and has it cleared. However this ends, `.grad` is given back.
+- `put_back`: all is computed, the sums so far are in `.grad` again.
+- `adding`: the batch is added to the sums, one parameter after the other.
+
+The second backward pass of strategy "two_pass" adds to sums directly, so for it adding begins before `put_back`.
+
+Whatever ends this between the first number that is added and the end of `whole_batch` (an interrupt, too) leaves `interrupted`:
+nobody is given the sums, and nothing is added to them, until `zero_grad()`. Where nothing was in them before, the batch can be
+taken out again by dropping them; else the step is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dp_flash_hf.distributed import as_gradient, local
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.layers.gradient_records import GradientRecord
+
+
+@dataclass
+class _Sum:
+    """One parameter's clipped sum, and how it was left in `.grad`.
+
+    total: what is added to, float32 (float64), of this rank's part of the parameter. gradient: what `.grad` was set to: `total`
+    itself where it has the parameter's dtype, else rounded from it. version: how often that had been changed in place by then.
+    """
+
+    total: Tensor
+    gradient: Tensor
+    version: int
+
+
+class ClippedSums:
+    """The clipped sums of a model's trained parameters, which stand in their `.grad`.
+
+    parameters: the trained ones and their names. sharded: those among them that FSDP2 split up.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[nn.Parameter, str], sharded: Collection[nn.Parameter] = ()
+    ) -> None:
+        self._model, self._parameters, self._sharded = model, parameters, sharded
+        self._sums: dict[nn.Parameter, _Sum] = {}
+        self._aside: dict[nn.Parameter, Tensor | None] = {}  # `.grad` of every parameter, between `apart` and `put_back`
+        self.interrupted = False  # whether parts of a batch may be in the sums
+        self._batches = 0  # or parts of batches, added to the end
+
+    def __bool__(self) -> bool:
+        """Whether there are sums that `take` did not hand over yet."""
+        return bool(self._sums)
+
+    # What is there.
+
+    @torch.no_grad()
+    def total(self, parameter: nn.Parameter) -> Tensor:
+        """The clipped sum of one parameter, zeros if nothing was added: see `ClippingEngine.clipped_sum`."""
+        own = self._sums.get(parameter)
+        if parameter.grad is None or own is None:
+            if parameter.grad is not None:
+                raise PrivacyError(
+                    f"{self._parameters[parameter]}.grad was not made by the engine: it is not clipped; zero_grad() first"
+                )
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            return self._hold(parameter, torch.zeros_like(local(parameter), dtype=dtype))
+        if parameter.grad is not own.gradient or local(own.gradient)._version != own.version:
+            if bool((local(parameter.grad) == 0).all()):  # zero_grad(set_to_none=False), which is public knowledge
+                parameter.grad = None
+                return self.total(parameter)
+            raise PrivacyError(f"{self._parameters[parameter]}.grad was changed since the engine made it: zero_grad() first")
+        return own.total
+
+    def take(self) -> dict[nn.Parameter, Tensor]:
+        """Hand over all sums; `.grad` is the caller's from then on. Raises PrivacyError unless they are whole."""
+        self.require_whole()
+        sums = {parameter: self.total(parameter) for parameter in self._parameters}
+        self._sums = {}
+        return sums
+
+    def drop(self) -> None:
+        """No sums and no gradients from now on."""
+        self._sums, self.interrupted = {}, False
+        self.clear_gradients()
+
+    def require_whole(self) -> None:
+        """Raise PrivacyError where parts of a batch may be in the sums, unless `zero_grad()` gave them up."""
+        if not self.interrupted:
+            return
+        if any(p.grad is not None and bool((local(p.grad) != 0).any()) for p in self._parameters):
+            raise _of_parts()
+        self.drop()
+
+    @contextmanager
+    def afresh(self) -> Iterator[None]:
+        """Within the context there are no sums and no gradients; afterwards those of before are there again."""
+        gradients, sums, interrupted = {p: p.grad for p in self._parameters}, self._sums, self.interrupted
+        try:
+            self.drop()
+            yield
+        finally:
+            self._sums, self.interrupted = sums, interrupted
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+
+    # A batch, in this order.
+
+    @contextmanager
+    def whole_batch(self) -> Iterator[None]:
+        """Within the context a batch is added, in one part or several: `interrupted` where an error ends it after the first."""
+        before = self._batches
+        try:
+            yield
+        except BaseException:
+            self.interrupted = self.interrupted or self._batches != before
+            raise
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within the context backward starts from empty `.grad`s; the sums are back when it ends, if not before.
+
+        Raises PrivacyError where `.grad` holds anything but whole sums or a trained parameter is new, UnsupportedError where
+        hooks on parameters would see gradients that are not clipped, or none.
+        """
+        self.require_whole()
+        self._require_same_parameters()
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                self._sums.pop(parameter, None)  # zero_grad() gave it up
+            else:
+                self.total(parameter)
+        self._aside = {p: p.grad for p in self._parameters}
+        self.clear_gradients()
+        try:
+            yield
+        finally:
+            self.put_back()
+
+    def clear_gradients(self) -> None:
+        """Empty every `.grad`."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def in_place(self) -> dict[nn.Parameter, Tensor]:
+        """The sums put aside that a backward pass may add to directly: not those of parameters that are split up.
+
+        Raises PrivacyError where that was begun before: the same batch would be added twice.
+        """
+        if self.interrupted:
+            raise _of_parts()
+        there = [p for p, gradient in self._aside.items() if gradient is not None and p not in self._sharded]
+        return {parameter: self._sums[parameter].total for parameter in there}
+
+    def put_back(self) -> None:
+        """End what `apart` began: `.grad` is what it was before."""
+        for parameter, gradient in self._aside.items():
+            parameter.grad = gradient
+        self._aside = {}
+
+    def begin(self) -> None:
+        """From now on, and until `adding` ends, parts of a batch may be in the sums."""
+        self.interrupted = True
+
+    @contextmanager
+    def adding(self, *, begun: bool = False) -> Iterator[None]:
+        """Within the context a batch is added. Raises PrivacyError where one was begun already, unless it is this one."""
+        if self.interrupted and not begun:
+            raise _of_parts()
+        self.begin()
+        yield
+        self._batches += 1
+        self.interrupted = False
+
+    @torch.no_grad()
+    def add_all(self, found: dict[nn.Parameter, Tensor]) -> None:
+        """Add what was found, and nothing to the sums of other parameters; `found` is used up.
+
+        A sum itself among what was found, see `in_place`, has been added to already.
+        """
+        for parameter in self._parameters:
+            added, own = found.pop(parameter, None), self._sums.get(parameter)
+            if added is None:
+                self.total(parameter)
+            elif own is not None and added is own.total:
+                self._publish(parameter)
+            else:
+                self.add(parameter, added)
+
+    @torch.no_grad()
+    def add(self, parameter: nn.Parameter, added: Tensor) -> None:
+        """Add to one parameter's sum; where there is none, `added` becomes it."""
+        if parameter.grad is None:
+            self._hold(parameter, added)
+        else:
+            self.total(parameter).add_(added)
+            self._publish(parameter)
+
+    @torch.no_grad()
+    def add_record(self, parameter: nn.Parameter, record: GradientRecord, factors: Tensor) -> None:
+        """Add the units' recorded gradients times `factors` (units,)."""
+        if parameter.grad is None:
+            self._hold(parameter, record.clipped_sum(factors))
+        else:
+            record.add_clipped_sum_(self.total(parameter), factors)
+            self._publish(parameter)
+
+    def _hold(self, parameter: nn.Parameter, total: Tensor) -> Tensor:
+        """Make a new sum the parameter's own."""
+        parameter.grad, total = as_gradient(parameter, total)
+        self._sums[parameter] = _Sum(total, parameter.grad, local(parameter.grad)._version)
+        return total
+
+    def _publish(self, parameter: nn.Parameter) -> None:
+        """A sum was added to: `.grad` follows."""
+        own = self._sums[parameter]
+        gradient = local(own.gradient)
+        if gradient.dtype != own.total.dtype:
+            gradient.copy_(own.total)
+        own.version = gradient._version
+
+    def _require_same_parameters(self) -> None:
+        added = [name for name, p in self._model.named_parameters() if p.requires_grad and p not in self._parameters]
+        if added:
+            raise PrivacyError(
+                f"trainable since the engine was made, and so not clipped: {added[:8]}; detach() and make a new engine"
+            )
+        hooked = [name for p, name in self._parameters.items() if p._post_accumulate_grad_hooks]
+        if hooked:
+            raise UnsupportedError(
+                f"hooks run as soon as gradients of {hooked[:8]} accumulate, before they are clipped (an optimizer that steps "
+                "inside backward?); use an optimizer that steps after it"
+            )
+        changed = [name for p, name in self._parameters.items() if p._backward_hooks]
+        if changed:
+            raise UnsupportedError(
+                f"register_hook on {changed[:8]}: clipped sums are formed without autograd, so the hook would not run; "
+                "change the model's output or freeze the parameter instead"
+            )
+
+
+def _of_parts() -> PrivacyError:
+    return PrivacyError(
+        "something failed while a batch was being added (the second pass of strategy='two_pass', say), so the sums may hold "
+        "parts of it: zero_grad() and begin the step again, with smaller batches if memory ran out"
+    )

@@ -1,0 +1,227 @@
+"""The passes that find out where each layer keeps which unit.
+
+A model runs on a whole batch, on every unit alone, and on the batch disturbed, without dropout and without a backward pass; the
+recorder's layouts compare what its layers see. How, `layouts.Layouts` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dp_flash_hf.distributed import Shards, device_of
+from dp_flash_hf.layers.logits import Logits
+from dp_flash_hf.layers.recorder import Recorder
+from dp_flash_hf.layers.tracking import Tracked
+from dp_flash_hf.units import IGNORED, Batch, Select, Units, leading_shape, selector
+
+# Noise on activations, in standard deviations, of every number by itself and of all rows alike, in the passes that show which
+# shapes follow the data: the first scatters rows over a router's choices, the second sends them all to one. With one more token
+# masked and one label ignored, and without: a batch without padding may take another way through the model.
+DISTURBANCES = tuple((each, alike, masked) for masked in (True, False) for each, alike in ((3.0, 0.0), (1.0, 10.0)))
+
+
+class Learning:
+    """Teaches a recorder the layouts of a model.
+
+    parameters: the trained ones. modules: those attached to the recorder.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Collection[nn.Parameter],
+        modules: Sequence[nn.Module],
+        recorder: Recorder,
+        shards: Shards,
+    ) -> None:
+        self._model, self._parameters, self._modules = model, parameters, modules
+        self._recorder, self._shards = recorder, shards
+        self.lean = True  # whether the passes keep nothing for a backward pass
+
+    def knows(self, batch: Batch, units: Units) -> bool:
+        """Whether the layouts of such a batch are known, or need not be; see `Layouts.knows`."""
+        return self._recorder.layouts.knows(units, leading_shape(batch)[1:])
+
+    def learn(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
+        """Learn the layouts of such a batch.
+
+        On ranks that compute together the batch of each that has something to learn is sent to all, and all learn from it.
+        """
+        if not self._shards:
+            self._learn(forward, batch, select, units)
+            return
+        if self._recorder.layouts.unsettled:
+            self._recorder.layouts.forget()
+        for rank in range(self._shards.ranks.size):
+            if self._shards.ranks.gathered(self.knows(batch, units))[rank]:
+                continue
+            theirs, their_units = self._shards.ranks.shared((_to(batch, torch.device("cpu")), units), rank)
+            here = _to(theirs, device_of(next(iter(self._parameters))))
+            self._learn(forward, here, selector(their_units), their_units)
+        self.knows(batch, units)
+
+    def _learn(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
+        if units.is_single:
+            return
+        again = True
+        while again:  # what is the same for all units leads to more operations
+            try:
+                with _graphs_without_numbers() if self.lean else nullcontext():
+                    again = self._observe(forward, batch, select, units)
+            except RuntimeError as error:
+                if not self.lean or "saved tensor" not in str(error):
+                    raise
+                self.lean = False  # the loss takes gradients itself, or the model transforms functions
+
+    def _observe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> bool:
+        """All passes once. True if more is to be learnt now, see `Layouts.settle`."""
+        devices = {device_of(p) for p in self._parameters} - {torch.device("cpu")}
+        layouts = self._recorder.layouts
+        try:
+            with torch.random.fork_rng(list(devices)), training_mode(self._model, False):
+                torch.manual_seed(0)  # the same disturbances on all ranks
+                self._recorder.start("learn", units)
+                layouts.observe(units, leading_shape(batch)[1:])
+                forward(batch)
+                for unit in range(units.n):
+                    if units.sizes[unit]:
+                        layouts.compare(unit)
+                        forward(select(batch, unit))
+                for *noise, masked in DISTURBANCES:
+                    layouts.disturb()
+                    with self._disturbed_outputs(noise):
+                        try:
+                            forward(_disturbed_inputs(noise, batch, masked=masked))
+                        except (ValueError, IndexError, RuntimeError):  # a number that stood for a place, a mark for a picture
+                            layouts.restart()
+                            forward(_disturbed_inputs(noise, batch, masked=False, whole=False))
+                layouts.shorten()
+                for names in ({*batch}, {name for name in batch if "ids" not in name}) if units.kind == "rows" else ():
+                    try:
+                        forward(_shortened(batch, units, names))
+                        break
+                    except (ValueError, IndexError, RuntimeError):  # a text without its end, say, is not always allowed
+                        layouts.restart()
+                return layouts.settle()
+        finally:
+            self._recorder.stop()
+
+    @contextmanager
+    def _disturbed_outputs(self, noise: Sequence[float]) -> Iterator[None]:
+        """Within the context every attached module's output has noise on it."""
+        hooks = [module.register_forward_hook(partial(_disturbed, noise)) for module in self._modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@contextmanager
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Every module in training or evaluation mode; afterwards each in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _graphs_without_numbers() -> Iterator[None]:
+    """Forward passes within know what requires gradients, and keep nothing for backward, which raises RuntimeError."""
+
+    def missing(nothing: None) -> Tensor:
+        raise RuntimeError("a saved tensor was not kept")
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: None, missing):
+        yield
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, dict(batch))  # type: ignore[no-any-return]
+
+
+def _disturbed(noise: Sequence[float], module: nn.Module, args: Any, output: Any) -> Any:
+    if not isinstance(output, Tensor) or isinstance(output, Tracked) or not output.is_floating_point():
+        return output
+    if isinstance(output, Logits):
+        return output.later(partial(_with_noise, noise))
+    return _with_noise(noise, output)
+
+
+def _disturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, whole: bool = True) -> dict[str, Any]:
+    """Inputs with noise; if masked, with one token of a row masked and one label ignored, whatever the tensors are called.
+
+    A router acts on the first, a model that drops padding on the second, a head for labelled positions only on the third.
+    whole: whether whole numbers get noise too; they may stand for places in a table.
+    """
+    out = dict(batch)
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            continue
+        if value.is_floating_point():
+            noisy = _with_noise(noise, value)
+            out[name] = noisy if whole else torch.where(value == value.round(), value, noisy)
+        elif masked and bool((value == IGNORED).any()):
+            out[name] = _without_last(value, value != IGNORED, IGNORED)
+        elif masked and bool(((value == 0) | (value == 1)).all()):
+            answers = [batch[place] for place in ("start_positions", "end_positions") if place in batch]
+            counted = value.bool()
+            for answer in answers:
+                counted[torch.arange(len(answer)), answer] = False
+            out[name] = _without_last(value, counted, 0)
+    return out
+
+
+def _shortened(batch: Batch, units: Units, names: set[str]) -> dict[str, Any]:
+    """The first row with one token less, in whatever way the inputs of these names say so.
+
+    A model that sorts rows by it, or drops what is not counted, then moves the others.
+    """
+    out = dict(batch)
+    if "start_positions" in batch:  # an answer must stay inside its text
+        return out
+    for name in names:
+        value = batch[name]
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.dim() == 0 or len(value) != units.n_items:
+            continue
+        if value.dim() == 1:
+            if "label" not in name and "position" not in name and int(value[0]) > 1:
+                out[name] = value.clone()
+                out[name][0] -= 1
+            continue
+        lowest = min(int(value.min()), 0)
+        counted = value[0] > lowest
+        marks = lowest < 0 or bool((value <= 1).all()) or (name.endswith("input_ids") and bool((value == 0).any()))
+        if marks and int(counted.sum()) > 1:
+            out[name] = value.clone()
+            out[name][(0, *counted.nonzero()[-1])] = lowest
+    return out
+
+
+def _without_last(value: Tensor, counted: Tensor, instead: int) -> Tensor:
+    """A copy in which the last counted number of the row with most of them is another: some models need one in every row."""
+    counts = counted.flatten(1).sum(1)
+    row = int(counts.argmax())
+    out = value.clone()
+    if int(counts[row]) > 1:
+        out[(row, *counted[row].nonzero()[-1])] = instead
+    return out
+
+
+def _with_noise(noise: Sequence[float], x: Tensor) -> Tensor:
+    if x.numel() == 0:
+        return x
+    each, alike = noise
+    spread = x.detach().float().std(correction=0).to(x.dtype)
+    return x + spread * (each * torch.randn_like(x) + alike * torch.randn(x.shape[-1:], dtype=x.dtype, device=x.device))

@@ -1,0 +1,76 @@
+"""forward_privacy.report."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from dataclasses import asdict, dataclass
+
+ADJACENCY = {
+    "sequence": "replace one sequence by another of the same length",
+    "token": "replace one token of a sequence by another",
+}
+NOT_COVERED = (
+    "Lengths, padding and masks, and the places of special tokens; how often and when a unit took part.",
+    "Inputs listed as public, outputs not listed as released, and everything before the noise.",
+    "The trained weights, where gradients of private data reach them by another way than the released outputs.",
+    "A number of calls that depends on what calls released: then the epsilon is that of the most calls there could have been.",
+    "Units that hold several rows of a batch, or several batches' rows, unless ledger.units(ids) said so.",
+    "Attacks on floating-point noise, on the operating system's random numbers, or on timing and memory use.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPrivacyReport:
+    """What the privatised calls so far guarantee: their outputs, and what is computed of them, are (epsilon, delta)-private."""
+
+    epsilon: float
+    delta: float
+    rho: float
+    target_epsilon: float | None
+    adjacency: str
+    placement: str
+    places: tuple[str, ...]
+    calls: int
+    clip_norm: float | tuple[float, ...]
+    noise_multiplier: float
+    max_length: int | None
+    logit_cap: float | None
+    generator: str
+    private_inputs: tuple[str, ...]
+    public_inputs: tuple[str, ...]
+    released: tuple[str, ...]
+    not_covered: tuple[str, ...] = NOT_COVERED
+
+    def to_json(self) -> str:
+        """The fields as indented JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    def to_text(self) -> str:
+        """The report for a reviewer, at most 100 columns."""
+        target = "" if self.target_epsilon is None else f" (calibrated for epsilon = {self.target_epsilon:g})"
+        epsilon = math.ceil(self.epsilon * 1000) / 1000 if self.epsilon < math.inf else self.epsilon
+        length = "" if self.max_length is None else f", for at most {self.max_length} rows of a unit"
+        cap = "" if self.logit_cap is None else f"; logits capped at {self.logit_cap:g}"
+        rows = [
+            ("guarantee", f"epsilon <= {epsilon:g} at delta = {self.delta:g}, rho = {self.rho:.6g} in zCDP{target}"),
+            ("adjacency", self.adjacency),
+            ("placement", f"{self.placement}: {', '.join(self.places)}"),
+            ("clipping", f"C = {self.clip_norm}{cap}"),
+            ("noise", f"Gaussian, std / sensitivity = {self.noise_multiplier:.6g}{length}; {self.generator}"),
+            ("calls", str(self.calls)),
+            ("private", ", ".join(self.private_inputs)),
+            ("public", ", ".join(self.public_inputs) or "nothing else was given"),
+            ("released", ", ".join(self.released)),
+        ]
+        lines = ["Privacy report of privatised attention"]
+        for name, value in rows:
+            lines += textwrap.wrap(value, 100, initial_indent=f"  {name:<10} ", subsequent_indent=" " * 13)
+        lines.append("Not covered")
+        for sentence in self.not_covered:
+            lines += textwrap.wrap(sentence, 100, initial_indent="  - ", subsequent_indent="    ")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.to_text()

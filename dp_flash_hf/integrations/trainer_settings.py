@@ -1,0 +1,83 @@
+"""integrations.trainer_settings."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.integrations.integration_utils import WandbCallback
+
+from dp_flash_hf.integrations import trl as trl_trainers
+from dp_flash_hf.training.refusals import accelerator_refusals, refuse
+
+
+def _refuse_settings(trainer: Trainer) -> None:
+    """Raise UnsupportedError for everything under which the guarantee would not hold, all of it in one message."""
+    args = trainer.args
+    callbacks = trainer.callback_handler.callbacks
+    evaluated = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
+    chosen_by_evaluation = (
+        args.load_best_model_at_end
+        or args.save_strategy == "best"
+        or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        or any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
+    )
+    config = getattr(trainer.model, "config", None)
+    text_config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
+    stock = trl_trainers.examined(trainer)
+    replaced = ("training_step", "get_train_dataloader", "_get_train_sampler")
+    overridden = [
+        name
+        for name in (replaced if stock is None else (*replaced, *trl_trainers.RELIED_ON))
+        if getattr(type(trainer), name, None) is not getattr(stock or Trainer, name, None)
+    ]
+    refused = {
+        "fp16: its loss scaling skips steps depending on the data; use bf16=True or float32": args.fp16,
+        "auto_find_batch_size: retries depend on the data; set per_device_train_batch_size": args.auto_find_batch_size,
+        "DataParallel: each replica sees part of a batch; launch one process for each device (torchrun), with DDP or FSDP2": (
+            args.n_gpu > 1
+        ),
+        "DeepSpeed: its engine owns backward and adds gradients up before they are clipped; use FSDP2, or DDP": bool(
+            args.deepspeed
+        ),
+        **accelerator_refusals(trainer.accelerator),
+        "dataloader_drop_last: Poisson batches have no remainder to drop; set it to False": args.dataloader_drop_last,
+        f"train_sampling_strategy={args.train_sampling_strategy!r} is not accounted; use 'random' or 'group_by_length'": (
+            getattr(args, "train_sampling_strategy", "random") not in ("random", "group_by_length")
+        ),
+        "neftune_noise_alpha: its noise depends on the longest text of the batch; unset it": args.neftune_noise_alpha
+        is not None,
+        "include_num_input_tokens_seen: it logs how many tokens were drawn; set it to 'no'": (
+            args.include_num_input_tokens_seen not in ("no", False)
+        ),
+        "restore_callback_states_from_checkpoint: it replaces DPCallback by a copy without a trainer; set it to False": (
+            args.restore_callback_states_from_checkpoint
+        ),
+        "debug='underflow_overflow': it prints activations; unset it": bool(args.debug),
+        "WANDB_WATCH: it logs gradients before noise; set it to 'false'": (
+            os.environ.get("WANDB_WATCH") in ("all", "gradients") and any(isinstance(c, WandbCallback) for c in callbacks)
+        ),
+        "eval_dataset is train_dataset: it would choose learning rates or models without noise; hold data out": (
+            trainer.train_dataset is not None
+            and any(_is_same(data, trainer.train_dataset) for data in evaluated)
+            and chosen_by_evaluation
+        ),
+        f"optim={args.optim}: it updates weights during backward, before noise; use adamw_torch": any(
+            name in str(args.optim) for name in ("lomo", "layerwise")
+        ),
+        "compute_loss_func: how it couples units cannot be known; override Trainer.compute_loss": trainer.compute_loss_func
+        is not None,
+        "output_router_logits: the load-balancing loss is computed over all units; set config.output_router_logits=False": (
+            getattr(text_config, "output_router_logits", False)
+        ),
+        f"{type(trainer).__name__} overrides {', '.join(overridden)}, which DPCallback replaces or relies on": bool(overridden),
+        **trl_trainers.refusals(trainer),
+    }
+    refuse(refused)
+
+
+def _is_same(data: Any, other: Any) -> bool:
+    """Whether two datasets are one, or made of one in the same way, as TRL prepares both that it is given."""
+    fingerprint = getattr(data, "_fingerprint", None)
+    return data is other or (fingerprint is not None and fingerprint == getattr(other, "_fingerprint", None))

@@ -1,0 +1,335 @@
+"""Where each layer keeps which unit: learnt from the model itself, never guessed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dp_flash_hf.kernels.numerics import upcast
+from dp_flash_hf.units import Units
+
+Pass = Literal["observe", "compare", "disturb", "shorten"]
+Site = tuple[Hashable, int]  # where inputs come by, and how many leading dimensions they have
+
+
+@dataclass
+class Place:
+    """Where the items of a batch stand in a layer's input, as proven on batches: in `dims` of its leading ones, () if the input
+    is the same for all items.
+
+    proofs: (length of the batch, sizes): the rows that each item had or, where nothing is any item's, the shape.
+    """
+
+    dims: tuple[int, ...]
+    proofs: set[tuple[int, tuple[int, ...]]]
+
+    def proven_at(self, length: int) -> bool:
+        """Whether batches of this length were met, or shorter and longer ones; items' rows then stay, or follow the length."""
+        if not self.dims or any(met == length for met, _ in self.proofs):
+            return True
+        stays = len({rows for _, rows in self.proofs}) == 1
+        follows = len({Fraction(rows, met) for met, (rows,) in self.proofs if met}) == 1
+        return bool(self.proofs) and (stays or follows) and min(self.proofs)[0] <= length <= max(self.proofs)[0]
+
+    def allows(self, rows: int, length: int) -> bool:
+        """Whether an item may have so many rows in a batch of this length."""
+        if any(met == length for met, _ in self.proofs):
+            return (length, (rows,)) in self.proofs
+        return self.proven_at(length) and (
+            all(proven == rows for _, (proven,) in self.proofs)
+            or all(rows * met == proven * length for met, (proven,) in self.proofs)
+        )
+
+    @property
+    def has_one_row(self) -> bool:
+        """Whether every item had one row, in all batches."""
+        return all(rows == (1,) for _, rows in self.proofs)
+
+    def allows_shape(self, shape: tuple[int, ...], length: int) -> bool:
+        """Whether an input that is the same for all items may have this shape: one met before, sizes that are lengths apart."""
+        return any(
+            all(size == met or (size == length and met == met_length) for size, met in zip(shape, met_shape, strict=True))
+            for met_length, met_shape in self.proofs
+        )
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """One way in which a parameter meets a tensor of data: a function of both.
+
+    sizes: dimensions of what was made of the parameter, and of the data. dims: which of the data's run over items, where there
+    is one row for each; None if that is not certain. made_by: the functions that made it of the parameter.
+    """
+
+    func: Callable[..., Any]
+    sizes: tuple[int, ...]
+    dims: tuple[int, ...] | None
+    made_by: frozenset[str]
+
+    def is_elementwise(self, functions: Collection[str], also: Collection[str] = ()) -> bool:
+        """Whether a parameter, changed by elementwise functions and `also` only, meets one row of each item in `functions`."""
+        name = getattr(self.func, "__name__", "")
+        return name in functions and self.dims == (0,) and len(self.sizes) == 2 and self.made_by <= _ELEMENTWISE | {*also}
+
+
+# Beside numbers of Python, these make as many numbers of a parameter, in the same places.
+_ELEMENTWISE = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "neg", "exp"} | {
+    f"{left}{name}{right}" for name in ("add", "sub", "mul") for left, right in (("", ""), ("__", "__"), ("__r", "__"))
+}
+
+
+class Layouts:
+    """The layouts of one model's layers and of the operations in which its parameters meet data: its *sites*.
+
+    Nothing says which dimension of an input runs over units, so it is *learnt*, from forward passes: the whole
+    batch (`observe`), every unit alone (`compare`), and the whole batch with its activations disturbed (`disturb`). A site's
+    place is known when every unit's part of the whole is what that unit's own pass held there, and no other reading of the
+    shape says the same. Where any of it fails the site stays without a place, its gradient is left to autograd, and the
+    engine finds it there.
+    """
+
+    def __init__(self) -> None:
+        self.unsettled = False  # whether an input came in a shape that its place was not proven for
+        self.calls: dict[nn.Parameter, int] = {}  # how often a forward pass uses each parameter
+        self.learnt = 0  # how often layouts were learnt
+        self._places: dict[Site, Place | None] = {}
+        self._made_by: dict[Hashable, frozenset[str]] = {}
+        self._unknown: set[Site] = set()  # come by since the layouts were learnt, but not then
+        self._kind: str | None = None
+        self._known = False
+        self._lengths: set[tuple[int, ...]] = set()
+        self._length: tuple[int, ...] = ()
+        # While learning: the batch, the items of the present pass, what each call saw of the whole batch, and calls met so far.
+        self._pass: Pass = "observe"
+        self._whole = Units.rows(0)
+        self._items = torch.zeros(0, dtype=torch.long)
+        self._seen: dict[Hashable, list[Tensor]] = {}
+        self._found: dict[Site, Place | None] = {}
+        self._met: dict[Hashable, int] = {}
+        self._undisturbed: set[Hashable] = set()
+
+    def knows(self, units: Units, length: tuple[int, ...]) -> bool:
+        """Whether the layouts of such a batch are known, or need not be; it is the batch that `dims` speaks of from now on.
+
+        length: sizes of its inputs beside the rows.
+        """
+        self._length = length
+        if units.is_single:
+            return True
+        if not self._known or self._kind != units.kind:
+            return False
+        return length in self._lengths or all(
+            place is None or place.proven_at(length[0] if length else 0) for place in self._places.values()
+        )
+
+    def dims(self, site: Hashable, lead: tuple[int, ...], units: Units) -> tuple[int, ...] | None:
+        """Dimensions of an input with these leading sizes that run over items, () for none; None if it is not certain."""
+        key = (site, len(lead))
+        if key not in self._places:
+            self._unknown.add(key)
+            self.unsettled = True
+        place = self._places.get(key)
+        if place is None:
+            return None
+        length = self._length[0] if self._length else 0
+        if not place.dims:
+            self.unsettled |= not place.allows_shape(lead, length)
+            return () if place.allows_shape(lead, length) else None
+        rows, rest = divmod(math.prod(lead[dim] for dim in place.dims), units.n_items)
+        if rest or not place.allows(rows, length) or (len(place.dims) > 1 and lead[:2] != units.shape):
+            self.unsettled = True
+            return None
+        return place.dims
+
+    def is_shared(self, site: Hashable, lead: tuple[int, ...]) -> bool:
+        """Whether an input with these leading sizes has been proven to be the same for all items."""
+        place = self._places.get((site, len(lead)))
+        return place is not None and not place.dims and place.allows_shape(lead, self._length[0] if self._length else 0)
+
+    def forget(self) -> None:
+        """Learn anew from the next batch; what was proven stays."""
+        self._known, self.unsettled = False, False
+
+    # Learning: the order of the calls is observe, compare for every unit, disturb, settle.
+
+    def observe(self, units: Units, length: tuple[int, ...] = ()) -> None:
+        """Learn layouts: watch a forward pass over a whole batch, ..."""
+        if self._kind != units.kind:
+            self._places, self._lengths = {}, set()
+        self._length = length
+        self._kind, self._known, self.unsettled = units.kind, False, False
+        self._whole = units
+        self._seen, self._found, self.calls = {}, {}, {}
+        self._start("observe", torch.arange(units.n_items))
+
+    def compare(self, unit: int) -> None:
+        """... then one over each unit alone, ..."""
+        self._end_pass()
+        self._start("compare", self._whole.items(unit))
+
+    def disturb(self) -> None:
+        """... then the whole batch with layers' outputs disturbed: shapes that follow the data cannot be relied on, ..."""
+        self._end_pass()
+        if self._pass != "disturb":
+            self._undisturbed = set(self._seen)
+        self._start("disturb", torch.arange(self._whole.n_items))
+
+    def shorten(self) -> None:
+        """... then the whole batch with its first row made shorter: all others have to stay where they are, ..."""
+        self._end_pass()
+        self._start("shorten", torch.arange(1, self._whole.n_items))
+
+    def restart(self) -> None:
+        """The present pass begins again."""
+        self._start(self._pass, self._items)
+
+    def settle(self) -> bool:
+        """... and keep what all of them agreed on. True if an output was found to be shared by all items, and not before."""
+        self._end_pass()
+        for site in self._undisturbed:
+            self._refuse(site)
+        more = False
+        for site, place in self._found.items():
+            old = self._places.get(site, place)
+            more |= site not in self._places and place is not None and not place.dims and _is_output(site)
+            if place is not None and old is not None and place.dims == old.dims:
+                place.proofs |= old.proofs
+            elif old != place:
+                place = None
+            self._places[site] = place
+        self._places |= dict.fromkeys(self._unknown - self._places.keys())  # no pass comes by there
+        self._known, self._unknown = True, set()
+        self._lengths.add(self._length)
+        self._seen = {}
+        self.learnt += 1
+        return more
+
+    def meetings(self, parameter: nn.Parameter) -> list[Meeting]:
+        """The operations in which a parameter was seen to meet data."""
+        found = []
+        for (met, _), place in self._places.items():
+            if not isinstance(met, tuple) or met[1] != 0:
+                continue
+            site: Any = met[0]
+            if any(p is parameter for p in site[1]):
+                certain = place is not None and bool(place.proofs) and (not place.dims or place.has_one_row)
+                sizes = tuple(size for _, size in sorted(site[2], reverse=True))
+                dims = place.dims if certain and place is not None else None
+                found.append(Meeting(site[0], sizes, dims, self._made_by.get(site, frozenset())))
+        return found
+
+    def make(self, site: Hashable, functions: frozenset[str]) -> None:
+        """What meets data at this site was made of its parameters by these functions."""
+        self._made_by[site] = self._made_by.get(site, frozenset()) | functions
+
+    def count(self, parameter: nn.Parameter) -> None:
+        """A parameter was used once more, in one of the passes."""
+        if self._pass == "observe":
+            self.calls[parameter] = self.calls.get(parameter, 0) + 1
+
+    def meet(self, site: Hashable, x: Tensor, lead: int) -> None:
+        """A site was reached, in one of the passes, with x of `lead` leading dimensions."""
+        x = _one_number_per_row(x.detach(), lead)
+        if self._pass == "observe":
+            self._seen.setdefault(site, []).append(x)
+            return
+        if site not in self._seen:
+            return  # not on the whole batch's way: learnt once it is
+        number = self._met.get(site, 0)
+        self._met[site] = number + 1
+        seen = self._seen[site]
+        if number >= len(seen) or seen[number].dim() != x.dim():
+            self._refuse(site)
+            self._found[(site, x.dim())] = None
+        elif seen[number].shape != x.shape and self._pass != "compare":
+            self._refuse(site)
+        elif self._pass == "shorten":
+            place = self._found.get((site, x.dim()))
+            if place is not None and not _same(self._others(x, place), self._others(seen[number], place)):
+                self._refuse(site)
+        elif self._pass == "disturb":
+            pass
+        else:
+            key, place = (site, x.dim()), self._place(x, seen[number])
+            old = self._found.setdefault(key, place)
+            if place is None or old is None or place.dims != old.dims:
+                self._found[key] = None
+            else:
+                old.proofs |= place.proofs
+
+    def _start(self, kind: Pass, items: Tensor) -> None:
+        self._pass, self._items = kind, items
+        self._met = {}
+
+    def _end_pass(self) -> None:
+        if self._pass != "observe":
+            for site, seen in self._seen.items():
+                # Texts without padding may need no mask, and so take another way: it is enough that some pass comes by.
+                if self._met.get(site, len(seen)) != len(seen):
+                    self._refuse(site)
+            if self._pass == "disturb":
+                self._undisturbed -= self._met.keys()
+
+    def _others(self, x: Tensor, place: Place) -> Tensor:
+        """What stands at `place` for all items but the first."""
+        if not place.dims:
+            return x
+        x = x.movedim(place.dims, tuple(range(len(place.dims)))).flatten(0, len(place.dims) - 1)
+        others: Tensor = x.unflatten(0, (self._whole.n_items, -1))[1:]
+        return others
+
+    def _refuse(self, site: Hashable) -> None:
+        for seen in self._seen.get(site, []):
+            self._found[(site, seen.dim())] = None
+
+    def _place(self, alone: Tensor, whole: Tensor) -> Place | None:
+        """Where the compared unit's items stand in `whole`, given what its own pass held, both (*lead,); None if unproven."""
+        units, items = self._whole, self._items.to(whole.device)
+        length = self._length[0] if self._length else 0
+        if alone.shape == whole.shape:
+            return Place((), {(length, tuple(whole.shape))}) if _same(alone, whole) else None
+        if units.kind == "tokens" and units.shape[0] > 1 and whole.dim() > 1:  # rows of tokens; a unit alone is one row
+            if tuple(whole.shape[:2]) != units.shape or tuple(alone.shape[:2]) != (1, len(items)):
+                return None
+            return Place((0, 1), {(length, (1,))}) if _same(alone[0], whole.flatten(0, 1)[items]) else None
+        changed = [dim for dim, (one, all_) in enumerate(zip(alone.shape, whole.shape, strict=True)) if one != all_]
+        if len(changed) != 1 or whole.shape[changed[0]] * len(items) != alone.shape[changed[0]] * units.n_items:
+            return None
+        (dim,) = changed
+        rows, rest = divmod(whole.shape[dim], units.n_items)
+        if rest:
+            return None
+        alone, whole = alone.movedim(dim, 0).unflatten(0, (len(items), rows)), whole.movedim(dim, 0)
+        blocks, other = whole.unflatten(0, (units.n_items, rows)), whole.unflatten(0, (rows, units.n_items)).transpose(0, 1)
+        if not _same(alone, blocks[items]):
+            return None
+        # Nothing tells the items' rows from each other: the same for every item, or where one row of each follows the other.
+        alike = rows > 1 and (_same(alone, other[items]) or _same(blocks, blocks[:1].expand_as(blocks)))
+        return Place((dim,), set() if alike else {(length, (rows,))})
+
+
+def _is_output(site: Site) -> bool:
+    return isinstance(site[0], tuple) and site[0][-1] == "out"
+
+
+def _one_number_per_row(x: Tensor, lead: int) -> Tensor:
+    """(*lead, *features) -> (*lead,): enough to tell rows apart, and small enough to keep for every layer."""
+    if x.dim() == lead:
+        return x.double() if x.is_floating_point() else x
+    x = upcast(x.flatten(lead))
+    weights = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0), dtype=x.dtype).to(x.device)
+    return (x * weights).sum(-1)
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two passes agree on the same rows: rounding apart, no two units do."""
+    if not found.is_floating_point():
+        return bool(torch.equal(found, wanted))
+    found, wanted = found.double().nan_to_num(), wanted.double().nan_to_num()
+    return bool((found - wanted).norm() <= 0.05 * wanted.norm())

@@ -1,0 +1,263 @@
+"""layers.recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dp_flash_hf.distributed import device_of
+from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.kernels.clipped_sum import add_per_unit_
+from dp_flash_hf.layers.gradient_records import EmbeddingUse, GradientRecord, HeadUse, LinearUse, full_precision, linear_norms
+from dp_flash_hf.layers.layout_inference import Layouts
+from dp_flash_hf.layers.unit_layout import Layout
+from dp_flash_hf.units import Units
+
+# idle: layers behave as without the library. learn: layouts are being learnt, nothing is recorded.
+# record: keep what backward saw. norms: keep norms only. sum: clip factors are known, add to the sums at once.
+Phase = Literal["idle", "learn", "record", "norms", "sum"]
+
+
+class TwoPassError(PrivacyError):
+    """This model cannot be computed in two passes, before anything was added."""
+
+
+class Recorder:
+    """Shared by an engine and its layers. Layers use `tracks`, `layout` and what records."""
+
+    def __init__(self, groups: dict[nn.Parameter, int]) -> None:
+        self.phase: Phase = "idle"
+        self.units = Units.rows(0)
+        self.layouts = Layouts()
+        self.records: dict[nn.Parameter, GradientRecord] = {}
+        self.forms: dict[nn.Parameter, str] = {}  # how the norm of each parameter was last computed
+        # Of a compiled model, see `layers.compiled`. token: what taps give their gradients to, while it records. taps: how many
+        # did since `start`. unplaced: parameters whose gradients they could not record. kept: the last input that was copied.
+        self.token: Tensor | None = None
+        self.taps = 0
+        self.unplaced: set[nn.Parameter] = set()
+        self.kept: Tensor | None = None
+        self._groups = groups
+        self._n_groups = max(groups.values(), default=-1) + 1
+        self._waiting: dict[nn.Parameter, GradientRecord] = {}  # in phase "norms": complete, and the next may share their input
+        self._norms: Tensor | None = None
+        self._spent: set[nn.Parameter] = set()
+        self._deferred: set[nn.Parameter] = set()
+        self._read: set[nn.Parameter] = set()
+        self._factors: Tensor | None = None
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        # Of parameters that FSDP2 split up: by module and name, because something else stands there while the module runs, ...
+        self.sharded: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        self._gathered: dict[nn.Parameter, nn.Parameter] = {}  # ... the whole parameter, and whose it is
+        self.left_over: set[nn.Parameter] = set()  # of these, what autograd took a gradient of by itself
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        # A copied model is not attached: its parameters are unknown here, and its layers behave as without the library.
+        return self
+
+    # What layers ask and tell.
+
+    def tracks(self, parameter: nn.Parameter, place: tuple[nn.Module, str] | None = None) -> bool:
+        """Whether the gradient of this parameter is to be recorded now. place: the module that hands it out, and its name."""
+        original = None if place is None else self.sharded.get(place)
+        if original is parameter:
+            return False  # used outside its module's forward, where no rank has all of it
+        if original is not None and parameter not in self._gathered:
+            self._gathered[parameter] = original
+            parameter.register_post_accumulate_grad_hook(self._note_left_over)
+        return self.phase != "idle" and self.whose(parameter) in self._groups and parameter.requires_grad
+
+    def whose(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The model's own parameter where this is what FSDP2 gathered of it, else itself."""
+        return self._gathered.get(parameter, parameter)
+
+    @property
+    def reduces_precision(self) -> bool:
+        """Whether FSDP2 gathers some parameters in less than float32."""
+        return any(gathered.dtype.itemsize < 4 for gathered in self._gathered)
+
+    def _note_left_over(self, gathered: Tensor) -> None:
+        if self.phase != "idle" and gathered.grad is not None:  # autograd comes by without a gradient too
+            self.left_over.add(self.whose(gathered))  # type: ignore[arg-type]
+            gathered.grad = None  # else FSDP2 would keep it, or add it up over ranks
+
+    def layout(self, module: nn.Module, x: Tensor, feature_dims: int = 1) -> Layout | None:
+        """How the input x (*lead, *features) of a layer is laid out, or None when that is not certain.
+
+        None makes the layer compute as without the library; the gradient that autograd then leaves tells the engine.
+        """
+        lead = tuple(x.shape[: x.dim() - feature_dims])
+        if self.phase == "idle":
+            return None
+        if self.phase == "learn":
+            self.layouts.meet(module, x, len(lead))
+            for parameter in module.parameters(recurse=False):
+                self.layouts.count(parameter)
+            return None
+        if not torch.is_grad_enabled():
+            return None
+        if self.units.is_single:
+            return Layout(self.units, lead, ())
+        dims = self.layouts.dims(module, lead, self.units)
+        return Layout(self.units, lead, dims) if dims else None
+
+    def linear(
+        self, parameter: nn.Parameter, a: Tensor, g: Tensor, layout: Layout, part: tuple[int, int] | None = None
+    ) -> None:
+        """Record y = x W^T with gradient sum g_t a_t^T. a: (*lead, d), g: (*lead, p).
+
+        part: W is these rows, start and stop, of the parameter's first dimension; None: all of it.
+        """
+        if part == (0, len(parameter)):
+            part = None
+        self.linear_rows(parameter, layout.arrange(a), layout.arrange(g), layout.sizes, part)
+
+    def linear_rows(
+        self, parameter: nn.Parameter, a: Tensor, g: Tensor, sizes: tuple[int, ...], part: tuple[int, int] | None
+    ) -> None:
+        """As `linear`, with a (rows, d) and g (rows, p) in unit order already, `sizes` rows for each unit."""
+        self._add(parameter, LinearUse(a, g, sizes, part))
+
+    def defers(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether a result made with these parameters is to be put off: not where one before was read and had to be formed.
+
+        If it is, one call with them may leave several records, or none: nobody knows yet what becomes of the result.
+        """
+        if not self._read.isdisjoint(parameters) or not self._gathered.keys().isdisjoint(parameters):
+            return False  # what FSDP2 gathered may be gone when the result is formed
+        self._deferred.update(parameters)
+        return True
+
+    def read(self, parameters: Sequence[nn.Parameter]) -> None:
+        """A result made with these parameters was put off in vain."""
+        self._read.update(parameters)
+
+    def head(self, parameter: nn.Parameter, use: HeadUse) -> None:
+        """Record y = x W^T whose gradient is that of a cross entropy."""
+        self._add(parameter, use)
+
+    def embedding(
+        self, parameter: nn.Parameter, ids: Tensor, g: Tensor, layout: Layout, padding_idx: int | None = None
+    ) -> None:
+        """Record y = E[ids]. ids: LongTensor (*lead,), g: (*lead, d); rows at `padding_idx` get no gradient."""
+        if padding_idx is not None:
+            g = g.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
+        arranged = layout.arrange(ids.unsqueeze(-1)).squeeze(-1)
+        self._add(parameter, EmbeddingUse(arranged, layout.arrange(g), layout.sizes))
+
+    def per_unit(self, parameter: nn.Parameter, gradients: Tensor) -> None:
+        """Record per-unit gradients (units, *parameter.shape), float32 or float64, formed by the layer itself."""
+        self._add(parameter, gradients)
+
+    # What the engine does.
+
+    @property
+    def all_taps_recorded(self) -> bool:
+        """Whether backward passed as many taps as were recorded."""
+        if self.token is None or self.token.grad is None:
+            return self.taps == 0
+        return bool((self.token.grad == self.taps).all())
+
+    def start(
+        self, phase: Phase, units: Units, factors: Tensor | None = None, sums: dict[nn.Parameter, Tensor] | None = None
+    ) -> None:
+        """Enter a phase for one physical batch. `factors` (units, groups) belong to phase "sum", which adds to `sums`."""
+        self.phase, self.units, self.records = phase, units, {}
+        self._norms, self._spent, self._waiting, self._deferred = None, set(), {}, set()
+        self._factors, self._sums = factors, {} if sums is None else sums
+        self.left_over = set()
+        self.taps, self.unplaced, self.kept = 0, set(), None
+        if self.token is not None:
+            self.token.grad = None
+
+    def stop(self) -> None:
+        """Back to idle; every record is dropped."""
+        self.start("idle", Units.rows(0))
+
+    @property
+    def reached(self) -> set[nn.Parameter]:
+        """Parameters that the backward pass since `start` recorded."""
+        return self._spent | set(self.records)
+
+    @torch.no_grad()
+    def squared_norms(self, like: Tensor) -> Tensor:
+        """(units, groups) squared norms of everything recorded since `start`. like: a tensor giving dtype and device."""
+        with full_precision(like.device):
+            self._add_norms({**self._waiting, **self.records})
+            self._waiting = {}
+        return self._norms if self._norms is not None else like.new_zeros(self.units.n, self._n_groups)
+
+    def _add_norms(self, records: dict[nn.Parameter, GradientRecord]) -> None:
+        """Add the norms of these records; layers that share an input are computed together."""
+        sharing: dict[object, list[tuple[nn.Parameter, GradientRecord, LinearUse]]] = {}
+        for parameter, record in records.items():
+            use = record.only_linear
+            if use is None:
+                self._add_squares(parameter, record, record.squared_norms())
+            else:
+                sharing.setdefault(use.input_key, []).append((parameter, record, use))
+        for group in sharing.values():
+            squares, form = linear_norms([use for _, _, use in group])
+            for (parameter, record, _), squared in zip(group, squares, strict=True):
+                record.form = form
+                self._add_squares(parameter, record, squared)
+
+    def _add_squares(self, parameter: nn.Parameter, record: GradientRecord, squared: Tensor) -> None:
+        self.forms[parameter] = record.form
+        if self._norms is None:
+            self._norms = squared.new_zeros(self.units.n, self._n_groups)
+        self._norms[:, self._groups[parameter]] += squared
+
+    @torch.no_grad()
+    def _add(self, parameter: nn.Parameter, use: LinearUse | HeadUse | EmbeddingUse | Tensor) -> None:
+        with full_precision(parameter.device):
+            self._add_use(parameter, use)
+
+    def _add_use(self, parameter: nn.Parameter, use: LinearUse | HeadUse | EmbeddingUse | Tensor) -> None:
+        if self.phase not in ("record", "norms", "sum"):
+            raise PrivacyError(
+                "backward through a model with an attached ClippingEngine, outside engine.backward or engine.batch: its "
+                "gradients would not be clipped; use engine.backward(loss_fn, batch), or engine.detach() first"
+            )
+        calls = self.layouts.calls.get(parameter)
+        deferred, parameter = parameter in self._deferred, self.whose(parameter)
+        if self.phase == "sum":
+            self._add_to_sum(parameter, use)
+            return
+        if parameter in self._spent:
+            raise TwoPassError("a parameter was used more often than when its layer was first observed; use strategy='auto'")
+        record = self.records.setdefault(parameter, GradientRecord(parameter.shape, self.units.n))
+        if isinstance(use, Tensor):
+            record.add_per_unit(use)
+        else:
+            record.add(use)
+        whole = not deferred and (not isinstance(use, LinearUse) or use.part is None)
+        if self.phase == "norms" and whole and calls == 1:  # nothing to come: the records may go
+            self._spent.add(parameter)
+            self._add_when_alone(parameter, self.records.pop(parameter))
+
+    def _add_to_sum(self, parameter: nn.Parameter, use: LinearUse | HeadUse | EmbeddingUse | Tensor) -> None:
+        assert self._factors is not None
+        factors = self._factors[:, self._groups[parameter]]
+        if parameter not in self._sums:
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            self._sums[parameter] = torch.zeros(parameter.shape, dtype=wide, device=device_of(parameter))
+        if isinstance(use, Tensor):
+            add_per_unit_(self._sums[parameter], use, factors)
+        else:
+            use.add_clipped_sum_(self._sums[parameter], factors)
+
+    def _add_when_alone(self, parameter: nn.Parameter, record: GradientRecord) -> None:
+        """Add the norms of complete records as soon as no more of their input are coming."""
+        use = record.only_linear
+        if use is None:
+            self._add_norms({parameter: record})
+            return
+        waiting = next(iter(self._waiting.values()), None)
+        if waiting is not None and waiting.only_linear is not None and waiting.only_linear.input_key != use.input_key:
+            self._add_norms(self._waiting)
+            self._waiting = {}
+        self._waiting[parameter] = record

@@ -1,0 +1,107 @@
+"""layers.unit_layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dp_flash_hf.kernels.numerics import upcast
+from dp_flash_hf.units import Units
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the items of a batch stand in the leading dimensions of a tensor.
+
+    lead: the leading sizes. dims: the dimension(s) of `lead` that run over items, outermost first; empty when everything
+    belongs to one single unit.
+    """
+
+    units: Units
+    lead: tuple[int, ...]
+    dims: tuple[int, ...]
+
+    @staticmethod
+    def of_one_unit(lead: tuple[int, ...]) -> Layout:
+        """Everything belongs to one unit."""
+        return Layout(Units.rows(1), lead, ())
+
+    @property
+    def unit_of_row(self) -> Tensor:
+        """The unit of each row (prod(lead),), -1 for nobody's, where items come first."""
+        rows = math.prod(self.lead)
+        if self.whole:
+            return torch.full((rows,), self.units.last)
+        return self.units.of_item.repeat_interleave(rows // self.units.n_items)
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything belongs to one unit."""
+        return not self.dims
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each unit in the result of `arrange`."""
+        rows = math.prod(self.lead)
+        if self.whole:
+            return tuple(rows if size else 0 for size in self.units.sizes)
+        return tuple(size * (rows // self.units.n_items) for size in self.units.sizes)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """(*lead, d) -> (rows, d) in unit order; rows of nobody are left out."""
+        if self.whole:
+            return x.reshape(-1, x.shape[-1])
+        if self.dims != (0,) and self.dims != (0, 1):
+            x = x.movedim(self.dims, tuple(range(len(self.dims))))
+        return self.units.arrange(x.reshape(self.units.n_items, -1, x.shape[-1]))
+
+    def take(self, x: Tensor, unit: int) -> Tensor:
+        """The part of x (*lead, ...) that belongs to one unit: x itself, but for the dimension that runs over items."""
+        if self.whole:
+            return x
+        (dim,) = self.dims
+        return x.index_select(dim, self._rows_of(unit).to(x.device))
+
+    def put_(self, out: Tensor, part: Tensor, unit: int) -> None:
+        """Add to the part of out (*lead, ...) that belongs to one unit."""
+        if self.whole:
+            out.add_(part)
+        else:
+            (dim,) = self.dims
+            out.index_add_(dim, self._rows_of(unit).to(out.device), part.to(out.dtype))
+
+    def sums(self, g: Tensor) -> Tensor:
+        """(*lead, ...) -> (units, ...): the sum over each unit's items, upcast; dimensions that ran over items are left out."""
+        g = upcast(g)
+        if self.whole:
+            out = torch.zeros(self.units.n, *g.shape, dtype=g.dtype, device=g.device)
+            out[self.units.last] = g
+            return out
+        rest = [size for dim, size in enumerate(g.shape) if dim not in self.dims]
+        per_item = g.movedim(self.dims, tuple(range(len(self.dims)))).reshape(self.units.n_items, -1, *rest).sum(1)
+        if self.units.identity:
+            return per_item
+        owned = self.units.of_item >= 0
+        out = torch.zeros(self.units.n, *rest, dtype=g.dtype, device=g.device)
+        return out.index_add_(0, self.units.of_item[owned].to(g.device), per_item[owned.to(g.device)])
+
+    def parts(self, g: Tensor) -> Tensor:
+        """(*lead, ...) -> (units, *lead, ...): for each unit what is its own, and zeros, upcast."""
+        g = upcast(g)
+        out = torch.zeros(self.units.n, *g.shape, dtype=g.dtype, device=g.device)
+        if self.whole:
+            out[self.units.last] = g
+            return out
+        sizes = [self.lead[dim] for dim in self.dims]
+        owner = self.units.of_item.repeat_interleave(math.prod(sizes) // self.units.n_items).to(g.device).view(sizes)
+        owner = owner.view([size if dim in self.dims else 1 for dim, size in enumerate(g.shape)])
+        for unit in range(self.units.n):
+            out[unit] = torch.where(owner == unit, g, 0.0)
+        return out
+
+    def _rows_of(self, unit: int) -> Tensor:
+        rows = self.lead[self.dims[0]] // self.units.n_items
+        return (self.units.items(unit).unsqueeze(1) * rows + torch.arange(rows)).flatten()

@@ -1,0 +1,199 @@
+"""What a training run guarantees, on which assumptions, and what it does not cover."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from typing import Any, Self
+
+from dp_flash_hf.accounting.ledger import ADJACENCY, Ledger
+from dp_flash_hf.accounting.plan import PrivacyPlan
+from dp_flash_hf.errors import invalid
+from dp_flash_hf.mechanisms.config import PrivacyConfig
+from dp_flash_hf.mechanisms.sampling import TruncatedPoissonSampler
+
+NOT_COVERED = (
+    "Losses, gradient norms and metrics logged during training are computed without noise.",
+    "Choosing hyper-parameters, or the best of several runs or checkpoints, by results on the private data.",
+    "Validation and test data, unless they too were trained on under this guarantee.",
+    "A tokenizer, vocabulary, filter or base model that was itself learnt from the private data.",
+    "The number of units is treated as public; so is every setting of the run.",
+    "Copies: a person whose data also appears in other units is protected unit by unit, not as a whole.",
+    "Attacks on floating-point noise, on PyTorch's random generators, or on timing and memory use.",
+    "Anyone who reads the training machine's memory, random states saved with a checkpoint, or the spend record.",
+)
+LOST_STEPS_NOT_COVERED = "Steps lost in a crash after the last checkpoint, if anything that they wrote was seen."
+_NOT_PRIVATE = "NOT PRIVATE: a fixed seed makes the sampling and the noise reproducible. No figure here is a guarantee."
+_WIDTH = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyReport:
+    """The guarantee of the steps executed so far: the trained model is (epsilon, delta)-differentially private.
+
+    All fields are public. How many units were dropped for NaN or Inf gradients is deliberately absent: such a count is computed
+    from the private data without noise. `private` is False when a seed was fixed, and then nothing is guaranteed.
+
+    steps: all noisy steps on the books, of which lost_steps are not in the weights: lost in a crash, or of another training in
+    the same folder. They count like any other. parts: the kinds of step that were taken, each a mapping with "steps", "sampler"
+    (its fields) and "noise_multiplier"; the fields above are those of the latest plan.
+    """
+
+    private: bool
+    epsilon: float
+    delta: float
+    target_epsilon: float | None
+    adjacency: str
+    unit: str
+    max_examples_per_unit: int | None
+    n_units: int
+    sampler: str
+    sampling_rate: float
+    expected_batch_size: int
+    max_batch_size: int | None
+    noise_multiplier: float
+    max_grad_norm: float
+    clipping: str
+    steps: int
+    lost_steps: int
+    planned_steps: int
+    parts: tuple[dict[str, Any], ...]
+    accountant: str
+    versions: dict[str, str]
+    not_covered: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        config: PrivacyConfig,
+        plan: PrivacyPlan,
+        ledger: Ledger,
+        *,
+        unit: str | None = None,
+        lost_steps: int = 0,
+        recorded: bool = False,
+        not_covered: tuple[str, ...] = (),
+    ) -> Self:
+        """The report of the steps in `ledger`, taken under `plan`.
+
+        `unit` says what one unit is where it is neither one training example nor the rows of `config.privacy_unit` ("one
+        preference pair"). `lost_steps` of those in the ledger are not in the weights. `recorded`: every step was written to a
+        spend record before it was released. `not_covered` adds sentences to those that hold for every run.
+        """
+        if unit is None:
+            unit = "one training example" if config.privacy_unit is None else f"all rows with the same {config.privacy_unit!r}"
+        sampler = plan.sampler
+        libraries = ("dp-flash-hf", "torch", "transformers", "dp-accounting" if ledger.accountant == "pld" else "opacus")
+        return cls(
+            private=config.seed is None,
+            epsilon=ledger.epsilon(plan.target_delta),
+            delta=plan.target_delta,
+            target_epsilon=config.target_epsilon,
+            adjacency=ADJACENCY,
+            unit=unit,
+            max_examples_per_unit=config.max_examples_per_unit,
+            n_units=sampler.n_units,
+            sampler=sampler.kind,
+            sampling_rate=sampler.sampling_rate,
+            expected_batch_size=sampler.expected_batch_size,
+            max_batch_size=sampler.max_batch_size if isinstance(sampler, TruncatedPoissonSampler) else None,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=config.max_grad_norm,
+            clipping=config.clipping,
+            steps=ledger.steps,
+            lost_steps=lost_steps,
+            planned_steps=plan.steps + sum(steps for _, steps in plan.spent),
+            parts=tuple(
+                {"steps": steps, "sampler": sampler.to_dict(), "noise_multiplier": sigma}
+                for (sampler, sigma), steps in ledger.entries
+            ),
+            accountant=ledger.accountant,
+            versions={name: metadata.version(name) for name in libraries},
+            not_covered=NOT_COVERED + (() if recorded else (LOST_STEPS_NOT_COVERED,)) + not_covered,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return {**asdict(self), "not_covered": list(self.not_covered), "parts": [*self.parts]}
+
+    def to_json(self) -> str:
+        """The fields as indented JSON; `from_json` reads it."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The report that `to_json` wrote. Raises ValueError for anything else."""
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.keys() != {f.name for f in fields(cls)}:
+            raise invalid("text", expected="what to_json() wrote", actual=text[:80], remedy="give an unedited report")
+        return cls(**{**data, "not_covered": tuple(data["not_covered"]), "parts": tuple(data["parts"])})
+
+    def to_text(self) -> str:
+        """The report for a reviewer: one screen of plain text, at most 100 columns."""
+        lines = ["Privacy report"] if self.private else [_NOT_PRIVATE, "", "Privacy report"]
+        for name, value in self._rows():
+            lines += textwrap.wrap(value, _WIDTH, initial_indent=f"  {name:<10} ", subsequent_indent=" " * 13)
+        lines.append("Not covered")
+        for sentence in self.not_covered:
+            lines += textwrap.wrap(sentence, _WIDTH, initial_indent="  - ", subsequent_indent="    ")
+        return "\n".join(lines)
+
+    def to_model_card(self) -> str:
+        """The report as a Markdown section for a model card."""
+        warning = "" if self.private else f"> **{_NOT_PRIVATE}**\n\n"
+        rows = "\n".join(f"| {name} | {value.replace('|', '&#124;')} |" for name, value in self._rows())
+        gaps = "\n".join(f"- {sentence}" for sentence in self.not_covered)
+        return f"## Differential privacy\n\n{warning}| | |\n|---|---|\n{rows}\n\nNot covered by the guarantee:\n\n{gaps}\n"
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def _rows(self) -> list[tuple[str, str]]:
+        # Rounded up: a printed epsilon must not claim more privacy than was computed.
+        epsilon = f"epsilon <= {_round_up(self.epsilon)} at delta = {self.delta:g}"
+        target = "" if self.target_epsilon is None else f" (budget: epsilon = {self.target_epsilon:g})"
+        per_draw = "" if self.max_examples_per_unit is None else f", at most {self.max_examples_per_unit} rows of each per draw"
+        at_most = "" if self.max_batch_size is None else f", at most {self.max_batch_size}"
+        clip = {
+            "flat": "per-unit gradients scaled to norm at most C",
+            "automatic": "per-unit gradients scaled to norm at most C by C / (norm + 0.01)",
+            "per_layer": "per-unit gradients scaled layer by layer, to norm at most C over all layers",
+        }[self.clipping]
+        lost = "" if not self.lost_steps else f"; {self.lost_steps} of them are not in the weights, and count all the same"
+        return [
+            ("guarantee", epsilon + target),
+            ("adjacency", self.adjacency),
+            ("unit", f"{self.unit}{per_draw}"),
+            ("dataset", f"{self.n_units} units"),
+            (
+                "sampling",
+                f"{self.sampler}, q = {self.sampling_rate:.6g}: {self.expected_batch_size} units expected a step{at_most}",
+            ),
+            ("clipping", f"{clip}, C = {self.max_grad_norm:g}"),
+            (
+                "noise",
+                f"Gaussian, sigma = {self.noise_multiplier:.6g}: std sigma * C on each step's sum, also of an empty draw",
+            ),
+            ("steps", f"{self.steps} executed of {self.planned_steps} planned{lost}"),
+            *(("parts", parts) for parts in [_parts(self.parts)] if len(self.parts) > 1),
+            ("accountant", self.accountant),
+            ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
+        ]
+
+
+def _parts(parts: Sequence[Mapping[str, Any]]) -> str:
+    told = []
+    for part in parts:
+        sampler = part["sampler"]
+        rate = sampler["expected_batch_size"] / sampler["n_units"]
+        at_most = f" (at most {sampler['max_batch_size']} units)" if "max_batch_size" in sampler else ""
+        told.append(f"{part['steps']} steps with sigma = {part['noise_multiplier']:.6g}, q = {rate:.6g}{at_most}")
+    return "composed of " + "; ".join(told)
+
+
+def _round_up(value: float) -> str:
+    text = f"{value:.3f}"
+    return text if float(text) >= value else f"{value + 0.0005:.3f}"

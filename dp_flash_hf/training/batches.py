@@ -1,0 +1,218 @@
+"""From draws to batches: which rows a step reads, whose they are, and how they are split to fit in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from dp_flash_hf.distributed import Ranks
+from dp_flash_hf.errors import UnsupportedError
+from dp_flash_hf.mechanisms.gaussian_noise import fresh_generator
+from dp_flash_hf.mechanisms.sampling import PoissonSampler, choose_rows
+from dp_flash_hf.units import IGNORED, Units, leading_shape, select_items, subset, text_starts
+
+UNITS = "dp_units"  # key under which the collator passes on the unit of every example
+# Inputs that hold something for every token; which other tensor of that width does is not known.
+_BY_TOKEN = {
+    "attention_mask",
+    "completion_mask",
+    "input_ids",
+    "inputs_embeds",
+    "labels",
+    "position_ids",
+    "special_tokens_mask",
+    "token_type_ids",
+}
+
+
+class PoissonBatches(Sampler[list[tuple[int, int]]]):
+    """Batch sampler of (row, unit) keys: each of `steps` is one draw, split into exactly `splits` parts, some of them empty.
+
+    The parts are about equal, or with `together` all but the first are empty. Units are numbered from 0 within each part and
+    never split. Of several ranks, all make the same draws and each has its own share of every one: iterate on all of them.
+    """
+
+    def __init__(
+        self,
+        sampler: PoissonSampler,
+        *,
+        steps: int,
+        splits: int,
+        together: bool,
+        rows: Sequence[Tensor] | None,
+        max_examples_per_unit: int | None,
+        lengths: Tensor | None,
+        seed: int | None,
+        first_step: int,
+    ) -> None:
+        self.sampler, self.steps, self.splits, self.together = sampler, steps, splits, together
+        self.rows, self.max_examples_per_unit, self.lengths = rows, max_examples_per_unit, lengths
+        self.seed, self.step = seed, first_step
+        self.ranks = Ranks()
+
+    def __len__(self) -> int:
+        return self.steps * self.splits
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        fresh = self.ranks.generator(stream="draws")
+        for _ in range(self.steps):
+            generator = fresh
+            if self.seed is not None:
+                generator = fresh_generator(seed=self.seed, stream=f"sampling step {self.step}")
+            self.step += 1
+            drawn = self.sampler.draw(generator)
+            own = [[unit] for unit in drawn.tolist()]
+            if self.rows is not None and self.max_examples_per_unit is not None:
+                own = [rows.tolist() for rows in choose_rows(self.rows, drawn, self.max_examples_per_unit, generator)]
+            drawn, share = drawn[self.ranks.rank :: self.ranks.size], own[self.ranks.rank :: self.ranks.size]
+            if self.lengths is not None:  # the sum does not depend on who is computed with whom, but padding does
+                share = [share[place] for place in self.lengths[drawn].argsort().tolist()]
+            for places in self._parts(len(share)):
+                yield [(row, unit) for unit, place in enumerate(places) for row in share[place]]
+
+    def _parts(self, n: int) -> list[list[int]]:
+        ends = [n] * (self.splits - 1) if self.together else self.splits
+        return [part.tolist() for part in torch.arange(n).tensor_split(ends)]
+
+
+class WithUnits(Dataset[tuple[Any, int]]):
+    """A dataset read by (row, unit) keys, which passes the unit on with the example."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Any, int]]:
+        rows = [row for row, _ in keys]
+        fetch = getattr(self.dataset, "__getitems__", None)
+        examples = fetch(rows) if callable(fetch) and rows else [self.dataset[row] for row in rows]
+        return list(zip(examples, (unit for _, unit in keys), strict=True))
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
+        return self.__getitems__([key])[0]
+
+
+class UnitCollator:
+    """The trainer's collator, which also passes on whose each example is; an empty draw makes a batch of nothing."""
+
+    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[tuple[Any, int]]) -> dict[str, Any]:
+        """The batch of these (example, unit) pairs, with `UNITS`: int64 (examples,)."""
+        units = torch.tensor([unit for _, unit in examples], dtype=torch.long)
+        if not examples:
+            return {UNITS: units}
+        return {**self.collator([example for example, _ in examples]), UNITS: units}
+
+
+def units_of(batch: Mapping[str, Any], of_example: Tensor, rows_per_example: int = 1) -> Units:
+    """Units of a collated batch: its rows are the examples, or the segments of one row that a flattening collator made.
+
+    of_example: int64 (examples,), the unit of each.
+    rows_per_example: with 2, the second rows of all examples follow the first ones, as preference collators lay out pairs.
+    """
+    of_example = of_example.cpu()
+    shape = leading_shape(batch)
+    if shape[0] == len(of_example) * rows_per_example:
+        return Units.of(of_example.repeat(rows_per_example), shape)
+    starts = text_starts(batch) if shape[0] == 1 and rows_per_example == 1 else None
+    if starts is None or not bool(starts[0]) or int(starts.sum()) != len(of_example):
+        raise UnsupportedError(
+            f"the collator made {shape[0]} rows of {len(of_example)} examples, so it is unknown whose is which; use a collator "
+            "that keeps one row per example, or DataCollatorWithFlattening, with position_ids or return_flash_attn_kwargs=True "
+            "and without pad_to_multiple_of"
+        )
+    return Units.of(of_example[starts.cumsum(0) - 1].view(1, -1), shape)
+
+
+def physical_batches(
+    batch: dict[str, Any], units: Units, examples: Sequence[int], *, max_examples: int, max_tokens: int | None = None
+) -> Iterator[tuple[dict[str, Any], Units]]:
+    """Split a batch into parts that fit on the device, each unit whole.
+
+    examples: of each unit. max_examples: the parts are about equal, and hold at most so many, or one unit.
+    max_tokens: instead, the parts hold at most so many tokens, padding included, or one unit; texts of like length are put
+    together, and trailing columns that are padding in a whole part are cut off.
+    """
+    if max_tokens is None:
+        even = math.ceil(sum(examples) / math.ceil(sum(examples) / max_examples))
+        groups = _groups(range(units.n), lambda group: sum(examples[unit] for unit in group) <= even)
+    elif units.kind == "tokens":
+        groups = _groups(range(units.n), lambda group: sum(units.sizes[unit] for unit in group) <= max_tokens)
+    else:
+        of_row = text_lengths(batch) + _decoder_length(batch)
+        lengths = [int(of_row[units.items(unit)].max()) for unit in range(units.n)]
+        groups = _groups(
+            sorted(range(units.n), key=lengths.__getitem__),
+            lambda group: sum(units.sizes[unit] for unit in group) * max(lengths[unit] for unit in group) <= max_tokens,
+        )
+    for group in groups:
+        # In the order of the batch: the halves of pairs stand in it, and the texts of a packed row must stay whole.
+        items = torch.isin(units.of_item, torch.tensor(group)).nonzero().flatten()
+        whole = len(items) == units.n_items
+        part, part_units = (batch, units) if whole else (select_items(batch, units, items), subset(units, items))
+        yield part if max_tokens is None or units.kind == "tokens" else without_trailing_padding(part), part_units
+
+
+def _groups(units: Iterable[int], fits: Callable[[list[int]], bool]) -> list[list[int]]:
+    """Runs of units that fit, each as long as possible; a unit that fits nowhere is alone."""
+    groups: list[list[int]] = []
+    for unit in units:
+        if groups and fits([*groups[-1], unit]):
+            groups[-1].append(unit)
+        else:
+            groups.append([unit])
+    return groups
+
+
+def text_lengths(batch: Mapping[str, Any]) -> Tensor:
+    """int64 (rows,): up to which column each row holds something, 1 at least: a token that is attended to, or a label.
+
+    The whole width where columns are not known to be padding: without an attention mask, or beside a tensor of its width whose
+    columns are not known to be tokens.
+    """
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = leading_shape(batch)
+        return torch.full(shape[:1], shape[-1])
+    if any(name not in _BY_TOKEN and width == mask.shape[1] for name, width in _widths(batch).items()):
+        return torch.full(mask.shape[:1], mask.shape[1])
+    used = mask != 0
+    if isinstance(labels, Tensor) and labels.shape == mask.shape:
+        used = used | (labels != IGNORED)
+    return (used * torch.arange(1, mask.shape[1] + 1, device=used.device)).amax(1).clamp(min=1).cpu()
+
+
+def without_trailing_padding(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch without the columns at its end that are padding in every row."""
+    mask, length = batch.get("attention_mask"), int(text_lengths(batch).max())
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or length == mask.shape[1]:
+        return batch
+    return {
+        name: value[:, :length].contiguous() if isinstance(value, Tensor) and value.shape[:2] == mask.shape else value
+        for name, value in batch.items()
+    }
+
+
+def _decoder_length(batch: Mapping[str, Any]) -> int:
+    """Columns of labels that are not those of the inputs: a decoder's own tokens."""
+    widths = _widths(batch)
+    inputs = widths.get("attention_mask", widths.get("input_ids"))
+    return widths["labels"] if inputs is not None and widths.get("labels", inputs) != inputs else 0
+
+
+def _widths(batch: Mapping[str, Any]) -> dict[str, int]:
+    return {name: value.shape[1] for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 1}
+
+
+def steps_per_epoch(n_units: int, expected_batch_size: int) -> int:
+    """Draws that see every unit once on average."""
+    return max(1, round(n_units / expected_batch_size))

@@ -1,0 +1,451 @@
+"""`DPCallback(config).attach(trainer)`: two lines, and the stock trainer trains privately."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.integrations.trainer import DPCallback
+from dp_flash_hf.mechanisms.config import PrivacyConfig
+from dp_flash_hf.training.batches import PoissonBatches
+from tests.support import ROOT
+from tests.support.models import loss_of, tiny
+from tests.support.oracle import clipped_sum, distance, unit_gradients
+from tests.support.trainers import Pad, attached, config, draws, texts, trainer_for, watch, without_dropout
+
+ROUNDING = 4 * float(torch.finfo(torch.float32).eps)  # of factors 1 / labels and of causal models' losses, both float32
+C = 3.5  # about the median norm of these units' gradients
+
+
+# Attaching.
+
+
+def test_attach_returns_the_callback_and_adds_it_once(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    dp = DPCallback(config())
+    trainer.add_callback(dp)
+    assert dp.attach(trainer) is dp
+    assert trainer.callback_handler.callbacks.count(dp) == 1
+    with pytest.raises(UnsupportedError, match="attached already"):
+        dp.attach(trainer)
+    with pytest.raises(UnsupportedError, match="another DPCallback"):
+        attached(trainer)
+
+
+def test_forgetting_attach_is_an_error(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    before = trainer.model.lm_head.weight.clone()
+    trainer.add_callback(DPCallback(config()))
+    with pytest.raises(PrivacyError, match=r"call DPCallback\(config\)\.attach\(trainer\)"):
+        trainer.train()
+    assert torch.equal(before, trainer.model.lm_head.weight)
+    with pytest.raises(PrivacyError, match="not attached"):
+        DPCallback(config()).report()
+
+
+def test_a_removed_callback_is_an_error(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    dp = attached(trainer)
+    trainer.remove_callback(dp)
+    with pytest.raises(PrivacyError, match="add it again"):
+        trainer.train()
+
+
+def test_another_loader_is_an_error(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    attached(trainer)
+    trainer.get_train_dataloader = lambda: hf.Trainer.get_train_dataloader(trainer)
+    with pytest.raises(PrivacyError, match="not the one DPCallback installed"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("unit", [None, "user"])
+def test_a_dataset_exchanged_after_attach_is_an_error(unit: str | None, tmp_path: Path) -> None:
+    """Even one of the same size: its users own other rows."""
+    data = [{**example, "user": row // 3} for row, example in enumerate(texts())]
+    trainer = trainer_for("gpt2", tmp_path, data)
+    attached(trainer, privacy_unit=unit, max_examples_per_unit=None if unit is None else 2)
+    trainer.train_dataset = [{**example, "user": row % 8} for row, example in enumerate(texts())]
+    with pytest.raises(PrivacyError, match="changed since attach"):
+        trainer.train()
+
+
+def test_bad_arguments_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="config: expected a PrivacyConfig"):
+        DPCallback({"target_epsilon": 8.0})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected_batch_size: expected at most the 24 units"):
+        attached(trainer_for("gpt2", tmp_path, per_device_train_batch_size=25))
+    with pytest.raises(ValueError, match="target_delta: expected 0 < delta < 1 / 24"):
+        attached(trainer_for("gpt2", tmp_path), target_delta=0.5)
+    table = datasets.Dataset.from_list(texts())
+    with pytest.raises(ValueError, match=r"privacy_unit: expected a column of train_dataset \(input_ids"):
+        attached(trainer_for("gpt2", tmp_path, table), privacy_unit="user", max_examples_per_unit=1)
+
+
+# Training.
+
+
+def test_two_lines_train_to_the_budget(tmp_path: Path) -> None:
+    """A stock run with AdamW, epochs and accumulation reaches its target epsilon and not more."""
+    trainer = trainer_for(
+        "gpt2",
+        tmp_path,
+        max_steps=-1,
+        num_train_epochs=1.5,
+        learning_rate=1e-2,
+        optim="adamw_torch",
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        logging_steps=9,
+    )
+    before = trainer.model.lm_head.weight.clone()
+    dp = DPCallback(PrivacyConfig(target_epsilon=8.0, target_delta=1e-3)).attach(trainer)
+    trainer.train()
+    assert not torch.equal(before, trainer.model.lm_head.weight)
+    report = dp.report()
+    assert report.steps == report.planned_steps == trainer.state.global_step == 9
+    assert 0.998 * 8.0 <= report.epsilon <= 8.0
+    assert (report.private, report.n_units, report.expected_batch_size) == (True, 24, 4)
+    assert trainer.state.log_history[-1]["privacy/epsilon"] == report.epsilon
+
+
+def sums_of(
+    model: Any, path: Path, monkeypatch: pytest.MonkeyPatch, *steps: list[int], bound: float = C, **settings: Any
+) -> list[dict[str, Tensor]]:
+    """The clipped sums of these draws."""
+    with monkeypatch.context() as patch:
+        seen = watch(patch)
+        draws(patch, *steps)
+        ours = ("unit_loss", "privacy_unit", "max_examples_per_unit", "max_tokens_per_device")
+        changes = {name: settings.pop(name) for name in ours if name in settings}
+        trainer = trainer_for(model, path, settings.pop("data", texts()), max_steps=len(steps), **settings)
+        attached(trainer, max_grad_norm=bound, **changes)
+        trainer.train()
+    return seen.sums
+
+
+DRAWS: tuple[list[int], ...] = ([0, 3, 4, 9, 11, 17, 20], [], [5])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+        {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+        {"seed": 7, "data_seed": 3, "full_determinism": False},
+        {"torch_empty_cache_steps": 1},
+        {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"accelerator_config": {"split_batches": True, "dispatch_batches": True}},
+        {"optim": "adamw_torch_fused"},
+        {"max_grad_norm": 0.0},
+        {"max_tokens_per_device": 20, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"max_tokens_per_device": 1},
+    ],
+    ids=str,
+)
+def test_settings_that_change_nothing(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the drawn units are computed, the sums are the same."""
+    plain = sums_of("gpt2", tmp_path, monkeypatch, *DRAWS)
+    for wanted, got in zip(plain, sums_of("gpt2", tmp_path, monkeypatch, *DRAWS, **settings), strict=True):
+        if any(float(value.abs().max()) for value in wanted.values()):
+            assert distance(got, wanted) <= ROUNDING
+        else:
+            assert not any(float(value.abs().max()) for value in got.values())
+
+
+def test_evaluation_between_steps_sees_the_model_and_changes_nothing(tmp_path: Path) -> None:
+    held_out = texts(5, seed=9)
+    trainer = trainer_for("gpt2", tmp_path, evaluation=held_out, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    wanted = trainer.evaluate()["eval_loss"]
+    attached(trainer)
+    trainer.train()
+    losses = [logs["eval_loss"] for logs in trainer.state.log_history if "eval_loss" in logs]
+    assert losses == [pytest.approx(wanted)] * 3
+
+
+def test_unit_loss_sum_does_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = without_dropout(tiny("bert"))
+    data = texts()
+    got = sums_of(model, tmp_path, monkeypatch, DRAWS[0], unit_loss="sum", bound=15.0)[0]
+    singles = unit_gradients(model.eval(), loss_of("bert", model), [Pad()([data[row]]) for row in DRAWS[0]])
+    wanted, norms = clipped_sum(singles, 15.0)
+    assert norms.min() < 15.0 < norms.max()
+    assert distance(got, wanted) <= ROUNDING
+
+
+FLATTENING: tuple[dict[str, bool], ...] = (
+    {},
+    {"return_flash_attn_kwargs": True},
+    {"return_seq_idx": True},
+    {"return_position_ids": False, "return_flash_attn_kwargs": True},
+)
+
+
+def flattening(**options: Any) -> Any:
+    return hf.DataCollatorWithFlattening(**options)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "dp_flash"])
+@pytest.mark.parametrize("options", FLATTENING, ids=str)
+def test_flattened_batches_equal_padded_ones(
+    attention: str, options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DataCollatorWithFlattening makes one packed row of the drawn texts: the same units, the same sums."""
+    model = without_dropout(tiny("llama"))
+    model.set_attn_implementation(attention)
+    padded = sums_of(model, tmp_path, monkeypatch, *DRAWS)
+    collator = flattening(**options)
+    if attention != "dp_flash" and not options.get("return_position_ids", True):
+        with pytest.raises(PrivacyError, match=r"texts of a flattened batch see each other.*attn_implementation='dp_flash'"):
+            sums_of(model, tmp_path, monkeypatch, *DRAWS, collator=collator)  # these read boundaries off positions only
+        return
+    split = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    for settings in ({}, split, {"max_tokens_per_device": 20}, {**split, "max_tokens_per_device": 1}):
+        flat = sums_of(model, tmp_path, monkeypatch, *DRAWS, collator=collator, **settings)
+        assert distance(flat[0], padded[0]) <= ROUNDING
+        assert distance(flat[2], padded[2]) <= ROUNDING
+
+
+def test_hf_datasets_keep_their_column_removal(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(
+        [{**example, "user": f"user {row % 9}", "note": "x"} for row, example in enumerate(texts())]
+    )
+    columns: set[str] = set()
+
+    def collate(examples: Any) -> Any:
+        columns.update(*examples)
+        return Pad()(examples)
+
+    trainer = trainer_for("gpt2", tmp_path, table, collator=collate, remove_unused_columns=True)
+    dp = attached(trainer, privacy_unit="user", max_examples_per_unit=2)
+    trainer.train()
+    assert columns <= {"input_ids", "labels", "label"}
+    assert dp.report().n_units == 9
+    assert dp.report().unit == "all rows with the same 'user'"
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+def test_grouping_by_length_orders_each_draw_and_no_more(
+    lengths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = [{**example, "length": len(example["input_ids"])} if lengths else example for example in texts()]
+    trainer = trainer_for(
+        "gpt2",
+        tmp_path,
+        datasets.Dataset.from_list(data),
+        train_sampling_strategy="group_by_length",
+        gradient_accumulation_steps=2,
+    )
+    attached(trainer, seed=0)
+    seen = watch(monkeypatch)
+    parts = [[row for row, _ in part] for part in trainer.get_train_dataloader().batch_sampler]
+    steps = [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)]
+    assert [sorted(step) for step in steps] == seen.drawn
+    for step in steps:
+        sizes = [len(data[row]["input_ids"]) for row in step]
+        assert sizes == sorted(sizes)
+    assert steps != seen.drawn
+    trainer.train()
+
+
+def test_model_init_makes_the_model_anew(tmp_path: Path) -> None:
+    trainer = hf.Trainer(
+        model_init=lambda: without_dropout(tiny("gpt2")),
+        args=trainer_for("gpt2", tmp_path).args,
+        train_dataset=texts(),
+        data_collator=Pad(),
+    )
+    dp = attached(trainer)
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first
+    assert dp.mechanism.steps == 2
+    with pytest.raises(PrivacyError, match="2 planned steps are spent"):  # as a second trial of a hyper-parameter search
+        trainer.train()
+
+
+def test_seq2seq_trainer_evaluates_by_generating(tmp_path: Path) -> None:
+    data = [{k: example[k] for k in ("input_ids", "labels")} for example in texts()]
+    trainer = trainer_for("t5", tmp_path, data, cls=hf.Seq2SeqTrainer, predict_with_generate=True, generation_max_length=4)
+    dp = attached(trainer)
+    trainer.train()
+    assert trainer.evaluate(texts(3, seed=4))["eval_loss"] > 0
+    assert dp.mechanism.steps == 2
+
+
+def test_truncated_poisson_never_draws_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for("gpt2", tmp_path, per_device_train_batch_size=6, max_steps=2, logging_steps=100)
+    dp = attached(trainer, sampling="truncated_poisson", max_batch_size=7, accountant="pld")
+    sizes = [len(part) for part in trainer.get_train_dataloader().batch_sampler]
+    assert max(sizes) <= 7
+    trainer.train()
+    assert dp.report().max_batch_size == 7
+
+
+class StepsAgain(hf.TrainerCallback):
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        optimizer.step()
+
+
+def test_a_callback_that_steps_the_optimizer_is_stopped(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    trainer.add_callback(StepsAgain())
+    attached(trainer)
+    with pytest.raises(PrivacyError, match="without noise"):
+        trainer.train()
+
+
+def test_an_interrupted_run_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    """No gradient without noise, no rule attached, no guard on the optimizer."""
+
+    class Interrupt(hf.TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    trainer = trainer_for("gpt2", tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=10)
+    batch = {k: v for k, v in Pad()(texts()).items() if k != "labels"}
+    logits = trainer.model(**batch).logits
+    trainer.add_callback(Interrupt())
+    attached(trainer)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert torch.equal(trainer.model.eval()(**batch).logits, logits)
+    trainer.model(**batch).logits.sum().backward()
+    trainer.optimizer.step()
+
+
+# Users.
+
+
+def owners() -> list[dict[str, Any]]:
+    """24 rows of 9 users, who own one to five rows, scattered."""
+    names = [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 0, 1, 2, 0, 1, 3, 0, 3, 4, 4, 5, 6]
+    return [{**example, "user": names[row]} for row, example in enumerate(texts())]
+
+
+def test_all_rows_of_a_user_are_clipped_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a loop over users; each user's loss is the mean over all labels of all of their rows."""
+    data, drawn = owners(), [0, 2, 3, 7, 8]
+    model = without_dropout(tiny("bert"))
+    settings: dict[str, Any] = {
+        "data": data,
+        "privacy_unit": "user",
+        "max_examples_per_unit": 5,
+        "per_device_train_batch_size": 2,
+    }
+    got = sums_of(model, tmp_path, monkeypatch, drawn, **settings)[0]
+    parts = [Pad()([example for example in data if example["user"] == user]) for user in drawn]
+    loss = loss_of("bert", model.eval())
+    scale = [1 / int((part["labels"] != -100).sum()) for part in parts]
+    gradients = unit_gradients(model, loss, parts)
+    wanted, norms = clipped_sum(gradients, C, scale=scale)
+    assert norms.min() < C < norms.max()
+    assert distance(got, wanted) <= ROUNDING
+
+
+def test_a_user_contributes_at_most_max_examples_per_unit(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path, owners(), per_device_train_batch_size=3)
+    dp = attached(trainer, privacy_unit="user", max_examples_per_unit=2)
+    assert dp.mechanism.plan.sampler.n_units == 9
+    sampler = trainer.get_train_dataloader().batch_sampler
+    assert isinstance(sampler, PoissonBatches)
+    rows_of_user_0: set[int] = set()
+    for _ in range(60):
+        for part in sampler:
+            owner_of = {unit: {owners()[row]["user"] for row, u in part if u == unit} for _, unit in part}
+            assert all(len(owner) == 1 for owner in owner_of.values())
+            assert len(set.union(set(), *owner_of.values())) == len(owner_of)
+            assert all(sum(u == unit for _, u in part) <= 2 for unit in owner_of)
+            rows_of_user_0 |= {row for row, _ in part if owners()[row]["user"] == 0}
+    assert rows_of_user_0 == {0, 9, 12, 15, 18}  # a new choice at every draw
+    trainer.train()
+    assert dp.report().max_examples_per_unit == 2
+
+
+# Stopping and going on.
+
+RUN = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from transformers import TrainerCallback
+from tests.integrations.test_trainer import budgeted
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(1)
+path, resume = Path(sys.argv[1]), sys.argv[2] == "resume"
+trainer, dp = budgeted(path)
+if not resume:
+    trainer.add_callback(Kill())
+trainer.train(resume_from_checkpoint=resume or None)
+(path / "report.json").write_text(dp.report().to_json())
+"""
+
+
+def budgeted(path: Path) -> tuple[Any, DPCallback]:
+    trainer = trainer_for(
+        "gpt2",
+        path,
+        max_steps=8,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=2,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+    )
+    return trainer, attached(trainer, target_epsilon=4.0, noise_multiplier=None)
+
+
+def process(path: Path, what: str) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", RUN, str(path), what], env=environment, capture_output=True, check=False
+    ).returncode
+
+
+def test_a_killed_run_resumes_elsewhere_and_counts_the_step_it_lost(tmp_path: Path) -> None:
+    assert process(tmp_path, "start") == -signal.SIGKILL
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert not (tmp_path / "report.json").exists()
+    assert process(tmp_path, "resume") == 0
+    resumed = json.loads((tmp_path / "report.json").read_text())
+    trainer, dp = budgeted(tmp_path / "uninterrupted")
+    trainer.train()
+    assert resumed == {**dp.report().to_dict(), "lost_steps": 1}  # the fifth, after the last checkpoint
+    assert resumed["steps"] == 8
+    assert json.loads((tmp_path / "checkpoint-7" / "trainer_state.json").read_text())["global_step"] == 7  # saved at the end
+    assert resumed["epsilon"] <= 4.0
+
+
+def test_a_run_may_be_resumed_more_than_once_and_across_epochs(tmp_path: Path) -> None:
+    for start, stop in ((None, 5), (5, 7), (7, 14)):
+        trainer = trainer_for("gpt2", tmp_path, max_steps=14, save_strategy="steps", save_steps=1)
+        dp = attached(trainer)
+
+        class Stop(hf.TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, last: int = stop, **kwargs: Any) -> None:
+                control.should_training_stop = control.should_training_stop or state.global_step >= last
+
+        trainer.add_callback(Stop())
+        trainer.train(resume_from_checkpoint=None if start is None else str(tmp_path / f"checkpoint-{start}"))
+        assert trainer.state.global_step == dp.report().steps == stop
+    assert dp.report().epsilon == dp.mechanism.plan.epsilon(14)

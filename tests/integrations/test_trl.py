@@ -1,0 +1,714 @@
+"""TRL's own trainers, private: their losses, their layouts of rows, their logs; and what of them couples units."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers as hf
+import trl
+from torch import Tensor
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.gkd import GKDTrainer
+from trl.experimental.orpo import ORPOTrainer
+
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.integrations import trl as trl_trainers
+from dp_flash_hf.integrations.trainer import DPCallback
+from dp_flash_hf.units import Units
+from tests.support.oracle import clipped_sum, distance, total_norm, unit_gradients
+from tests.support.trainers import attached, config, draws, watch, without_dropout
+
+DRAWN = [0, 3, 4, 9, 11, 17, 20]
+ROUNDING = 2e-5  # of float32 models, summed in another order
+SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
+CHAT = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}<assistant>{% generation %}{{ message['content'] }}"
+    "<eos>{% endgeneration %}{% else %}<user>{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tokenizer() -> Any:
+    """Bytes, and four special tokens: no download."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({symbol: index for index, symbol in enumerate([*SPECIAL, *alphabet])}, [])
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    return hf.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=CHAT,
+    )
+
+
+def shape(**changes: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 260,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        **changes,
+    }
+
+
+def randomized(model: Any, seed: int) -> Any:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return without_dropout(model)
+
+
+def llama(seed: int = 1, attention: str = "dp_flash", **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    model = randomized(hf.LlamaForCausalLM(hf.LlamaConfig(**shape(**changes))), seed)
+    model.set_attn_implementation(attention)
+    return model
+
+
+def scorer(seed: int = 1) -> Any:
+    torch.manual_seed(seed)
+    model = hf.LlamaForSequenceClassification(hf.LlamaConfig(**shape(num_labels=1)))  # type: ignore[no-untyped-call]
+    return randomized(model, seed)
+
+
+def adapter(**changes: Any) -> Any:
+    """Not the identity at first, so that policy and reference differ."""
+    chosen = {
+        "r": 2,
+        "target_modules": ["q_proj", "down_proj"],
+        "init_lora_weights": False,
+        "task_type": "CAUSAL_LM",
+        **changes,
+    }
+    return peft.LoraConfig(**chosen)
+
+
+WORDS = ("ab", "cde ", "x", "yz w", "mnop", "q r ")
+
+
+def written(row: int, n: int) -> str:
+    return "".join(WORDS[(row * 7 + k * k) % len(WORDS)] for k in range(n))
+
+
+def table(make: Callable[[int], dict[str, Any]], n: int = 24) -> datasets.Dataset:
+    return datasets.Dataset.from_list([{**make(row), "user": row // 3} for row in range(n)])
+
+
+def texts() -> datasets.Dataset:
+    return table(lambda row: {"text": written(row, 1 + row % 5)})
+
+
+def completions() -> datasets.Dataset:
+    return table(lambda row: {"prompt": written(row, 1 + row % 3), "completion": written(row + 5, 1 + row % 4)})
+
+
+def chats() -> datasets.Dataset:
+    def turn(row: int, k: int) -> list[dict[str, str]]:
+        return [
+            {"role": "user", "content": written(row + k, 1 + row % 3)},
+            {"role": "assistant", "content": written(row + 9 * k, 1 + row % 4)},
+        ]
+
+    return table(lambda row: {"messages": [message for k in range(1 + row % 2) for message in turn(row, k)]})
+
+
+def pairs() -> datasets.Dataset:
+    return table(
+        lambda row: {
+            "prompt": written(row, 1 + row % 3),
+            "chosen": written(row + 5, 1 + row % 4),
+            "rejected": written(row + 8, 1 + (row + 1) % 4),
+        }
+    )
+
+
+def margins() -> datasets.Dataset:
+    return table(lambda row: {**pairs()[row], "margin": 0.1 * row})
+
+
+def sft(path: Path, model: Any = None, data: Any = None, *, cls: Any = trl.SFTTrainer, **changes: Any) -> Any:
+    return built(cls, trl.SFTConfig, path, model or llama(), data or texts(), changes)
+
+
+def dpo(path: Path, model: Any = None, data: Any = None, *, cls: Any = trl.DPOTrainer, **changes: Any) -> Any:
+    return built(cls, trl.DPOConfig, path, model or llama(), data or pairs(), changes)
+
+
+def reward(path: Path, model: Any = None, data: Any = None, *, cls: Any = trl.RewardTrainer, **changes: Any) -> Any:
+    return built(cls, trl.RewardConfig, path, model or scorer(), data or pairs(), changes)
+
+
+def built(cls: Any, arguments: Any, path: Path, model: Any, data: Any, changes: dict[str, Any]) -> Any:
+    given = {name: changes.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in changes}
+    settings = {
+        "output_dir": str(path),
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "learning_rate": 0.0,
+        "optim": "sgd",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "bf16": False,
+        "seed": 0,
+        **changes,
+    }
+    return cls(model=model, args=arguments(**settings), train_dataset=data, processing_class=tokenizer(), **given)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    datasets.disable_progress_bars()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def sums_of(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, *steps: Sequence[int], **changes: Any) -> Any:
+    """(clipped sums of these draws, callback, trainer)."""
+    with monkeypatch.context() as patch:
+        seen = watch(patch)
+        draws(patch, *steps)
+        trainer = make()
+        trainer.args.max_steps = len(steps)
+        dp = attached(trainer, **changes)
+        trainer.train()
+    return seen.sums, dp, trainer
+
+
+def alone(make: Callable[[], Any], rows: Sequence[int]) -> list[dict[str, Tensor]]:
+    """Gradients of each example by itself, through TRL's own trainer, collator, fused head and loss."""
+    trainer = make()
+    data = trainer._remove_unused_columns(trainer.train_dataset)
+    trainer.model.eval()
+    parts = [trainer.data_collator([data[row]]) for row in rows]
+    return unit_gradients(trainer.model, lambda batch: trainer.compute_loss(trainer.model, dict(batch)), parts)
+
+
+def error_of(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> float:
+    """Relative error of a step's sum, at a bound that clips about half of its units, against a loop over single examples."""
+    single = alone(make, DRAWN)
+    bound = float(clipped_sum(single, 1.0)[1].median())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*computed by itself")
+        (got,), dp, _ = sums_of(make, monkeypatch, DRAWN, max_grad_norm=bound, **changes)
+    assert "microbatch" not in dp.engine.forms().values()
+    wanted, norms = clipped_sum(single, bound)
+    assert norms.min() < bound < norms.max()
+    return distance(got, wanted)
+
+
+# Supervised fine-tuning.
+
+
+SFT: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "LoRA": {"peft_config": adapter()},
+    "padding-free LoRA": {"padding_free": True, "max_length": None, "peft_config": adapter()},
+    "trained head and embedding": {"peft_config": adapter(modules_to_save=["lm_head", "embed_tokens"])},
+    "completions": {"data": completions()},
+    "completions, padding-free": {"data": completions(), "padding_free": True, "max_length": None},
+    "prompts too": {"data": completions(), "completion_only_loss": False},
+    "assistant turns": {"data": chats(), "assistant_only_loss": True},
+    "dft": {"loss_type": "dft"},
+    "label smoothing": {"label_smoothing_factor": 0.2},
+    "truncated": {"max_length": 9},
+    "no checkpointing": {"gradient_checkpointing": False},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "tied": {"model": {"tie_word_embeddings": True}},
+    "sdpa": {"model": {"attention": "sdpa"}},
+}
+
+
+def sft_of(name: str, path: Path) -> Callable[[], Any]:
+    def make() -> Any:
+        changes = dict(SFT[name])
+        return sft(path, llama(**changes.pop("model", {})), **changes)
+
+    return make
+
+
+@pytest.mark.parametrize("name", SFT)
+def test_sft_sums_are_those_of_single_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert error_of(sft_of(name, tmp_path), monkeypatch) <= ROUNDING
+
+
+@pytest.mark.parametrize("name", ["padded", "padding-free"])
+def test_sft_by_a_token_budget(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert error_of(sft_of(name, tmp_path), monkeypatch, max_tokens_per_device=32) <= ROUNDING
+
+
+def test_padding_free_is_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    padded, flat = (
+        sums_of(sft_of(name, tmp_path), monkeypatch, DRAWN, [], [5], max_grad_norm=2.0)[0]
+        for name in ("padded", "padding-free")
+    )
+    assert distance(flat[0], padded[0]) <= ROUNDING
+    assert distance(flat[2], padded[2]) <= ROUNDING
+    assert not any(float(value.abs().max()) for value in flat[1].values())
+
+
+def test_padding_free_users_are_padded_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    users = {"privacy_unit": "user", "max_examples_per_unit": 3, "max_grad_norm": 1.0}
+    (padded,), (flat,) = (
+        sums_of(sft_of(name, tmp_path), monkeypatch, [0, 2, 5, 7], **users)[0] for name in ("padded", "padding-free")
+    )
+    assert distance(flat, padded) <= ROUNDING
+
+
+def test_a_trained_head_is_called_and_a_frozen_one_stays_fused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the fused kernel a trained head is exact too, but one unit at a time."""
+    single = alone(sft_of("padded", tmp_path), DRAWN)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for frozen in (False, True):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            trainer = sft_of("LoRA" if frozen else "padded", tmp_path)()
+            forward = (trainer.model.get_base_model() if frozen else trainer.model).forward
+            attached(trainer)
+        assert ((trainer.model.get_base_model() if frozen else trainer.model).forward is forward) == frozen
+        assert ("fused head is off" in caplog.text) != frozen
+    monkeypatch.setattr(trl_trainers, "call_the_head", lambda trainer: None)
+    with pytest.warns(UserWarning, match=r"lm_head\.weight.*Every unit is now computed by itself"):
+        (got,), dp, _ = sums_of(sft_of("padded", tmp_path), monkeypatch, DRAWN, max_grad_norm=1.0)
+    assert set(dp.engine.forms().values()) == {"microbatch"}
+    assert distance(got, clipped_sum(single, 1.0)[0]) <= ROUNDING
+
+
+def test_the_called_head_evaluates_as_the_fused_one(tmp_path: Path) -> None:
+    for make in (sft, dpo):
+        trainer = make(tmp_path, eval_dataset=(texts() if make is sft else pairs()).select(range(5)), **REFERENCE[make is dpo])
+        wanted = trainer.evaluate()
+        attached(trainer)
+        got = trainer.evaluate()
+        for name in wanted:
+            if not any(word in name for word in ("runtime", "second", "num_tokens")):
+                assert got[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), name
+
+
+REFERENCE: dict[bool, dict[str, Any]] = {False: {}, True: {"ref_model": llama(7)}}
+
+
+@pytest.mark.parametrize("name", ["padded", "padding-free", "LoRA"])
+def test_trls_own_defaults_train(name: str, tmp_path: Path) -> None:
+    """bfloat16 and gradient checkpointing; the budget is spent and the model moved."""
+    changes = {**SFT[name], "bf16": None, "max_steps": 3, "learning_rate": 1e-2, "optim": "adamw_torch"}
+    trainer = sft(tmp_path, **changes)
+    assert trainer.args.bf16
+    assert trainer.args.gradient_checkpointing
+    before = {n: p.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    dp = attached(trainer, target_epsilon=8.0, noise_multiplier=None, accountant="pld")
+    trainer.train()
+    assert all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    assert dp.report().steps == dp.report().planned_steps == 3
+    assert 0.99 * 8.0 < dp.report().epsilon <= 8.0
+    assert dp.report().unit == "one training example"
+
+
+def test_a_checkpoint_continues(tmp_path: Path) -> None:
+    """From the first of two steps: the second is taken anew, and counts twice."""
+    for resume, steps in ((None, 2), (str(tmp_path / "checkpoint-1"), 3)):
+        trainer = dpo(tmp_path, peft_config=adapter(), max_steps=2, save_strategy="steps", save_steps=1)
+        dp = attached(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == 2
+        assert dp.report().steps == steps
+
+
+# Pairs.
+
+
+def test_pairs_are_rows_i_and_i_plus_b(tmp_path: Path) -> None:
+    """How TRL's collators lay them out, which everything below rests on."""
+    for trainer in (dpo(tmp_path, ref_model=llama(7)), reward(tmp_path)):
+        data = trainer._remove_unused_columns(trainer.train_dataset)
+        batch = trainer.data_collator([data[row] for row in range(3)])
+        assert len(batch["input_ids"]) == 6
+        for row in range(3):
+            single = trainer.data_collator([data[row]])["input_ids"]
+            for half in (0, 1):
+                ids = single[half][single[half] != 0]
+                assert batch["input_ids"][row + 3 * half][: len(ids)].tolist() == ids.tolist()
+
+
+REWARD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "margins": {"data": margins()},
+    "centred": {"center_rewards_coefficient": 0.1},
+    "LoRA": {"peft_config": adapter(task_type="SEQ_CLS")},
+}
+LOSSES = sorted(trl_trainers._DPO_LOSSES)
+DPO: dict[str, dict[str, Any]] = {
+    **{name: {"loss_type": [name]} for name in LOSSES},
+    **{name: {"loss_type": [name], "label_smoothing": 0.1} for name in ("exo_pair", "robust")},
+    "two losses": {"loss_type": ["sigmoid", "hinge"], "loss_weights": [0.7, 0.3]},
+    "ld_alpha": {"ld_alpha": 0.5},
+    "weighting": {"use_weighting": True},
+    **{kind: {"f_divergence_type": kind} for kind in ("forward_kl", "js_divergence", "alpha_divergence")},
+    "precomputed": {"precompute_ref_log_probs": True, "ref_model": llama(7)},
+    "truncated": {"max_length": 12},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "LoRA": {"peft_config": adapter()},
+    "LoRA and a trained head": {"peft_config": adapter(modules_to_save=["lm_head"])},
+    "LoRA, precomputed": {"peft_config": adapter(), "precompute_ref_log_probs": True},
+    "LoRA and a copy of it": {"model": lambda: peft.get_peft_model(llama(), adapter())},
+}
+
+
+def dpo_of(name: str, path: Path) -> Callable[[], Any]:
+    def make() -> Any:
+        changes = dict(DPO[name])
+        reference = {} if "LoRA" in name else {"ref_model": llama(7)}
+        torch.manual_seed(0)  # of adapters
+        return dpo(path, changes.pop("model", llama)(), **{**reference, **changes})
+
+    return make
+
+
+@pytest.mark.parametrize("name", DPO)
+def test_dpo_sums_are_those_of_single_pairs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert error_of(dpo_of(name, tmp_path), monkeypatch) <= 5 * ROUNDING
+
+
+@pytest.mark.parametrize("changes", REWARD.values(), ids=REWARD)
+def test_reward_sums_are_those_of_single_pairs(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert error_of(lambda: reward(tmp_path, **changes), monkeypatch) <= ROUNDING
+
+
+@pytest.mark.parametrize(
+    "make", [dpo_of("LoRA", Path()), dpo_of("precomputed", Path()), lambda: reward(Path(), data=margins())]
+)
+def test_pairs_by_a_token_budget(make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert error_of(make, monkeypatch, max_tokens_per_device=60) <= 5 * ROUNDING
+
+
+def test_the_report_says_that_a_unit_is_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, dp, _ = sums_of(lambda: reward(tmp_path), monkeypatch, [1, 2])
+    assert dp.report().unit == "one pair of texts"
+    assert dp.report().n_units == 24
+    assert "one pair of texts" in dp.report().to_text()
+
+
+C = 0.05  # below the norm of every unit's gradient, so that each is clipped
+
+
+def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return total_norm({name: a[name] - b[name] for name in a})
+
+
+@pytest.mark.parametrize("make", [dpo_of("sigmoid", Path()), dpo_of("LoRA", Path()), lambda: reward(Path())])
+def test_one_pair_moves_the_sum_by_at_most_the_bound(
+    make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by exactly as much here, where it is clipped."""
+    monkeypatch.chdir(tmp_path)
+    sums, _, _ = sums_of(make, monkeypatch, [1, 2, 7], [1, 2, 3, 7], [1, 2, 7, 11], max_grad_norm=C)
+    for more in sums[1:]:
+        assert apart(more, sums[0]) <= C * (1 + 1e-5)
+        assert apart(more, sums[0]) == pytest.approx(C, rel=1e-4)
+
+
+def test_with_rows_as_units_one_pair_would_move_it_by_more(tmp_path: Path) -> None:
+    """Negative: the same trainer, loss and batch, each row clipped by itself; with pairs as units the bound holds.
+
+    Only embeddings are trained, and the texts of a pair share no letter, so that their gradients do not cancel.
+    """
+    data = table(lambda row: {"chosen": "abcdefgh"[row % 5 :], "rejected": "stuvwxyz"[row % 3 :]})
+    trainer = reward(tmp_path, data=data)
+    model, data = trainer.model.eval(), trainer._remove_unused_columns(trainer.train_dataset)
+    model.requires_grad_(False).model.embed_tokens.requires_grad_(True)
+    engine = ClippingEngine(model, max_grad_norm=C, strategy="bookkeeping")
+
+    def sum_of(rows: Sequence[int], units: Units) -> dict[str, Tensor]:
+        batch = trainer.data_collator([data[row] for row in rows])
+        engine.backward(lambda part: model(**part).logits.sum(), batch)  # learns the layouts, on rows that can be alone
+        model.zero_grad()
+        engine.backward(lambda part: 1e3 * trainer.compute_loss(model, dict(part)), batch, units)
+        gradient = model.model.embed_tokens.weight.grad.double().clone()
+        model.zero_grad()
+        return {"embed_tokens": gradient}
+
+    def moved(of_pairs: Callable[[int], Units]) -> float:
+        return apart(sum_of((1, 2, 7, 3), of_pairs(4)), sum_of((1, 2, 7), of_pairs(3)))
+
+    assert moved(lambda n: Units.of(torch.arange(n).repeat(2), (2 * n,))) <= C * (1 + 1e-5)
+    assert moved(lambda n: Units.rows(2 * n)) > 1.1 * C
+
+
+@pytest.mark.parametrize("make", [sft, dpo, reward])
+def test_one_user_moves_the_sum_by_at_most_the_bound_and_rows_as_units_by_more(
+    make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = REFERENCE[make is dpo]
+    users, steps = {"privacy_unit": "user", "max_examples_per_unit": 3}, ([1, 2], [1, 2, 5])
+    sums, dp, _ = sums_of(lambda: make(tmp_path, **reference), monkeypatch, *steps, max_grad_norm=C, **users)
+    assert apart(*sums) == pytest.approx(C, rel=1e-4)
+    assert dp.report().unit == "all rows with the same 'user'"
+    rows = ([3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8, 15, 16, 17])  # the same users' rows
+    sums, _, _ = sums_of(lambda: make(tmp_path / "rows", **reference), monkeypatch, *rows, max_grad_norm=C)
+    assert apart(*sums) > 1.5 * C
+
+
+def test_users_with_several_pairs_are_clipped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against each user's mean over their pairs, computed pair by pair."""
+    make = dpo_of("sigmoid", tmp_path)
+    single = alone(make, range(15))
+    of_user = [
+        {name: torch.stack([single[3 * user + k][name] for k in range(3)]).mean(0) for name in single[0]} for user in (0, 2, 4)
+    ]
+    bound = float(clipped_sum(of_user, 1.0)[1].median())
+    users = {"privacy_unit": "user", "max_examples_per_unit": 3}
+    (got,), _, _ = sums_of(make, monkeypatch, [0, 2, 4], max_grad_norm=bound, **users)
+    assert distance(got, clipped_sum(of_user, bound)[0]) <= 5 * ROUNDING
+
+
+def test_sums_over_pairs_are_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = dpo_of("sigmoid", tmp_path)
+    (got,), _, _ = sums_of(make, monkeypatch, DRAWN, max_grad_norm=1e6, unit_loss="sum")
+    assert distance(got, clipped_sum(alone(make, DRAWN), 1e6)[0]) <= 5 * ROUNDING
+
+
+# Logs.
+
+
+PUBLIC = {
+    "learning_rate",
+    "epoch",
+    "step",
+    "privacy/epsilon",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+}
+
+
+def logged(make: Callable[..., Any], path: Path) -> tuple[list[dict[str, float]], Any]:
+    everything: list[dict[str, float]] = []
+
+    class Reporter(hf.TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            everything.append(dict(logs))
+
+    data = (texts() if make is sft else pairs()).select(range(6))
+    trainer = make(path, max_steps=3, eval_dataset=data, eval_strategy="steps", eval_steps=2, **REFERENCE[make is dpo])
+    trainer.add_callback(Reporter())
+    attached(trainer)
+    result = trainer.train()
+    return [*everything, *trainer.state.log_history, result.metrics], trainer
+
+
+def unmarked(everything: list[dict[str, float]]) -> set[str]:
+    names = {name for logs in everything for name in logs} - PUBLIC
+    return {name for name in names if not name.startswith(("not_private/", "eval_"))}
+
+
+@pytest.mark.parametrize("make", [sft, dpo, reward])
+def test_nothing_without_noise_is_logged_unmarked(
+    make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything, trainer = logged(make, tmp_path)
+    assert unmarked(everything) == set()
+    marked = {name for logs in everything for name in logs if name.startswith("not_private/")}
+    assert {"not_private/loss", "not_private/train_loss", "not_private/num_tokens"} < marked
+    assert any("reward" in name or "entropy" in name for name in marked)
+    # Metrics of held-out data are of those alone, whatever the engine tried in evaluation mode.
+    during = next(logs for logs in everything if "eval_loss" in logs)
+    after = trainer.evaluate()
+    for name in after:
+        if not any(word in name for word in ("runtime", "second", "num_tokens", "epsilon", "epoch")):
+            assert during[name] == pytest.approx(after[name], rel=1e-6), name
+    monkeypatch.setattr(trl_trainers, "mark_metrics", lambda trainer: None)
+    assert unmarked(logged(make, tmp_path)[0]) >= {"num_tokens"}
+
+
+def test_looks_at_training_data_would_be_logged_as_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative: what is learnt on training data in evaluation mode must be forgotten."""
+    forget = trl_trainers.forget_metrics
+    monkeypatch.setattr(
+        trl_trainers, "forget_metrics", lambda trainer, mode: forget(trainer, mode) if mode == "train" else None
+    )
+    everything, trainer = logged(sft, tmp_path)
+    during = next(logs for logs in everything if "eval_loss" in logs)
+    assert during["eval_entropy"] != pytest.approx(trainer.evaluate()["eval_entropy"], rel=1e-6)
+
+
+# What couples units.
+
+
+def mixtral() -> Any:
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**shape(num_local_experts=2, experts_implementation="eager")))
+
+
+class OwnLoss(trl.SFTTrainer):  # type: ignore[misc]
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+class OwnName(trl.SFTTrainer):  # type: ignore[misc]
+    pass
+
+
+def other(cls: type) -> Callable[[Path], Any]:
+    """An object of another of TRL's trainers, which need more than a line to build."""
+
+    def make(path: Path) -> Any:
+        trainer = sft(path)
+        trainer.__class__ = cls
+        return trainer
+
+    return make
+
+
+def changed(make: Callable[..., Any], **attributes: Any) -> Callable[[Path], Any]:
+    def build(path: Path) -> Any:
+        trainer = make(path, **REFERENCE[make is dpo])
+        for name, value in attributes.items():
+            setattr(trainer.args if hasattr(trainer.args, name) else trainer, name, value)
+        return trainer
+
+    return build
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "KTO": (other(trl.KTOTrainer), "KTOTrainer: it sets the completions.*use SFTTrainer, DPOTrainer, RewardTrainer"),
+    "GRPO": (other(trl.GRPOTrainer), "GRPOTrainer: a completion is rewarded relative to others"),
+    "RLOO": (other(trl.RLOOTrainer), "RLOOTrainer: a completion is rewarded relative to others"),
+    "CPO": (other(CPOTrainer), "CPOTrainer: whether its loss couples units was not examined"),
+    "Distillation": (other(trl.DistillationTrainer), "DistillationTrainer: whether its loss couples units was not examined"),
+    "GKD, a kind of SFT": (other(GKDTrainer), "GKDTrainer: whether its loss couples units was not examined"),
+    "ORPO": (other(ORPOTrainer), "ORPOTrainer: whether its loss couples units was not examined"),
+    **{
+        name: (
+            partial(dpo, loss_type=[name, "hinge"], **REFERENCE[True]),
+            rf"loss_type=\['{name}'\]: it sorts",
+        )
+        for name in ("aot", "aot_unpaired", "sft")
+    },
+    "packing": (lambda path: sft(path, packing=True, max_length=32), "packing: .*set packing=False and padding_free=True"),
+    "experts": (lambda path: sft(path, mixtral()), r"router_aux_loss_coef: .*set it to 0\.0"),
+    "sync": (changed(dpo, sync_ref_model=True), "sync_ref_model"),
+    "liger": (changed(sft, use_liger_kernel=True), "use_liger_kernel"),
+    "offloading": (changed(sft, activation_offloading=True), "activation_offloading"),
+    "selective": (changed(sft, gradient_checkpointing_kwargs={"selective": True}), "selective"),
+    "images": (changed(sft, _is_vision_dataset=True), "images: pictures of all rows"),
+    "collator": (changed(dpo, data_collator=hf.default_data_collator), "data_collator function: how it pairs rows"),
+    "prefix": (
+        lambda path: sft(path, peft_config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+        "prompt learning",
+    ),
+    "own loss": (lambda path: sft(path, cls=OwnLoss), "OwnLoss overrides compute_loss"),
+    "loss function": (changed(sft, compute_loss_func=lambda *args, **kwargs: 0), "compute_loss_func"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_couples_units_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    make, match = REFUSED[name]
+    trainer = make(tmp_path)
+    methods = dict(vars(trainer))
+    with pytest.raises(UnsupportedError, match=match):
+        attached(trainer)
+    assert vars(trainer) == methods  # nothing changed
+
+
+def test_packed_rows_are_refused_whatever_the_settings_say(tmp_path: Path) -> None:
+    packed = sft(tmp_path, packing=True, max_length=32).train_dataset
+    with pytest.raises(UnsupportedError, match=r"packed rows.*padding_free=True"):
+        attached(sft(tmp_path, data=packed, dataset_kwargs={"skip_prepare_dataset": True}))
+
+
+@pytest.mark.parametrize("make", [sft, dpo, reward])
+def test_choices_by_results_on_the_training_data_are_refused(make: Callable[..., Any], tmp_path: Path) -> None:
+    """TRL prepares both datasets, so that the evaluation's is no longer the object that was given."""
+    data = texts() if make is sft else pairs()
+    trainer = make(tmp_path, data=data, eval_dataset=data, **REFERENCE[make is dpo])
+    assert trainer.eval_dataset is not trainer.train_dataset
+    trainer.args.load_best_model_at_end = True
+    with pytest.raises(UnsupportedError, match="eval_dataset is train_dataset"):
+        attached(trainer)
+    trainer.eval_dataset = trainer.eval_dataset.select(range(5))
+    attached(trainer)
+
+
+def test_a_subclass_that_changes_nothing_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, dp, _ = sums_of(lambda: sft(tmp_path, cls=OwnName), monkeypatch, [1, 2])
+    assert dp.mechanism.steps == 1
+
+
+def test_experts_train_without_the_load_balancing_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    single = alone(lambda: sft(tmp_path, randomized(mixtral(), 3), router_aux_loss_coef=0.0), DRAWN)
+    (got,), _, _ = sums_of(
+        lambda: sft(tmp_path, randomized(mixtral(), 3), router_aux_loss_coef=0.0), monkeypatch, DRAWN, max_grad_norm=1.0
+    )
+    assert distance(got, clipped_sum(single, 1.0)[0]) <= 5 * ROUNDING
+
+
+@pytest.mark.parametrize("name", ["aot_unpaired", "sft"])
+def test_the_checks_find_such_losses_without_their_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl_trainers, "_DPO_LOSSES", trl_trainers._DPO_LOSSES | {name})
+    trainer = dpo(tmp_path, loss_type=[name], **REFERENCE[True])
+    dp = attached(trainer)
+    with pytest.raises((PrivacyError, UnsupportedError), match="units"):
+        trainer.train()
+    assert dp.mechanism.steps == 0
+
+
+def test_attention_that_ignores_boundaries_is_refused(tmp_path: Path) -> None:
+    """OPT looks for them with a varlen attention only."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 260, "word_embed_proj_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0}
+    for attention in ("sdpa", "dp_flash"):
+        model = randomized(hf.OPTForCausalLM(hf.OPTConfig(**sizes)), 2)
+        model.set_attn_implementation(attention)
+        trainer = sft(tmp_path, model, padding_free=True, max_length=None)
+        dp = attached(trainer)
+        if attention == "sdpa":
+            with pytest.raises(PrivacyError, match=r"see each other.*attn_implementation='dp_flash'"):
+                trainer.train()
+        else:
+            trainer.train()
+        assert dp.mechanism.steps == (attention == "dp_flash")
+
+
+def test_other_trainers_are_left_alone(tmp_path: Path) -> None:
+    trainer = hf.Trainer(model=llama(), args=hf.TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=[{"margin": 1}])
+    batch = {"margin": torch.ones(2)}
+    assert trl_trainers.examined(trainer) is None
+    assert trl_trainers.rows_per_example(trainer) == 1
+    assert trl_trainers.refusals(trainer) == {}
+    assert trl_trainers.as_rows(trainer, batch)["margin"] is batch["margin"]
+    assert trl_trainers.as_collated(trainer, batch)["margin"] is batch["margin"]
+    for mode in ("train", "eval"):
+        trl_trainers.forget_metrics(trainer, mode)
+    trl_trainers.mark_metrics(trainer)
+    assert math.isfinite(DPCallback(config()).config.max_grad_norm)

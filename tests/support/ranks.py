@@ -1,0 +1,143 @@
+"""Several processes on this machine, as `torchrun` would start them: gloo, one thread each, kept for all tests of a session."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils.dataclasses import DistributedType
+
+SECONDS = 300.0  # a rank that waits in vain for another is an error after that,
+AFTER_ANOTHER = 30.0  # sooner where another is done, because all end together,
+AFTER_AN_ERROR = 5.0  # and where another failed
+
+
+class World:
+    """So many ranks that run functions of test modules: `world.run(function, *args)` -> what each rank returned."""
+
+    def __init__(self, size: int) -> None:
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.support.trainers", "peft"])  # imported once for all ranks
+        self.size = size
+        self._tasks = [context.Queue() for _ in range(size)]
+        self._results = context.Queue()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._processes = [
+            context.Process(target=_work, args=(rank, size, port, self._tasks[rank], self._results), daemon=True)
+            for rank in range(size)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(*args) on every rank, of results and errors by rank; an error on one is raised here."""
+        for tasks in self._tasks:
+            tasks.put((function, args))
+        found: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        try:
+            while len(found) + len(errors) < self.size:
+                patience = AFTER_AN_ERROR if errors else AFTER_ANOTHER if found else SECONDS
+                rank, result, error = self._results.get(timeout=patience)
+                if error is not None:
+                    errors[rank] = error
+                else:
+                    found[rank] = result
+        except queue.Empty:
+            self.close()
+            waiting = sorted({*range(self.size)} - found.keys() - errors.keys())
+            errors[-1] = f"ranks {waiting} wait in vain; the others returned {found}"[:2000]
+        if errors:
+            raise AssertionError("\n".join(f"rank {rank}: {error}" for rank, error in errors.items()))
+        return [found[rank] for rank in range(self.size)]
+
+    @property
+    def closed(self) -> bool:
+        return not all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def _work(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    while True:
+        function, args = tasks.get()
+        torch.manual_seed(0)
+        try:
+            results.put((rank, function(*args), None))
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
+
+
+_worlds: dict[int, World] = {}
+
+
+def world(size: int) -> World:
+    """The ranks of this size, started when first asked for."""
+    if size not in _worlds or _worlds[size].closed:
+        _worlds[size] = World(size)
+    return _worlds[size]
+
+
+def fails(function: Callable[..., Any], *args: Any) -> str:
+    """The message of the error that function(*args) raises; "" if none."""
+    try:
+        function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def fresh() -> None:
+    """Let Accelerate forget what it found out about this process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+
+
+@contextmanager
+def noise_if(wanted: bool) -> Iterator[None]:
+    """Training without noise, to be compared, unless wanted."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not wanted:
+            patch.setattr("dp_flash_hf.training.dp_sgd.add_gaussian_noise_", lambda tensors, **settings: None)
+        yield
+
+
+@contextmanager
+def fsdp_on_cpu() -> Iterator[None]:
+    """Accelerate takes FSDP for ranks with GPUs only, and ignores it on others; what it does then runs on CPUs as well."""
+    original: Any = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AcceleratorState, "__init__", init)
+        yield

@@ -1,0 +1,214 @@
+"""Physical batches: every unit whole and once, as many as fit, and no padding that need not be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.training.batches import physical_batches, text_lengths, units_of, without_trailing_padding
+from dp_flash_hf.units import Units, select_items, select_unit
+from tests.support.models import tiny
+from tests.support.trainers import Pad, attached, draws, texts, trainer_for, without_dropout
+
+LENGTHS = (3, 9, 4, 8, 1, 2, 9)
+
+
+def examples(lengths: Sequence[int] = LENGTHS) -> list[dict[str, Any]]:
+    return [{"input_ids": [3 + row] * n, "labels": [3 + row] * n} for row, n in enumerate(lengths)]
+
+
+def padded(lengths: Sequence[int] = LENGTHS) -> dict[str, Tensor]:
+    return Pad()([{**example, "label": 0} for example in examples(lengths)])
+
+
+def flat(lengths: Sequence[int] = LENGTHS, **options: Any) -> dict[str, Any]:
+    out: dict[str, Any] = hf.DataCollatorWithFlattening(return_flash_attn_kwargs=True, **options)(examples(lengths))  # type: ignore[no-untyped-call]
+    return out
+
+
+def cut(batch: dict[str, Any], of_example: Sequence[int], **limits: Any) -> list[tuple[dict[str, Any], Units]]:
+    ids = torch.tensor(of_example)
+    counts = torch.bincount(ids).tolist()
+    return list(physical_batches(batch, units_of(batch, ids), counts, **{"max_examples": 99, **limits}))
+
+
+def tokens(parts: list[tuple[dict[str, Any], Units]]) -> list[int]:
+    """Of every part, sorted: which example each belongs to is written in it."""
+    return sorted(int(token) for part, _ in parts for token in part["input_ids"].flatten() if token)
+
+
+@pytest.mark.parametrize("budget", [1, 8, 9, 18, 20, 27, 63, 1000])
+def test_rows_times_length_stay_within_the_budget(budget: int) -> None:
+    batch = padded()
+    parts = cut(batch, range(7), max_tokens=budget)
+    assert tokens(parts) == tokens([(batch, Units.rows(7))])
+    for part, units in parts:
+        assert part["input_ids"].numel() <= budget or len(part["input_ids"]) == 1
+        assert units.n == len(part["input_ids"])
+        assert bool(part["attention_mask"][:, -1].any())  # no column of padding only
+        assert all(value.shape == part["input_ids"].shape for value in part.values())
+    assert len(parts) == {1: 7, 8: 5, 9: 5, 18: 3, 20: 3, 27: 2, 63: 1, 1000: 1}[budget]
+
+
+@pytest.mark.parametrize("budget", [1, 8, 12, 20, 36, 1000])
+def test_texts_of_a_packed_row_stay_within_the_budget(budget: int) -> None:
+    batch = flat(return_seq_idx=True)
+    parts = cut(batch, range(7), max_tokens=budget)
+    assert tokens(parts) == tokens([(batch, Units.rows(7))])
+    for part, units in parts:
+        total = part["input_ids"].numel()
+        assert total <= budget or units.n == 1
+        assert units.shape == part["labels"].shape == part["position_ids"].shape == part["seq_idx"].shape == (1, total)
+        ends = part["cu_seq_lens_q"].tolist()
+        assert (ends[0], ends[-1], len(ends)) == (0, total, units.n + 1)
+        assert part["max_length_q"] == max(units.sizes)
+        assert part["cu_seq_lens_q"].dtype == torch.int32
+        for (start, end), size in zip(itertools.pairwise(ends), units.sizes, strict=True):
+            assert len(set(part["input_ids"][0, start:end].tolist())) == 1
+            assert part["position_ids"][0, start:end].tolist() == list(range(size))
+
+
+@pytest.mark.parametrize("batch", [padded(), flat()], ids=["padded", "flat"])
+@pytest.mark.parametrize("limits", [{"max_examples": 3}, {"max_examples": 1}, {"max_tokens": 12}, {"max_tokens": 1}], ids=str)
+def test_a_unit_is_never_split(batch: dict[str, Any], limits: dict[str, int]) -> None:
+    owners = [0, 1, 0, 2, 2, 2, 1]
+    parts = cut(batch, owners, **limits)
+    assert tokens(parts) == tokens([(batch, Units.rows(7))])
+    met = [{owners[token - 3] for token in tokens([part])} for part in parts]
+    assert sorted(itertools.chain(*met)) == [0, 1, 2]
+    assert all(len(found) == units.n for found, (_, units) in zip(met, parts, strict=True))
+    assert len(parts) == (3 if set(limits.values()) & {1, 3} or limits.get("max_tokens") == 12 else 2)
+
+
+def test_texts_of_one_unit_keep_their_boundaries() -> None:
+    batch = flat()
+    units = units_of(batch, torch.tensor([0, 1, 0, 1, 0, 1, 0]))
+    part = select_unit(batch, units, 0)
+    assert part["cu_seq_lens_q"].tolist() == part["cu_seq_lens_k"].tolist() == [0, 3, 7, 8, 17]
+    assert part["max_length_q"] == 9
+    assert part["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, *range(9)]]
+
+
+def test_padding_is_cut_only_where_it_is_known_to_be() -> None:
+    batch = padded((3, 2, 5))
+    first = select_items(batch, Units.rows(3), torch.tensor([0, 1]))
+    assert text_lengths(first).tolist() == [3, 2]
+    assert without_trailing_padding(first)["labels"].shape == (2, 3)
+    labelled = {**first, "labels": first["labels"].index_fill(1, torch.tensor([3]), 7)}  # padding that has a label
+    assert without_trailing_padding(labelled)["input_ids"].shape == (2, 4)
+    left = {name: value.flip(1) for name, value in first.items()}
+    for kept in (
+        {**first, "boxes": torch.zeros(2, 5)},  # as wide as the texts are, by chance or not
+        {name: value for name, value in first.items() if name != "attention_mask"},
+        {**first, "attention_mask": torch.ones(2, 1, 5, 5)},
+        left,
+    ):
+        assert without_trailing_padding(kept) is kept
+    pictures = {**first, "pixel_values": torch.zeros(2, 3, 5, 5), "labels": torch.tensor([0, 1])}
+    short = without_trailing_padding(pictures)
+    assert short["input_ids"].shape == (2, 3)
+    assert short["pixel_values"].shape == (2, 3, 5, 5)
+
+
+def test_a_decoders_tokens_count_too() -> None:
+    """Encoder texts of 3, 2 and 5 tokens, and labels of another width, which stay as they are."""
+    batch = {**padded((3, 2, 5)), "labels": torch.ones(3, 4, dtype=torch.long)}
+    shapes = [(tuple(p["input_ids"].shape), tuple(p["labels"].shape)) for p, _ in cut(batch, range(3), max_tokens=14)]
+    assert shapes == [((2, 3), (2, 4)), ((1, 5), (1, 4))]
+    assert len(cut(batch, range(3), max_tokens=13)) == 3
+    labels_first = {"labels": batch["labels"], **{name: batch[name] for name in ("input_ids", "attention_mask")}}
+    assert [units.n for _, units in cut(labels_first, range(3), max_tokens=14)] == [2, 1]
+
+
+def test_boundaries_are_read_off_positions_or_lengths() -> None:
+    wanted = torch.repeat_interleave(torch.arange(7), torch.tensor(LENGTHS)).tolist()
+    for batch in (flat(), flat(position_ids_start=2), flat(return_position_ids=False)):
+        assert units_of(batch, torch.arange(7)).of_item.tolist() == wanted
+    positions = {name: value for name, value in flat(position_ids_start=2).items() if "seq_lens" not in name}
+    assert units_of(positions, torch.arange(7)).of_item.tolist() == wanted
+
+
+def test_rows_that_are_nobodys_are_refused() -> None:
+    batch = flat()
+    padding = {name: torch.nn.functional.pad(batch[name], (0, 3)) for name in ("input_ids", "position_ids", "labels")}
+    with pytest.raises(UnsupportedError, match=r"1 rows of 7 examples.*without pad_to_multiple_of"):
+        units_of(padding, torch.arange(7))
+    with pytest.raises(UnsupportedError, match="1 rows of 7 examples"):
+        units_of({**padding, "cu_seq_lens_q": batch["cu_seq_lens_q"]}, torch.arange(7))
+    with pytest.raises(UnsupportedError, match="1 rows of 7 examples"):
+        units_of({"input_ids": batch["input_ids"]}, torch.arange(7))
+
+
+def test_a_budget_bounds_what_the_model_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole draw, sorted, in place of accumulation's parts; and the loss shown is that of the step."""
+    shapes: list[torch.Size] = []
+    backward = ClippingEngine.backward
+
+    def recorded(self: ClippingEngine, loss: Any, batch: Any, *args: Any) -> Any:
+        if self.model.training:
+            shapes.append(batch["input_ids"].shape)
+        return backward(self, loss, batch, *args)
+
+    shown = []
+    for budget in (24, None):
+        with monkeypatch.context() as patch:
+            draws(patch, list(range(0, 24, 2)))
+            trainer = trainer_for(
+                "gpt2",
+                tmp_path,
+                max_steps=1,
+                per_device_train_batch_size=12 if budget is None else 1,
+                gradient_accumulation_steps=2,
+            )
+            attached(trainer, max_tokens_per_device=budget)
+            patch.setattr(ClippingEngine, "backward", recorded)
+            patch.setattr("dp_flash_hf.training.preflight.check_training_mode", lambda *args, **kwargs: None)
+            shapes.clear()
+            trainer.train()
+            if budget is not None:
+                assert all(shape.numel() <= budget for shape in shapes)
+                assert sum(shape[0] for shape in shapes) == 12
+                assert [shape[1] for shape in shapes] == sorted(shape[1] for shape in shapes)
+                assert len(shapes) < 12
+            shown.append(trainer.state.log_history[0]["not_private/loss"])
+    assert shown[0] == pytest.approx(shown[1], rel=0.05)  # means over all labels, and over two parts
+
+
+class Felt(torch.nn.Module):
+    """Every row sees how long it is padded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.shape[1]
+
+
+def test_padding_that_units_feel_is_not_cut_off(tmp_path: Path) -> None:
+    """Padded to one length such a model is isolated; not so when a budget cuts the padding off again."""
+
+    def to_one_length(chosen: Any) -> Any:
+        return {name: value[:-1] for name, value in Pad()([*chosen, *texts(1, shortest=9, longest=9)]).items()}
+
+    model = without_dropout(tiny("gpt2"))
+    model.transformer.drop = Felt()
+    trainer = trainer_for(model, tmp_path, collator=to_one_length)
+    attached(trainer)
+    trainer.train()
+    trainer = trainer_for(model, tmp_path / "budget", collator=to_one_length)
+    dp = attached(trainer, max_tokens_per_device=30)
+    with pytest.raises(PrivacyError, match=r"depends on the others' lengths.*without max_tokens"):
+        trainer.train()
+    assert dp.mechanism.steps == 0
+
+
+@pytest.mark.parametrize("budget", [0, -1, 2.5, True])
+def test_budgets_are_whole_numbers(budget: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_tokens_per_device: expected None or a whole number"):
+        attached(trainer_for("gpt2", tmp_path), max_tokens_per_device=budget)

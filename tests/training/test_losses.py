@@ -1,0 +1,225 @@
+"""Which losses are sums over units once their division is undone, and which are not."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from torch import Tensor
+
+from dp_flash_hf.errors import UnsupportedError
+from dp_flash_hf.training.losses import UnitLoss, label_counts, learn_loss
+from dp_flash_hf.units import Units, select_unit
+from tests.support.models import VOCABULARY, batch_of, loss_of, packed_batch, tiny
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+}
+_BART: dict[str, Any] = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "max_position_embeddings": 32,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+}
+
+
+def model_loss(model: Any) -> Any:
+    """As `Trainer` calls the model: with the count where it is given, else without."""
+    accepts = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(model).forward).parameters.values())
+
+    def loss(batch: dict[str, Any], count: Tensor | None) -> Tensor:
+        given = {"num_items_in_batch": count} if accepts and count is not None else {}
+        value: Tensor = model(**batch, **given).loss
+        return value
+
+    return loss
+
+
+def learnt(model: Any, batch: dict[str, Any], units: Units | None = None) -> UnitLoss:
+    units = units or Units.rows(len(batch["input_ids"]))
+    tolerance = 1e-2 if model.dtype == torch.bfloat16 else 1e-4
+    return learn_loss(
+        model_loss(model.eval()), batch, units, lambda whole, unit: select_unit(whole, units, unit), tolerance=tolerance
+    )
+
+
+def rounded(loss: UnitLoss) -> tuple[str, str]:
+    return loss.divides, loss.counted
+
+
+EXPECTED = {
+    "gpt2": ("sum", "shifted labels"),
+    "llama": ("sum", "shifted labels"),
+    "opt": ("sum", "shifted labels"),
+    "bert": ("mean", "labels"),
+    "roberta": ("mean", "labels"),
+    "albert": ("mean", "labels"),
+    "t5": ("mean", "labels"),
+    "bert_classifier": ("mean", "labels"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_how_models_divide_is_found_out(name: str, dtype: torch.dtype) -> None:
+    assert rounded(learnt(tiny(name, dtype), batch_of(name))) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "bert_classifier"])
+def test_the_undone_division_leaves_the_sum_over_labels(name: str) -> None:
+    model, batch = tiny(name), batch_of(name)
+    loss = learnt(model, batch)
+    rtol = 4 * float(torch.finfo(loss(batch).dtype).eps) * 32  # causal models add up float32 losses, of at most 32 labels
+    torch.testing.assert_close(loss(batch).double(), loss_of(name, model)(batch), rtol=rtol, atol=0.0)
+    alone = torch.stack([loss(select_unit(batch, Units.rows(5), unit)) for unit in range(5)])
+    torch.testing.assert_close(loss(batch), alone.sum(), rtol=rtol, atol=0.0)
+
+
+def first_ignored(batch: dict[str, Any]) -> None:
+    batch["labels"][:, 0] = -100  # as MLM collators leave [CLS]
+
+
+def unlabelled(batch: dict[str, Any]) -> None:
+    batch["labels"][0] = -100
+
+
+def nothing_labelled(batch: dict[str, Any]) -> None:
+    batch["labels"][:] = -100
+
+
+def two_tokens(batch: dict[str, Any]) -> None:
+    batch["labels"][:, 2:] = -100  # rows and shifted labels are as many
+
+
+@pytest.mark.parametrize("data", [first_ignored, unlabelled, nothing_labelled, two_tokens])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+def test_what_is_found_out_does_not_depend_on_the_data(name: str, data: Any) -> None:
+    """Or else one example in the first batch would decide how the gradients of all others are scaled."""
+    batch = batch_of(name)
+    data(batch)
+    assert rounded(learnt(tiny(name), batch)) == EXPECTED[name]
+
+
+def test_packed_rows() -> None:
+    batch, boundaries = packed_batch()
+    units = Units.of(boundaries, (1, 14))
+    loss = learnt(tiny("llama"), batch, units)
+    assert rounded(loss) == ("sum", "labels")
+    assert label_counts(batch, units, "labels").tolist() == [3, 0, 5, 2]
+
+
+def test_units_of_several_rows() -> None:
+    batch, units = batch_of("bert", rows=6), Units.of(torch.tensor([0, 1, 0, 1, 2, 2]), (6, 7))
+    loss = learnt(tiny("bert"), batch, units)
+    assert rounded(loss) == ("mean", "labels")
+    counts = (batch["labels"] != -100).sum(1)
+    wanted = 1 / torch.stack([counts[[0, 2]].sum(), counts[[1, 3]].sum(), counts[[4, 5]].sum()])
+    torch.testing.assert_close(loss.scale(batch, units), wanted)
+
+
+@pytest.mark.parametrize("build", [hf.BartForConditionalGeneration, hf.BartForCausalLM])
+def test_language_models_that_ignore_the_count(build: Any) -> None:
+    torch.manual_seed(0)
+    assert rounded(learnt(build(hf.BartConfig(**_BART)).double(), batch_of("gpt2"))) == ("mean", "labels")
+
+
+def test_regression_and_several_labels_count_rows() -> None:
+    for problem, labels in ((1, torch.randn(5)), (3, torch.rand(5, 3).round())):
+        model = hf.BertForSequenceClassification(hf.BertConfig(**{**_SMALL, "num_labels": problem}))
+        batch = {**batch_of("bert_classifier", dtype=torch.float32), "labels": labels}
+        loss = learnt(model, batch)
+        assert loss.divides == "mean"
+        assert loss.count(batch) == 5
+        torch.testing.assert_close(loss.scale(batch, Units.rows(5)), torch.ones(5))
+
+
+def test_a_sum_of_means_over_different_things_is_refused() -> None:
+    """Masked tokens and next sentences have denominators of their own."""
+    torch.manual_seed(0)
+    model = hf.BertForPreTraining(hf.BertConfig(**_SMALL)).double()
+    batch = {**batch_of("bert"), "next_sentence_label": torch.tensor([0, 1, 0, 1, 1])}
+    with pytest.raises(UnsupportedError, match=r"share a denominator.*override Trainer.compute_loss"):
+        learnt(model, batch)
+
+
+def test_answers_that_are_left_out_of_the_mean_are_refused() -> None:
+    """Question answering leaves positions outside the text out of its mean, and they are no labels that could be counted."""
+    model = hf.BertForQuestionAnswering(hf.BertConfig(**_SMALL))
+    batch = {k: v for k, v in batch_of("bert").items() if k != "labels"}
+    inside, outside = torch.tensor([1, 2, 1, 0, 2]), torch.tensor([1, 99, 1, 0, 2])
+    assert learnt(model, {**batch, "start_positions": inside, "end_positions": inside}).divides == "mean"
+    with pytest.raises(UnsupportedError, match="start_positions outside its text"):
+        learnt(model, {**batch, "start_positions": outside, "end_positions": outside})
+
+
+def test_counts_by_hand() -> None:
+    labels = torch.tensor([[5, 6, -100, 7], [-100, -100, -100, -100], [5, -100, -100, -100], [1, 2, 3, 4]])
+    units = Units.of(torch.tensor([0, 1, 2, 0]), (4, 4))
+    batch = {"input_ids": torch.zeros(4, 4, dtype=torch.long), "labels": labels}
+    assert label_counts(batch, units, "labels").tolist() == [7, 0, 1]
+    assert label_counts(batch, units, "shifted labels").tolist() == [5, 0, 0]
+    assert label_counts(batch, units, "rows").tolist() == [2, 1, 1]
+    assert labels[0, 0] == 5  # counting leaves the labels alone
+    loss = UnitLoss(lambda part, count: torch.zeros(()), "sum", "shifted labels")
+    assert loss.scale(batch, units).tolist() == [pytest.approx(1 / 5), 0.0, 0.0]
+    assert loss.count(batch) == 5
+
+
+def test_a_batch_without_labels_has_loss_zero() -> None:
+    model = tiny("bert")
+    batch = batch_of("bert")
+    loss = learnt(model, batch)
+    nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    assert loss(nothing).item() == 0.0  # and not 0 / 0
+    loss(nothing).backward()
+
+
+@pytest.mark.parametrize("where", ["start_positions", "end_positions"])
+@pytest.mark.parametrize("answer", [-1, 4, 6])
+def test_answers_outside_their_text_are_refused_in_any_batch(where: str, answer: int) -> None:
+    """Of a text of 4 tokens padded to 6: the model would leave out position 6, and position 4 in a batch of shorter texts."""
+    loss = UnitLoss(lambda batch, divisor: torch.zeros(()), "mean", "labels")
+    batch = {
+        "input_ids": torch.zeros(2, 6, dtype=torch.long),
+        "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2]),
+        "start_positions": torch.tensor([5, 3]),
+        "end_positions": torch.tensor([5, 3]),
+    }
+    loss(batch)
+    batch[where] = torch.tensor([5, answer])
+    with pytest.raises(UnsupportedError, match=f"{where} outside its text"):
+        loss(batch)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [2, 2, 2], [0, 1, 2]])
+def test_class_weights_are_refused_whatever_the_classes_of_the_first_rows(labels: list[int]) -> None:
+    """A weighted mean divides by the weights of the classes in the batch; of rows of one class it looks like a plain mean."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4)
+
+    def weighted(weights: list[float]) -> UnitLoss:
+        def model_loss(batch: dict[str, Any], divisor: Tensor | None) -> Tensor:
+            return F.cross_entropy(logits[batch["row"]], batch["labels"], weight=torch.tensor(weights))
+
+        batch = {"row": torch.arange(3), "labels": torch.tensor(labels)}
+        units = Units.rows(3)
+        return learn_loss(model_loss, batch, units, lambda whole, unit: select_unit(whole, units, unit), n_classes=4)
+
+    assert weighted([1.0, 1.0, 1.0, 1.0]).divides == "mean"
+    with pytest.raises(UnsupportedError, match="share a denominator"):
+        weighted([1.0, 1.0, 1.0, 1.5])
