@@ -14,6 +14,7 @@ PACKAGE = ROOT / "dp_flash_hf"
 # the package's own file. Transformers and its relatives are known from `attention` upwards, but for the engine.
 WINGS = (
     "errors",
+    "validation",
     "units",
     "mechanisms",
     "kernels",
