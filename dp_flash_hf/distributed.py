@@ -56,7 +56,7 @@ class Ranks:
         return any(self.gathered(flag))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def all_ranks_or_none(self) -> Iterator[None]:
         """What is refused inside on one rank is refused on all; else the others would wait for it in vain."""
         try:
             yield

@@ -53,7 +53,7 @@ def check_exact(
             try:
                 for _ in range(2):  # the second time, layouts are known already
                     engine.backward(loss, batch, units)
-                forms = engine.forms()
+                forms = engine.norm_methods()
                 wrong = list(_wrong(engine, trained, alone, norms, bound, tolerance))
             finally:
                 engine.detach()

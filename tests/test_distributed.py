@@ -65,7 +65,7 @@ def split_sums(
     if mine:
         engine.backward(loss, rows_of(batch, mine))
     else:
-        engine.attend(loss, rows_of(batch, [0]), Units.rows(1))
+        engine.participate(loss, rows_of(batch, [0]), Units.rows(1))
     norms = engine.norms.tolist()
     assert engine.reduces_precision == (variant == "bf16")
     sums = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -188,7 +188,7 @@ def stopped() -> list[str]:
     ranks = Ranks()
 
     def refused_on_one() -> None:
-        with ranks.together():
+        with ranks.all_ranks_or_none():
             if ranks.rank == 1:
                 raise ValueError("no")
 

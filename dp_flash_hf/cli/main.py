@@ -390,7 +390,7 @@ def _trial(name: str, task: str, length: int) -> Table:
     engine = ClippingEngine(model, max_grad_norm=1.0)
     labels = torch.zeros(2, dtype=torch.long) if task == "classification" else ids
     engine.backward(lambda batch: model(**batch).loss, {"input_ids": ids, "labels": labels})
-    forms = engine.forms()
+    forms = engine.norm_methods()
     counts: dict[tuple[str, str], list[int]] = {}
     for parameter, form in forms.items():
         owner = type(model.get_submodule(parameter.rpartition(".")[0])).__name__

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dp_flash_hf.distributed import Shards, add_own_parts, device_of, local, own_part_of_sum
 from dp_flash_hf.engine.batch_guard import BatchGuard, refuse_model
-from dp_flash_hf.engine.gradient_buffer import ClippedSums
-from dp_flash_hf.engine.layout_probing import Learning, training_mode
+from dp_flash_hf.engine.gradient_buffer import GradientBuffer
+from dp_flash_hf.engine.layout_probing import LayoutProbe, training_mode
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers import cost_model, rules
 from dp_flash_hf.layers.compiled import CompiledLayers, is_compiled, is_compiled_function
@@ -27,6 +27,7 @@ from dp_flash_hf.mechanisms.config import Clipping
 from dp_flash_hf.units import Batch, Select, Units, leading_shape, select_items, selector, subset
 
 Strategy = Literal["auto", "bookkeeping", "two_pass", "microbatch"]
+WholeBatchStrategy = Literal["bookkeeping", "two_pass"]
 LossFunction = Callable[[Any], Tensor]
 
 
@@ -44,9 +45,9 @@ class ClippingEngine:
     max_grad_norm: C > 0.
     clipping: "flat", "automatic" or "per_layer" (a layer is the module that owns the parameters); see `clipping.clip_factors`.
     strategy: "bookkeeping" (one backward), "two_pass" (two forward and backward passes, least memory), "microbatch" (one unit
-        at a time), or "auto": what `whole` says, which is bookkeeping unless somebody who knows the memory sets it to two_pass,
-        and microbatch for models with parameters that no rule covers and for batches for which it is the faster. All give the
-        same numbers. A strategy asked for by name runs or raises PrivacyError.
+        at a time), or "auto": bookkeeping, or two_pass once `choose` asked for it because memory is scarce, and microbatch for
+        models with parameters that no rule covers and for batches for which it is the faster. All give the same values. A
+        strategy asked for by name runs or raises PrivacyError.
 
     A model given to `torch.compile`, whole or in part, runs compiled where that is exact: on batches of rows, with bookkeeping
     and two_pass, if layers that have a form in `layers.compiled` hold all trained parameters. Else it runs eagerly, as do the
@@ -79,7 +80,7 @@ class ClippingEngine:
             raise UnsupportedError("torch.compile on a model split up by FSDP2 is not supported; use one of them")
         model = getattr(model, "_orig_mod", model)
         self.model, self.max_grad_norm, self.clipping, self.strategy = model, float(max_grad_norm), clipping, strategy
-        self.whole: Literal["bookkeeping", "two_pass"] = "bookkeeping"  # how strategy="auto" computes whole batches
+        self.chosen: WholeBatchStrategy = "bookkeeping"  # what strategy="auto" computes whole batches by, see `choose`
         self.parameters = {p: name for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UnsupportedError("the model has no parameter with requires_grad=True; unfreeze what is to be trained")
@@ -88,12 +89,12 @@ class ClippingEngine:
         self.dropped_units = 0
         self._uncovered: set[nn.Parameter] = set()
         self._long_units = False  # whether the last batch was computed unit by unit because that is faster
-        self._together = False  # see `together`
-        self._adds = True  # False while this rank only takes part, see `attend`
+        self._avoids_microbatch = False  # see `without_microbatching`
+        self._adds = True  # False while this rank only takes part, see `participate`
         self._same_everywhere = False  # whether all ranks compute the same batch, as in `check`
         self._unsettled = False  # whether layouts are, on some rank
         self._reached: set[nn.Parameter] = set()  # parameters that the last batch's loss depended on
-        self._sums = ClippedSums(model, self.parameters, self._shards.parameters)
+        self._sums = GradientBuffer(model, self.parameters, self._shards.parameters)
         self._groups = groups_of(model, self.parameters, clipping)
         tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
         products = [p for p in self.parameters if p.dim() == 2 and p not in tables]
@@ -105,7 +106,7 @@ class ClippingEngine:
         self._attached: list[nn.Module] = []
         self._detached = False
         self._attach()
-        self._learning = Learning(model, self.parameters, self._attached, self._recorder, self._shards)
+        self._probe = LayoutProbe(model, self.parameters, self._attached, self._recorder, self._shards)
         self._compiled = CompiledLayers(self._attached, self._recorder)
         self._runs_compiled = True  # until a batch shows that autograd sees more of the parameters than the layers do
 
@@ -142,7 +143,7 @@ class ClippingEngine:
         with self._sums.whole_batch():
             return self._in_memory(loss_fn, batch, resolved, scale, select or selector(resolved), can_split=select is None)
 
-    def attend(self, loss_fn: LossFunction, batch: Batch, units: Units) -> None:
+    def participate(self, loss_fn: LossFunction, batch: Batch, units: Units) -> None:
         """Add nothing, while other ranks call `backward`.
 
         A model that FSDP2 split up computes on all ranks together, also where one has no unit left; what this batch holds is
@@ -207,14 +208,14 @@ class ClippingEngine:
         self._is_compiled = self._is_compiled or is_compiled_function(loss_fn)
         with self._isolated(), self._not_compiled():
             if self.strategy == "auto":
-                alone_pays = not self._together and not self._shards
+                alone_pays = not self._avoids_microbatch and not self._shards
                 self._long_units = alone_pays and self._microbatch_is_faster(batch, units)
             if self.strategy == "microbatch" or (self.strategy == "auto" and (self._uncovered or self._long_units)):
                 return self._microbatch(loss_fn, batch, units, scale, select)
-            whole = self.whole if self.strategy == "auto" else self.strategy
+            whole = self.chosen if self.strategy == "auto" else self.strategy
             run = partial(self._compiled_or_not, self._two_pass if whole == "two_pass" else self._bookkeeping)
             try:
-                if self._shards.all(self._learning.knows(batch, units)):
+                if self._shards.all(self._probe.knows(batch, units)):
                     try:
                         return run(loss_fn, batch, units, scale)
                     except UncoveredParametersError:
@@ -222,7 +223,7 @@ class ClippingEngine:
                             raise
                         self._recorder.stop()
                         self._sums.clear_gradients()
-                self._learning.learn(loss_fn, batch, select, units)
+                self._probe.probe(loss_fn, batch, select, units)
                 return run(loss_fn, batch, units, scale)
             except UncoveredParametersError as error:
                 if self._unsettled:  # constant or NaN inputs: the next batch may tell
@@ -258,12 +259,12 @@ class ClippingEngine:
             self._refuse_batch(inputs)
             seen.append(resolved)
             scale = self._scale(loss_scale, resolved)
-            if not self._learning.knows(inputs, resolved):
+            if not self._probe.knows(inputs, resolved):
 
                 def forward(part: Batch) -> Any:
                     return module(*(part[f"argument {i}"] for i in range(len(args))), **{name: part[name] for name in kwargs})
 
-                self._learning.learn(forward, inputs, selector(resolved), resolved)
+                self._probe.probe(forward, inputs, selector(resolved), resolved)
             self._recorder.start("record", resolved)
 
         if self._shards:
@@ -290,6 +291,10 @@ class ClippingEngine:
                 raise PrivacyError("engine.batch: no backward ran inside it; run forward and backward inside the block")
             self._add_recorded(seen[0], scale)
 
+    def choose(self, strategy: WholeBatchStrategy) -> None:
+        """From now on strategy="auto" computes whole batches by this strategy; a strategy asked for by name stays."""
+        self.chosen = strategy
+
     @contextmanager
     def eagerly(self) -> Iterator[None]:
         """Within the context a compiled model runs as if it were not compiled, called by the engine or not."""
@@ -301,16 +306,16 @@ class ClippingEngine:
             self._runs_compiled = before
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def without_microbatching(self) -> Iterator[None]:
         """Within the context, strategy="auto" computes no batch unit by unit only because that is faster.
 
         Checks need it: units that are computed one by one cannot see each other, whatever they do in other batches.
         """
-        before, self._together = self._together, True
+        before, self._avoids_microbatch = self._avoids_microbatch, True
         try:
             yield
         finally:
-            self._together = before
+            self._avoids_microbatch = before
 
     def clipped_sum(self, parameter: nn.Parameter) -> Tensor:
         """The accumulated clipped sum of one parameter, float32 (float64): `.grad` itself, or what it was rounded from.
@@ -353,7 +358,7 @@ class ClippingEngine:
         resolved = Units.of_batch(units, batch)
         strategy, dropped = self.strategy, self.dropped_units
         try:
-            with self._sums.afresh(), training_mode(self.model, False), self.together():
+            with self._sums.afresh(), training_mode(self.model, False), self.without_microbatching():
                 self._same_everywhere = True
                 together = self.backward(loss_fn, batch, resolved, loss_scale, select).double()
                 norms, clipped = self.norms, self.take_sums()
@@ -396,7 +401,7 @@ class ClippingEngine:
                 f"sum by {off:.3g}; units see each other (padding, routing, batch statistics), or a layer's rule is wrong"
             )
 
-    def forms(self) -> dict[str, str]:
+    def norm_methods(self) -> dict[str, str]:
         """How the last batch's gradient norm of each parameter was computed."""
         if self._uncovered or self.strategy == "microbatch" or (self.strategy == "auto" and self._long_units):
             return dict.fromkeys(self.parameters.values(), "microbatch")
@@ -493,8 +498,8 @@ class ClippingEngine:
         except TwoPassError as error:
             if self.strategy != "auto" or self._shards:
                 raise
-            warnings.warn(f"{error}. strategy='auto' keeps books from now on, which takes more memory.", stacklevel=3)
-            self.whole = "bookkeeping"
+            warnings.warn(f"{error}. strategy='auto' uses book-keeping from now on, which takes more memory.", stacklevel=3)
+            self.choose("bookkeeping")
             self._sums.clear_gradients()
             return self._bookkeeping(loss_fn, batch, units, scale)
 
@@ -591,8 +596,8 @@ class ClippingEngine:
         return bool(self._sums)
 
     @property
-    def split_up(self) -> bool:
-        """Whether FSDP2 split the model up, so that all ranks compute together: see `attend`."""
+    def sharded(self) -> bool:
+        """Whether FSDP2 split the model up, so that all ranks compute together: see `participate`."""
         return bool(self._shards)
 
     @property
@@ -656,7 +661,7 @@ class ClippingEngine:
 
     @contextmanager
     def _isolated(self) -> Iterator[None]:
-        """One batch: see `ClippedSums.apart`."""
+        """One batch: see `GradientBuffer.apart`."""
         if self._detached:
             raise PrivacyError("the engine was detached; make a new ClippingEngine")
         self._shards.reshard()

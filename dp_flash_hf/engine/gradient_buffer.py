@@ -41,7 +41,7 @@ class _Sum:
     version: int
 
 
-class ClippedSums:
+class GradientBuffer:
     """The clipped sums of a model's trained parameters, which stand in their `.grad`.
 
     parameters: the trained ones and their names. sharded: those among them that FSDP2 split up.

@@ -24,10 +24,10 @@ from dp_flash_hf.units import IGNORED, Batch, Select, Units, leading_shape, sele
 # Noise on activations, in standard deviations, of every number by itself and of all rows alike, in the passes that show which
 # shapes follow the data: the first scatters rows over a router's choices, the second sends them all to one. With one more token
 # masked and one label ignored, and without: a batch without padding may take another way through the model.
-DISTURBANCES = tuple((each, alike, masked) for masked in (True, False) for each, alike in ((3.0, 0.0), (1.0, 10.0)))
+PERTURBATIONS = tuple((each, alike, masked) for masked in (True, False) for each, alike in ((3.0, 0.0), (1.0, 10.0)))
 
 
-class Learning:
+class LayoutProbe:
     """Teaches a recorder the layouts of a model.
 
     parameters: the trained ones. modules: those attached to the recorder.
@@ -49,13 +49,13 @@ class Learning:
         """Whether the layouts of such a batch are known, or need not be; see `Layouts.knows`."""
         return self._recorder.layouts.knows(units, leading_shape(batch)[1:])
 
-    def learn(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
+    def probe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
         """Learn the layouts of such a batch.
 
         On ranks that compute together the batch of each that has something to learn is sent to all, and all learn from it.
         """
         if not self._shards:
-            self._learn(forward, batch, select, units)
+            self._probe(forward, batch, select, units)
             return
         if self._recorder.layouts.unsettled:
             self._recorder.layouts.forget()
@@ -64,10 +64,10 @@ class Learning:
                 continue
             theirs, their_units = self._shards.ranks.shared((_to(batch, torch.device("cpu")), units), rank)
             here = _to(theirs, device_of(next(iter(self._parameters))))
-            self._learn(forward, here, selector(their_units), their_units)
+            self._probe(forward, here, selector(their_units), their_units)
         self.knows(batch, units)
 
-    def _learn(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
+    def _probe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
         if units.is_single:
             return
         again = True
@@ -94,14 +94,14 @@ class Learning:
                     if units.sizes[unit]:
                         layouts.compare(unit)
                         forward(select(batch, unit))
-                for *noise, masked in DISTURBANCES:
+                for *noise, masked in PERTURBATIONS:
                     layouts.disturb()
-                    with self._disturbed_outputs(noise):
+                    with self._perturbed_outputs(noise):
                         try:
-                            forward(_disturbed_inputs(noise, batch, masked=masked))
+                            forward(_perturbed_inputs(noise, batch, masked=masked))
                         except (ValueError, IndexError, RuntimeError):  # a number that stood for a place, a mark for a picture
                             layouts.restart()
-                            forward(_disturbed_inputs(noise, batch, masked=False, whole=False))
+                            forward(_perturbed_inputs(noise, batch, masked=False, whole=False))
                 layouts.shorten()
                 for names in ({*batch}, {name for name in batch if "ids" not in name}) if units.kind == "rows" else ():
                     try:
@@ -114,9 +114,9 @@ class Learning:
             self._recorder.stop()
 
     @contextmanager
-    def _disturbed_outputs(self, noise: Sequence[float]) -> Iterator[None]:
+    def _perturbed_outputs(self, noise: Sequence[float]) -> Iterator[None]:
         """Within the context every attached module's output has noise on it."""
-        hooks = [module.register_forward_hook(partial(_disturbed, noise)) for module in self._modules]
+        hooks = [module.register_forward_hook(partial(_perturbed, noise)) for module in self._modules]
         try:
             yield
         finally:
@@ -151,7 +151,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, dict(batch))  # type: ignore[no-any-return]
 
 
-def _disturbed(noise: Sequence[float], module: nn.Module, args: Any, output: Any) -> Any:
+def _perturbed(noise: Sequence[float], module: nn.Module, args: Any, output: Any) -> Any:
     if not isinstance(output, Tensor) or isinstance(output, Tracked) or not output.is_floating_point():
         return output
     if isinstance(output, Logits):
@@ -159,7 +159,7 @@ def _disturbed(noise: Sequence[float], module: nn.Module, args: Any, output: Any
     return _with_noise(noise, output)
 
 
-def _disturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, whole: bool = True) -> dict[str, Any]:
+def _perturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, whole: bool = True) -> dict[str, Any]:
     """Inputs with noise; if masked, with one token of a row masked and one label ignored, whatever the tensors are called.
 
     A router acts on the first, a model that drops padding on the second, a head for labelled positions only on the third.

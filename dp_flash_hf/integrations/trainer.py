@@ -201,7 +201,7 @@ class DPCallback(TrainerCallback, ExportableState):
         mechanism, record = self.mechanism, Path(self._trainer.args.output_dir) / FILE_NAME
         ranks = Ranks()
         found: tuple[Path | None, dict[str, Any]] = (None, {})
-        with ranks.together():
+        with ranks.all_ranks_or_none():
             if ranks.first:
                 found = self._checkpoint(resume_from_checkpoint, record)
         checkpoint, state = ranks.shared(found)
@@ -276,11 +276,11 @@ class DPCallback(TrainerCallback, ExportableState):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         trainer = self._trainer
         folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
-        with Ranks().together():
+        with Ranks().all_ranks_or_none():
             require_finite_weights(trainer.model, "nothing was saved")
         self._saving = folder
         try:
-            with Ranks().together():
+            with Ranks().all_ranks_or_none():
                 self._original_save(model, trial)
         except Exception as error:
             if trainer.args.should_save:

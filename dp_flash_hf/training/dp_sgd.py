@@ -119,7 +119,7 @@ class DPSGD:
 
         Raises PrivacyError unless it updates exactly the engine's parameters, and the engine clips as the configuration says.
         """
-        with Ranks().together():
+        with Ranks().all_ranks_or_none():
             inner = self._require_fitting(engine, optimizer)
         self.stop()
         self._ranks, self._steps_here, self._generators = Ranks(), 0, {}
@@ -184,7 +184,7 @@ class DPSGD:
         Raises PrivacyError, with nothing released, where the step cannot be put on record.
         """
         sums: dict[torch.nn.Parameter, torch.Tensor] = {}
-        with self._ranks.together():  # what one rank refuses, no rank releases
+        with self._ranks.all_ranks_or_none():  # what one rank refuses, no rank releases
             self.require_next()
             assert self._engine is not None
             if self.record is not None:

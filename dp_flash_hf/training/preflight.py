@@ -80,7 +80,7 @@ def preflight(
         own = prepare(collate(dataset.__getitems__(keys_of(chosen[number], 0))))[0]
         return without_trailing_padding(own) if cut_padding else own
 
-    with engine.together():
+    with engine.without_microbatching():
         engine.check(loss, batch, units, scale, tolerance=tolerance)
         with engine.eagerly():
             check_alone(engine, loss, batch, units, scale, alone, tolerance=tolerance)

@@ -113,12 +113,12 @@ class PrivateTraining:
         ranks = Ranks()
         record: SpendRecord | None = None
         try:
-            with ranks.together():
+            with ranks.all_ranks_or_none():
                 if ranks.first:
                     record = SpendRecord(path)
                     record.require_dataset(self.dataset)
             elsewhere = ranks.shared(None if record is None else record.elsewhere())
-            with ranks.together():
+            with ranks.all_ranks_or_none():
                 self.mechanism.keep(elsewhere if record is None else record)
         except BaseException:
             if record is not None:
@@ -190,7 +190,7 @@ class PrivateTraining:
         assert self.engine is not None
         assert loader.collate_fn is not None
         self._move = move
-        with Ranks().together():
+        with Ranks().all_ranks_or_none():
             require_finite_weights(self.engine.model, "nothing was trained")
 
         def keys_of(unit: int, number: int) -> list[tuple[int, int]]:
@@ -217,7 +217,7 @@ class PrivateTraining:
         data: Any = loader.dataset
         self._template = self._prepared(loader.collate_fn(data.__getitems__(keys_of(0, 0))))
         attention = getattr(getattr(self.engine.model, "config", None), "_attn_implementation", None)
-        forms = sorted(set(self.engine.forms().values()))
+        forms = sorted(set(self.engine.norm_methods().values()))
         logger.info(
             f"preflight passed: the loss is a {self._loss.divides} over {self._loss.counted}, attention is {attention}, "
             f"gradients are exact by {', '.join(forms)}"
@@ -230,10 +230,11 @@ class PrivateTraining:
         """
         assert self.engine is not None
         choice = self._choice_by_memory(batch, units, autocast)
-        if self.engine.split_up:
+        if self.engine.sharded:
             choice = next((other for other in Ranks().gathered(choice) if other[0] == "two_pass"), choice)
-        self.engine.whole, because = choice
-        logger.warning(f"strategy='auto' chose {self.engine.whole}: {because}")
+        strategy, because = choice
+        self.engine.choose(strategy)
+        logger.warning(f"strategy='auto' chose {strategy}: {because}")
 
     def _choice_by_memory(
         self, batch: dict[str, Any], units: Units, autocast: torch.dtype | None
@@ -252,9 +253,9 @@ class PrivateTraining:
             books, passes = (e.activations + e.records + here * (e.gradients + e.optimizer) for e in private)
             free = free_memory(device)
         except Exception as error:  # what cannot be estimated can still be trained; split up, it could not be tried in halves
-            return "two_pass" if self.engine.split_up else "bookkeeping", " ".join(str(error).split())
+            return "two_pass" if self.engine.sharded else "bookkeeping", " ".join(str(error).split())
         margin, beside, each = 1.0, "the model", ""
-        if self.engine.split_up:
+        if self.engine.sharded:
             margin, beside = _MARGIN_OF_SPLIT, "its part of the model"
             each = f" on every rank (book-keeping has to fit with {margin - 1:.0%} to spare)"
         return "bookkeeping" if books * margin <= free else "two_pass", (
@@ -270,16 +271,16 @@ class PrivateTraining:
         total, labels = torch.zeros(()), 0.0
         parts = self._physical_batches(inputs)
         # On ranks that compute together, each takes part in all forward and backward passes of the others.
-        most = max(Ranks().gathered(len(parts))) if self.engine.split_up else len(parts)
+        most = max(Ranks().gathered(len(parts))) if self.engine.sharded else len(parts)
         for part, units in parts:
             scale = self._loss.scale(part, units) if self.config.unit_loss == "mean" else None
             loss = self.engine.backward(self._loss, part, units, scale)
             total = total.to(loss.device) + loss
             labels += self._loss.count(part)
         for _ in range(most - len(parts)):
-            self.engine.attend(self._loss, *self._template)
+            self.engine.participate(self._loss, *self._template)
         if Ranks().any(not bool(total.isfinite())):  # of one unit, which then adds zero; or of all
-            with Ranks().together():
+            with Ranks().all_ranks_or_none():
                 require_finite_weights(self.engine.model, "nothing was released")
         return total / max(labels, 1.0)
 

@@ -150,7 +150,7 @@ def test_parameters_that_cannot_be_followed_go_unit_by_unit_and_are_named() -> N
     assert len([w for w in caught if "no rule" in str(w.message)]) == 1
     assert distance({n: g / 2 for n, g in grads(model).items()}, wanted) <= 1e-12
     torch.testing.assert_close(engine.norms, norms, rtol=1e-12, atol=0.0)
-    assert set(engine.forms().values()) == {"microbatch"}
+    assert set(engine.norm_methods().values()) == {"microbatch"}
     engine.detach()
     model.zero_grad()
     fast: tuple[Strategy, ...] = ("bookkeeping", "two_pass")

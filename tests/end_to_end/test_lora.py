@@ -70,7 +70,7 @@ def test_adapters_get_their_units_clipped_sum(variant: str, tmp_path: Path, monk
     assert dp.engine is not None
     assert set(dp.engine.parameters.values()) == {name for name, p in model.named_parameters() if p.requires_grad}
     alone = [str(warning.message) for warning in caught if "Every unit is now computed by itself" in str(warning.message)]
-    assert (set(dp.engine.forms().values()) == {"microbatch"}) == bool(alone)
+    assert (set(dp.engine.norm_methods().values()) == {"microbatch"}) == bool(alone)
     if variant in FAST:
         assert not alone
 

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dp_flash_hf.engine.clipping_engine import ClippingEngine, Strategy
-from dp_flash_hf.engine.gradient_buffer import ClippedSums
+from dp_flash_hf.engine.clipping_engine import ClippingEngine, Strategy, WholeBatchStrategy
+from dp_flash_hf.engine.gradient_buffer import GradientBuffer
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.layers.recorder import Recorder
 from dp_flash_hf.units import Units, select_items
@@ -1097,15 +1097,15 @@ def test_no_room_while_sums_are_added_up(before: bool, monkeypatch: pytest.Monke
     if not before:
         model.zero_grad()
     calls = iter([None, None, cuda_error()])
-    publish, hold = ClippedSums._publish, ClippedSums._hold
+    publish, hold = GradientBuffer._publish, GradientBuffer._hold
 
-    def failing(self: ClippedSums, *args: Any) -> Any:
+    def failing(self: GradientBuffer, *args: Any) -> Any:
         error = next(calls, None)
         if error is not None:
             raise error
         return (publish if before else hold)(self, *args)
 
-    monkeypatch.setattr(ClippedSums, "_publish" if before else "_hold", failing)
+    monkeypatch.setattr(GradientBuffer, "_publish" if before else "_hold", failing)
     if before:
         with pytest.raises(PrivacyError, match="nothing was released"):
             engine.backward(loss, batch)
@@ -1119,7 +1119,7 @@ def test_no_room_while_sums_are_added_up(before: bool, monkeypatch: pytest.Monke
 SCARCE = """
 import resource, warnings, torch
 torch.set_num_threads(1)
-from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(8, 1 << 16), torch.nn.ReLU(), torch.nn.Linear(1 << 16, 2))
 engine = ClippingEngine(model, max_grad_norm=1.0, strategy="bookkeeping")
@@ -1237,9 +1237,9 @@ def interrupted_at(number: int, error: type[BaseException], original: Any) -> An
 @pytest.mark.parametrize(
     ("strategy", "place", "number"),
     [
-        ("bookkeeping", (ClippedSums, "add_record"), 3),  # between two parameters
-        ("microbatch", (ClippedSums, "add"), 3),
-        ("two_pass", (ClippedSums, "add_all"), 1),  # after its second backward pass
+        ("bookkeeping", (GradientBuffer, "add_record"), 3),  # between two parameters
+        ("microbatch", (GradientBuffer, "add"), 3),
+        ("two_pass", (GradientBuffer, "add_all"), 1),  # after its second backward pass
         ("bookkeeping", (Recorder, "stop"), 1),  # all is added, and nobody was told
     ],
 )
@@ -1329,7 +1329,7 @@ def test_a_loss_that_takes_gradients_is_learnt_with_graphs() -> None:
         return toy_loss(model)(part) + 0 * g.sum()
 
     engine.backward(penalized, batch)
-    assert not engine._learning.lean
+    assert not engine._probe.lean
     found = grads(model)
     engine.detach()
     model.zero_grad()
@@ -1350,21 +1350,23 @@ def test_auto_computes_in_two_passes_where_it_is_told_to() -> None:
         return toy_loss(model)(part)
 
     engine.backward(counted, batch)
-    for whole, passes in (("bookkeeping", 1), ("two_pass", 2)):
-        engine.whole, calls = whole, 0  # type: ignore[assignment]
-        with engine.together():
+    expected: dict[WholeBatchStrategy, int] = {"bookkeeping": 1, "two_pass": 2}
+    for whole, passes in expected.items():
+        engine.choose(whole)
+        calls = 0
+        with engine.without_microbatching():
             engine.backward(counted, batch)
         assert calls == passes
 
 
-def test_auto_keeps_books_of_what_two_passes_cannot_compute() -> None:
+def test_auto_uses_book_keeping_for_what_two_passes_cannot_compute() -> None:
     model, batch = Toy(), toy_batch()
     model.norm.register_forward_hook(lambda module, args, out: out * (1 + random.random() * module.training))
     engine = ClippingEngine(model, max_grad_norm=0.7)
-    engine.whole = "two_pass"
-    with pytest.warns(UserWarning, match="keeps books from now on"):
+    engine.choose("two_pass")
+    with pytest.warns(UserWarning, match="uses book-keeping from now on"):
         engine.backward(toy_loss(model), batch)
-    assert str(engine.whole) == "bookkeeping"
+    assert str(engine.chosen) == "bookkeeping"
     assert grads(model)
     model.eval()
     model.zero_grad()
@@ -1379,7 +1381,7 @@ def test_a_second_pass_that_finds_a_use_outside_the_rules_adds_nothing_twice() -
     """The batch would be computed again, on top of what the failed pass had added."""
     model = Toy()
     engine = ClippingEngine(model, max_grad_norm=0.7, strategy="auto")
-    engine.whole = "two_pass"
+    engine.choose("two_pass")
     loss, batch = toy_loss(model), toy_batch()
     engine.backward(loss, batch)
     passes = 0

@@ -46,7 +46,7 @@ import json, sys
 from dataclasses import replace
 import torch
 from dp_flash_hf import bench
-from dp_flash_hf.engine import ClippingEngine
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 
 work, strategy = bench._work_from_json(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(work.threads)
@@ -422,7 +422,7 @@ def chosen(free: list[int], broken: list[bool]) -> tuple[str, list[str], int]:
         engine = private._training.engine
         assert engine is not None
         private.stop()
-    return engine.whole, said, private.report().steps
+    return engine.chosen, said, private.report().steps
 
 
 @pytest.mark.parametrize(

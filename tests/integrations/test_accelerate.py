@@ -94,7 +94,7 @@ def test_auto_chooses_by_memory_and_says_so(free: int, whole: str, collate: Any,
         weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
         engine = private._training.engine
         assert engine is not None
-        assert engine.whole == (whole if strategy == "auto" else "bookkeeping")
+        assert engine.chosen == (whole if strategy == "auto" else "bookkeeping")
     (line,) = said
     assert f"chose {whole}:" in line
     assert "free on cpu" in line
@@ -137,7 +137,7 @@ def test_auto_estimates_under_autocast_too(monkeypatch: pytest.MonkeyPatch) -> N
     assert run(private, optimizer) == 1
     engine = private._training.engine
     assert engine is not None
-    assert engine.whole == "two_pass"
+    assert engine.chosen == "two_pass"
 
 
 def test_what_cannot_be_estimated_keeps_books_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

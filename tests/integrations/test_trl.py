@@ -216,7 +216,7 @@ def error_of(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, **changes
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*computed by itself")
         (got,), dp, _ = sums_of(make, monkeypatch, DRAWN, max_grad_norm=bound, **changes)
-    assert "microbatch" not in dp.engine.forms().values()
+    assert "microbatch" not in dp.engine.norm_methods().values()
     wanted, norms = clipped_sum(single, bound)
     assert norms.min() < bound < norms.max()
     return distance(got, wanted)
@@ -298,7 +298,7 @@ def test_a_trained_head_is_called_and_a_frozen_one_stays_fused(
     monkeypatch.setattr(trl_trainers, "call_the_head", lambda trainer: None)
     with pytest.warns(UserWarning, match=r"lm_head\.weight.*Every unit is now computed by itself"):
         (got,), dp, _ = sums_of(sft_of("padded", tmp_path), monkeypatch, DRAWN, max_grad_norm=1.0)
-    assert set(dp.engine.forms().values()) == {"microbatch"}
+    assert set(dp.engine.norm_methods().values()) == {"microbatch"}
     assert distance(got, clipped_sum(single, 1.0)[0]) <= ROUNDING
 
 

@@ -272,7 +272,7 @@ def test_what_is_recorded_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
         engine = ClippingEngine(compiled, max_grad_norm=1.0, strategy=strategy)
         assert_exact(engine, model, squares(compiled), squares(model), ids_of(3, 2), 1e-11)
         assert engine._runs_compiled
-        assert engine.forms()["hidden.weight"].startswith("ghost norm")
+        assert engine.norm_methods()["hidden.weight"].startswith("ghost norm")
         engine.detach()
 
 

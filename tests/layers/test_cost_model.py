@@ -117,7 +117,7 @@ def test_units_between_are_computed_one_by_one(rows: int, alone: bool) -> None:
     for _ in range(2):
         model.zero_grad()
         engine.backward(total(model), batch)
-        assert (set(engine.forms().values()) == {"microbatch"}) == alone
+        assert (set(engine.norm_methods().values()) == {"microbatch"}) == alone
         assert distance(grads(model), wanted) < 1e-5
         torch.testing.assert_close(engine.norms.double(), norms, rtol=1e-5, atol=0.0)
     engine.check(total(model), batch)
@@ -125,7 +125,7 @@ def test_units_between_are_computed_one_by_one(rows: int, alone: bool) -> None:
         total(model)(batch).backward()
     named = ClippingEngine(Stack(512, 2), max_grad_norm=1.0, strategy="bookkeeping")
     named.backward(total(named.model), batch)
-    assert "microbatch" not in named.forms().values()
+    assert "microbatch" not in named.norm_methods().values()
 
 
 def test_tokens_of_packed_units_count_each_for_itself() -> None:
@@ -135,7 +135,7 @@ def test_tokens_of_packed_units_count_each_for_itself() -> None:
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
         model.zero_grad()
         engine.backward(total(model), {"x": torch.randn(1, sum(lengths), 512)}, units=ends)
-        assert (set(engine.forms().values()) == {"microbatch"}) == alone
+        assert (set(engine.norm_methods().values()) == {"microbatch"}) == alone
 
 
 def test_tables_speak_against_it() -> None:
@@ -152,7 +152,7 @@ def test_features_are_no_rows() -> None:
     narrow = nn.Sequential(nn.Linear(250, 512), nn.Tanh(), *Stack(512, 2).layers)
     engine = ClippingEngine(narrow, max_grad_norm=1.0)
     engine.backward(lambda batch: narrow(batch["x"]).square().sum(), {"x": torch.randn(2, 250)})
-    assert "microbatch" not in engine.forms().values()
+    assert "microbatch" not in engine.norm_methods().values()
 
 
 class Coupled(Stack):
@@ -176,4 +176,4 @@ def test_checks_see_units_together_where_steps_need_not(coupled_by: str) -> None
     with pytest.raises(PrivacyError, match="couples units"):
         engine.check(loss, batch)
     engine.backward(loss, batch)
-    assert set(engine.forms().values()) == {"microbatch"}
+    assert set(engine.norm_methods().values()) == {"microbatch"}

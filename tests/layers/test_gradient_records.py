@@ -463,7 +463,7 @@ def test_layers_that_share_an_input_are_computed_together(
     assert sorted(shared) == [1, 3]
     assert distance(grads(model), wanted) < 1e-10
     torch.testing.assert_close(engine.norms, norms, rtol=1e-10, atol=0.0)
-    assert {form for name, form in engine.forms().items() if name.endswith("weight")} == {"ghost norm (Gram)"}
+    assert {form for name, form in engine.norm_methods().items() if name.endswith("weight")} == {"ghost norm (Gram)"}
 
 
 # Records by themselves.

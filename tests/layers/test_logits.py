@@ -139,7 +139,7 @@ def test_gradients_of_logits_are_stored_where_the_head_is_larger(
     for strategy in FAST:
         engine = ClippingEngine(model, max_grad_norm=1.0, strategy=strategy)
         engine.backward(own_loss(model), batch)
-        assert "logits in blocks" in engine.forms()["lm_head.weight"]
+        assert "logits in blocks" in engine.norm_methods()["lm_head.weight"]
         engine.detach()
         model.zero_grad()
     assert asked == [width == 96, False, False]
@@ -517,7 +517,7 @@ def test_what_was_put_off_in_vain_is_formed_at_once_from_then_on(monkeypatch: py
     put_off.clear()
     engine.backward(own_loss(model), batch)
     assert len(put_off) == 2  # the output layer, in either pass
-    assert "blocks" in engine.forms()["lm_head.weight"]
+    assert "blocks" in engine.norm_methods()["lm_head.weight"]
 
 
 def test_small_heads_are_formed_at_once() -> None:
@@ -526,7 +526,7 @@ def test_small_heads_are_formed_at_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engine.backward(own_loss(model), batch)
-    assert "blocks" not in engine.forms()["lm_head.weight"]
+    assert "blocks" not in engine.norm_methods()["lm_head.weight"]
 
 
 class _Largest(TorchDispatchMode):
