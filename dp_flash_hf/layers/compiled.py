@@ -10,7 +10,6 @@ Autograd leaves no gradient on a parameter that was tapped. Whatever else the mo
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels.numerics import upcast
+from dp_flash_hf.layers import rules
+from dp_flash_hf.layers.class_swap import ClassSwap
 from dp_flash_hf.layers.layout_inference import Layouts
 from dp_flash_hf.layers.operations import record_bias, record_product
 from dp_flash_hf.layers.recorder import Recorder
@@ -30,6 +31,7 @@ from dp_flash_hf.layers.tracking import Call, Tracked, derived
 from dp_flash_hf.layers.unit_layout import Layout
 
 _PRODUCTS = {"mul", "__mul__", "__rmul__"}
+_SWAP = ClassSwap()
 _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
@@ -360,16 +362,12 @@ def _form_of(original: type[nn.Module]) -> tuple[type[Form], type[nn.Module]]:
     )
 
 
-@functools.cache
 def _class_of(original: type[nn.Module]) -> type:
     """A layer's class with its form: in front of the class it is made for, behind subclasses' own `forward`, which call it."""
     form, base = _form_of(original)
-    named = {"__module__": original.__module__, "_dp_original": original}
-    if base is nn.Module or base is original:
-        bases: tuple[type, ...] = (form, original)
-    else:
-        bases = (original, form if issubclass(form, base) else type(form.__name__, (form, base), {}))
-    return type(original.__name__, bases, named)
+    if base in (nn.Module, original) or issubclass(form, base):
+        return _SWAP.derived(original, form)
+    return _SWAP.derived(original, _SWAP.derived(base, form))
 
 
 class CompiledLayers:
@@ -387,7 +385,7 @@ class CompiledLayers:
             self._learnt = layouts.learnt
             before, self._forms = self._forms, {}
             for module in self._modules:
-                form, _ = _form_of(module._dp_original)  # type: ignore[arg-type]
+                form, _ = _form_of(rules.original_class(module))
                 detail = form.fits(module, layouts)
                 if detail is not None:
                     tapped = before[module][0] if module in before else _Tapped(module, form, self._recorder)
@@ -403,7 +401,7 @@ class CompiledLayers:
         try:
             for module, (tapped, detail) in self._forms.items():
                 vars(module).update(_dp_number=tapped.number, _dp_detail=detail)
-                module.__class__ = _class_of(module._dp_original)
+                module.__class__ = _class_of(rules.original_class(module))
             with torch.compiler.set_stance("default"):
                 yield
         finally:

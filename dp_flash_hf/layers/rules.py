@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_flash_hf.layers import experts
+from dp_flash_hf.layers.class_swap import ClassSwap
 from dp_flash_hf.layers.operations import record_bias, record_product
 from dp_flash_hf.layers.recorder import Recorder
 from dp_flash_hf.layers.tracking import Tracked, record
@@ -22,7 +23,6 @@ from dp_flash_hf.layers.unit_layout import Layout
 
 _ATTRIBUTE = "_dp_recorder"
 _RULES: dict[type | str, type] = {}
-_CLASSES: dict[tuple[type, type | None], type] = {}
 _R = TypeVar("_R", bound=type)
 
 
@@ -62,26 +62,26 @@ class _Tracking:
         return value
 
 
+_SWAP = ClassSwap(front=(_Tracking,))
+
+
 def attach(module: nn.Module, recorder: Recorder) -> None:
     """Make a module report to this recorder, by its rule if it has one."""
-    original, rule = type(module), rule_for(module)
-    key = (original, rule)
-    if key not in _CLASSES:
-        bases: tuple[type, ...] = (original,)
-        if rule is not None and original in rule.__mro__:
-            bases = (rule,)
-        elif rule is not None:  # a subclass's own forward comes before the rule, and calls it; a mixin comes first
-            bases = (original, rule) if issubclass(rule, nn.Module) else (rule, original)
-        bases = (_Tracking, *bases)
-        _CLASSES[key] = type(original.__name__, bases, {"__module__": original.__module__, "_dp_original": original})
     setattr(module, _ATTRIBUTE, recorder)
-    module.__class__ = _CLASSES[key]
+    _SWAP.put_on(module, rule_for(module))
 
 
 def detach(module: nn.Module) -> None:
     """Undo `attach`."""
-    module.__class__ = module._dp_original  # type: ignore[assignment]
+    _SWAP.take_off(module)
     delattr(module, _ATTRIBUTE)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that an attached module had before."""
+    original = _SWAP.original_of(module)
+    assert original is not None
+    return original
 
 
 def is_attached(module: nn.Module) -> bool:
@@ -108,6 +108,7 @@ __all__ = [
     "detach",
     "is_attached",
     "layout_of",
+    "original_class",
     "record",
     "record_bias",
     "record_product",
