@@ -94,7 +94,7 @@ def test_the_loop_from_the_parts(names: dict[str, Any], capsys: pytest.CaptureFi
     before = [p.detach().clone() for p in names["model"].parameters()]
     exec(block("docs/extending.md", "mechanism.release()"), names)
     assert "epsilon <= " in capsys.readouterr().out
-    assert names["mechanism"].steps == names["plan"].steps == 20
+    assert names["mechanism"].account.steps == names["plan"].steps == 20
     assert not any(torch.equal(old, new) for old, new in zip(before, names["model"].parameters(), strict=True))
 
 

@@ -56,7 +56,7 @@ class Ledger:
                 together.record(sampler, noise_multiplier, steps)
         return together
 
-    def raise_to(self, other: Ledger) -> None:
+    def merge_max(self, other: Ledger) -> None:
         """Of two counts of the same steps keep the higher, for each kind of step: neither can have counted too many."""
         for (sampler, noise_multiplier), steps in other.entries:
             self.record(sampler, noise_multiplier, max(0, steps - self.count(sampler, noise_multiplier)))

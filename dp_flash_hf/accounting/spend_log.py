@@ -23,13 +23,13 @@ from dp_flash_hf.mechanisms.sampling import sampler_from_dict
 FILE_NAME = "_privacy_spend.jsonl"  # `Trainer.push_to_hub` leaves out files whose name begins so
 
 
-class SpendRecord:
+class SpendLog:
     """An append-only file of all noisy steps of a folder, each written and synced before it is released.
 
-        record = SpendRecord(path)      # locks the file; reads what it holds
-        record.begin(run)               # of what kind the next steps are
-        record.append()                 # returns when the step is on disk: now noise may be drawn
-        record.close()
+        log = SpendLog(path)        # locks the file; reads what it holds
+        log.begin(run)                  # of what kind the next steps are
+        log.append()                    # returns when the step is on disk: now noise may be drawn
+        log.close()
 
     A line is a JSON object with a hash of itself and all lines before. The first line of a run says who counts, and of what
     kind the steps are; it is written with the first of them. Each run that opens the file counts under a new name: two copies
@@ -58,7 +58,7 @@ class SpendRecord:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                raise PrivacyError(f"the spend record {self.path} is not a file: remove it, or choose another folder")
+                raise PrivacyError(f"the spend log {self.path} is not a file: remove it, or choose another folder")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._sync_folder()
             self._read()
@@ -71,7 +71,7 @@ class SpendRecord:
         except OSError as error:
             self.close()
             raise PrivacyError(
-                f"the spend record {self.path} cannot be opened ({error}), so steps could be lost uncounted; choose "
+                f"the spend log {self.path} cannot be opened ({error}), so steps could be lost uncounted; choose "
                 "a folder on a disk that can be written and locked"
             ) from error
         except BaseException:
@@ -112,9 +112,9 @@ class SpendRecord:
         self._write(line)
         self._take(line)
 
-    def elsewhere(self) -> RecordElsewhere:
+    def replica(self) -> SpendLogReplica:
         """What other ranks need to know of this record."""
-        return RecordElsewhere(self.path, self.name, self.ledgers, self.written, self.last)
+        return SpendLogReplica(self.path, self.name, self.ledgers, self.written, self.last)
 
     def close(self) -> None:
         """Let another run write."""
@@ -168,14 +168,14 @@ class SpendRecord:
         for name, state in line["others"].items():
             other = Ledger()
             other.load_state_dict(state)
-            self.ledgers.setdefault(name, Ledger()).raise_to(other)
+            self.ledgers.setdefault(name, Ledger()).merge_max(other)
 
     def _chained(self, line: Mapping[str, Any]) -> str:
         return hashlib.sha256(f"{self._hash}{json.dumps(line, sort_keys=True)}".encode()).hexdigest()[:32]
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is None:
-            raise PrivacyError(f"the spend record {self.path} is closed: nothing may be released any more; start the run again")
+            raise PrivacyError(f"the spend log {self.path} is closed: nothing may be released any more; start the run again")
         found = self._chained(line)
         text = memoryview(json.dumps({**line, "hash": found}, sort_keys=True).encode() + b"\n")
         try:
@@ -188,7 +188,7 @@ class SpendRecord:
         except OSError as error:
             self._undo()
             raise PrivacyError(
-                f"the spend record {self.path} could not be written ({error}), so the step was not released; free disk space "
+                f"the spend log {self.path} could not be written ({error}), so the step was not released; free disk space "
                 "or mend the folder, then resume"
             ) from error
         self._hash, self._end = found, self._end + len(text)
@@ -209,7 +209,7 @@ class SpendRecord:
 
 
 @dataclasses.dataclass
-class RecordElsewhere:
+class SpendLogReplica:
     """The record that the first of several ranks writes, as the others know it: with the same books, and nothing to write.
 
     They release a step only after the first has put it on disk: `DPSGD.release` has all ranks wait for each other before noise.
@@ -232,7 +232,7 @@ class RecordElsewhere:
         """Of the first rank's doing."""
 
 
-_open: weakref.WeakSet[SpendRecord] = weakref.WeakSet()
+_open: weakref.WeakSet[SpendLog] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:

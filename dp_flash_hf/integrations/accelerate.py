@@ -89,12 +89,11 @@ def make_private(
         strategy=strategy,
     )
     if spend_record is not None:
-        training.keep_books(spend_record)
+        training.open_spend_log(spend_record)
     try:
         training.start(model, optimizer)
     except BaseException:
-        if training.mechanism.record is not None:
-            training.mechanism.record.close()
+        training.mechanism.account.close()
         raise
     return PrivateLoop(training, model, collate_fn, accelerator, num_workers, loss_fn)
 
@@ -130,7 +129,7 @@ class PrivateLoop:
     @property
     def steps_left(self) -> int:
         """Steps that may still be taken."""
-        return self._training.mechanism.steps_left
+        return self._training.mechanism.account.steps_left
 
     def backward(self, batch: MutableMapping[str, Any]) -> Tensor:
         """Make the gradients of one step, clipped by unit and noised, of one batch of `loader`; batch and step are then spent.

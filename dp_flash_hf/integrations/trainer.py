@@ -142,16 +142,16 @@ class DPCallback(TrainerCallback, ExportableState):
     def on_train_begin(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        mechanism = self.mechanism
         trainer = self._trainer
         loader = kwargs["train_dataloader"]
         if not isinstance(getattr(loader, "batch_sampler", None), PoissonBatches):
             raise PrivacyError(
                 "the training data loader is not the one DPCallback installed; attach again, after everything else"
             )
-        if mechanism.taken != state.global_step:
+        taken = self.mechanism.account.taken
+        if taken != state.global_step:
             raise PrivacyError(
-                f"training begins after {state.global_step} steps and accounts for {mechanism.taken}: part was not private; "
+                f"training begins after {state.global_step} steps and accounts for {taken}: part was not private; "
                 "train from the beginning"
             )
         # A compiled model is only known by what wraps it.
@@ -173,7 +173,7 @@ class DPCallback(TrainerCallback, ExportableState):
     def on_step_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.mechanism.steps_left <= 0:
+        if self.mechanism.account.steps_left <= 0:
             control.should_training_stop = True
             control.should_save = control.should_save or (
                 state.global_step < state.max_steps and args.save_strategy in ("steps", "epoch")  # as at a planned end
@@ -198,26 +198,26 @@ class DPCallback(TrainerCallback, ExportableState):
         if self not in self._trainer.callback_handler.callbacks:
             raise PrivacyError("DPCallback was removed from the trainer, which would train without noise; add it again")
         _refuse_settings(self._trainer)  # again: they may have changed since attach
-        mechanism, record = self.mechanism, Path(self._trainer.args.output_dir) / FILE_NAME
+        account, record = self.mechanism.account, Path(self._trainer.args.output_dir) / FILE_NAME
         ranks = Ranks()
         found: tuple[Path | None, dict[str, Any]] = (None, {})
         with ranks.all_ranks_or_none():
             if ranks.first:
                 found = self._checkpoint(resume_from_checkpoint, record)
         checkpoint, state = ranks.shared(found)
-        if checkpoint is None and mechanism.steps_left <= 0:
+        if checkpoint is None and account.steps_left <= 0:
             raise self._spent()
         try:
-            self.training.keep_books(record)
-            mechanism.taken = 0
-            if checkpoint is not None:
-                mechanism.load_state_dict(state["stateful_callbacks"][type(self).__name__]["attributes"]["privacy"])
-                if mechanism.taken < state["global_step"]:
-                    raise PrivacyError(
-                        f"{checkpoint} took {state['global_step']} steps but accounts for {mechanism.taken}: part of its "
-                        "training was not private; train from the beginning"
-                    )
-            if mechanism.steps_left <= 0:
+            callbacks = state.get("stateful_callbacks", {})
+            self.training.open_spend_log(
+                record, None if checkpoint is None else callbacks[type(self).__name__]["attributes"]["privacy"]
+            )
+            if checkpoint is not None and account.taken < state["global_step"]:
+                raise PrivacyError(
+                    f"{checkpoint} took {state['global_step']} steps but accounts for {account.taken}: part of its "
+                    "training was not private; train from the beginning"
+                )
+            if account.steps_left <= 0:
                 if checkpoint is None:
                     raise self._spent()
                 return self._finished(checkpoint)
@@ -259,10 +259,10 @@ class DPCallback(TrainerCallback, ExportableState):
         return state
 
     def _spent(self) -> PrivacyError:
-        plan = self.mechanism.plan
+        account = self.mechanism.account
+        plan, log = account.plan, account.spend_log
         steps = plan.steps + sum(taken for _, taken in plan.spent)
-        record = self.mechanism.record
-        where = "" if record is None else f" (on record in {record.path}); choose another output_dir for separate books"
+        where = "" if log is None else f" (on record in {log.path}); choose another output_dir for separate books"
         return PrivacyError(f"the {steps} planned steps are spent; more would exceed the privacy budget{where}")
 
     def _finished(self, checkpoint: Path) -> TrainOutput:
@@ -299,7 +299,7 @@ class DPCallback(TrainerCallback, ExportableState):
             dataset = trainer._remove_unused_columns(dataset, description="training")
         else:
             collator = trainer._get_collator_with_removed_columns(collator, description="training")
-        sampler = self.mechanism.plan.sampler
+        sampler = self.mechanism.account.plan.sampler
         if trainer.train_dataset is not training.dataset or (training.rows is None and len(dataset) != sampler.n_units):
             raise PrivacyError(
                 f"train_dataset changed since attach, when it had {sampler.n_units} units; attach after the data are final"
@@ -310,7 +310,7 @@ class DPCallback(TrainerCallback, ExportableState):
             dataset,
             collator,
             steps=steps,
-            skipped=0 if args.ignore_data_skip else self.mechanism.taken % steps,
+            skipped=0 if args.ignore_data_skip else self.mechanism.account.taken % steps,
             splits=args.gradient_accumulation_steps,
             lengths=self._lengths() if getattr(args, "train_sampling_strategy", "random") == "group_by_length" else None,
             num_workers=workers,

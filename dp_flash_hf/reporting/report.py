@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
@@ -14,6 +13,7 @@ from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.errors import invalid
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.mechanisms.sampling import TruncatedPoissonSampler
+from dp_flash_hf.reporting.text import page, rounded_up
 
 NOT_COVERED = (
     "Losses, gradient norms and metrics logged during training are computed without noise.",
@@ -27,7 +27,6 @@ NOT_COVERED = (
 )
 LOST_STEPS_NOT_COVERED = "Steps lost in a crash after the last checkpoint, if anything that they wrote was seen."
 _NOT_PRIVATE = "NOT PRIVATE: a fixed seed makes the sampling and the noise reproducible. No figure here is a guarantee."
-_WIDTH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +132,8 @@ class PrivacyReport:
 
     def to_text(self) -> str:
         """The report for a reviewer: one screen of plain text, at most 100 columns."""
-        lines = ["Privacy report"] if self.private else [_NOT_PRIVATE, "", "Privacy report"]
-        for name, value in self._rows():
-            lines += textwrap.wrap(value, _WIDTH, initial_indent=f"  {name:<10} ", subsequent_indent=" " * 13)
-        lines.append("Not covered")
-        for sentence in self.not_covered:
-            lines += textwrap.wrap(sentence, _WIDTH, initial_indent="  - ", subsequent_indent="    ")
-        return "\n".join(lines)
+        title = "Privacy report" if self.private else f"{_NOT_PRIVATE}\n\nPrivacy report"
+        return page(title, self._rows(), self.not_covered)
 
     def to_model_card(self) -> str:
         """The report as a Markdown section for a model card."""
@@ -152,8 +146,7 @@ class PrivacyReport:
         return self.to_text()
 
     def _rows(self) -> list[tuple[str, str]]:
-        # Rounded up: a printed epsilon must not claim more privacy than was computed.
-        epsilon = f"epsilon <= {_round_up(self.epsilon)} at delta = {self.delta:g}"
+        epsilon = f"epsilon <= {rounded_up(self.epsilon)} at delta = {self.delta:g}"
         target = "" if self.target_epsilon is None else f" (budget: epsilon = {self.target_epsilon:g})"
         per_draw = "" if self.max_examples_per_unit is None else f", at most {self.max_examples_per_unit} rows of each per draw"
         at_most = "" if self.max_batch_size is None else f", at most {self.max_batch_size}"
@@ -192,8 +185,3 @@ def _parts(parts: Sequence[Mapping[str, Any]]) -> str:
         at_most = f" (at most {sampler['max_batch_size']} units)" if "max_batch_size" in sampler else ""
         told.append(f"{part['steps']} steps with sigma = {part['noise_multiplier']:.6g}, q = {rate:.6g}{at_most}")
     return "composed of " + "; ".join(told)
-
-
-def _round_up(value: float) -> str:
-    text = f"{value:.3f}"
-    return text if float(text) >= value else f"{value + 0.0005:.3f}"

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from dp_flash_hf.accounting.dataset_fingerprint import fingerprint_of
 from dp_flash_hf.accounting.plan import PrivacyPlan
-from dp_flash_hf.accounting.spend_log import SpendRecord
+from dp_flash_hf.accounting.spend_log import SpendLog
 from dp_flash_hf.distributed import Ranks, device_of, local
 from dp_flash_hf.engine.clipping_engine import ClippingEngine, Strategy
 from dp_flash_hf.engine.memory import GIB, estimate, free_memory, moments_of
@@ -105,24 +105,25 @@ class PrivateTraining:
         pair = "one pair of texts" if self.rows_per_example == 2 and self.config.privacy_unit is None else None
         return self.mechanism.report(pair)
 
-    def keep_books(self, path: str | Path) -> None:
-        """From now on write every step to this spend record before it is released, and count what it holds already.
+    def open_spend_log(self, path: str | Path, state: dict[str, Any] | None = None) -> None:
+        """Begin a training, whose every step is written to this spend log before it is released; what it holds already counts.
 
-        Raises PrivacyError where another run writes it, it cannot be read or written, or it is of other data; see `DPSGD.keep`.
+        state: of a checkpoint that the training continues. Raises PrivacyError where another run writes the log, it cannot be
+        read or written, or it is of other data, and as `RunAccount.begin` does.
         """
         ranks = Ranks()
-        record: SpendRecord | None = None
+        log: SpendLog | None = None
         try:
             with ranks.all_ranks_or_none():
                 if ranks.first:
-                    record = SpendRecord(path)
-                    record.require_dataset(self.dataset)
-            elsewhere = ranks.shared(None if record is None else record.elsewhere())
+                    log = SpendLog(path)
+                    log.require_dataset(self.dataset)
+            replica = ranks.shared(None if log is None else log.replica())
             with ranks.all_ranks_or_none():
-                self.mechanism.keep(elsewhere if record is None else record)
+                self.mechanism.account.begin(replica if log is None else log, state)
         except BaseException:
-            if record is not None:
-                record.close()
+            if log is not None:
+                log.close()
             raise
 
     def loader(
@@ -144,7 +145,7 @@ class PrivateTraining:
         return DataLoader(
             WithUnits(dataset),
             batch_sampler=PoissonBatches(
-                self.mechanism.plan.sampler,
+                self.mechanism.account.plan.sampler,
                 steps=steps,
                 splits=splits,
                 together=self.max_tokens is not None,  # `physical_batches` then sees the whole draw, and sorts it by length
@@ -152,7 +153,7 @@ class PrivateTraining:
                 max_examples_per_unit=self.config.max_examples_per_unit,
                 lengths=lengths,
                 seed=self.config.seed,
-                first_step=self.mechanism.taken - skipped,
+                first_step=self.mechanism.account.taken - skipped,
             ),
             collate_fn=UnitCollator(collate),
             **options,
@@ -198,7 +199,9 @@ class PrivateTraining:
             return [(row, number) for row in own]
 
         if self.strategy == "auto":
-            longest = choose_units(self.mechanism.plan.sampler.n_units, lambda unit: loader.dataset[keys_of(unit, 0)[0]][0])[0]
+            longest = choose_units(
+                self.mechanism.account.plan.sampler.n_units, lambda unit: loader.dataset[keys_of(unit, 0)[0]][0]
+            )[0]
             example = loader.collate_fn(loader.dataset.__getitems__(keys_of(longest, 0)))  # type: ignore[attr-defined]
             self._choose_by_memory(*self._prepared(example), torch.bfloat16 if reduced_precision else None)
 
@@ -209,7 +212,7 @@ class PrivateTraining:
             loader.collate_fn,
             self._prepared,
             keys_of,
-            n_units=self.mechanism.plan.sampler.n_units,
+            n_units=self.mechanism.account.plan.sampler.n_units,
             rows_per_example=self.rows_per_example,
             cut_padding=self.max_tokens is not None,
             reduced_precision=reduced_precision,
@@ -285,10 +288,9 @@ class PrivateTraining:
         return total / max(labels, 1.0)
 
     def stop(self) -> None:
-        """Let go of model and optimizer, as they are without the library; what was spent stays on the books."""
+        """Let go of model and optimizer, as they are without the library; what was spent stays counted."""
         self.mechanism.stop()
-        if self.mechanism.record is not None:
-            self.mechanism.record.close()
+        self.mechanism.account.close()
         if self.engine is not None:
             self.engine.detach()
             self.engine.model.zero_grad()  # what an interrupted step left was clipped, but has no noise

@@ -25,7 +25,7 @@ import transformers as hf
 
 from dp_flash_hf.accounting.dataset_fingerprint import fingerprint_of
 from dp_flash_hf.accounting.ledger import Ledger
-from dp_flash_hf.accounting.spend_log import FILE_NAME, SpendRecord
+from dp_flash_hf.accounting.spend_log import FILE_NAME, SpendLog
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.mechanisms.sampling import PoissonSampler
 from dp_flash_hf.reporting.report import PrivacyReport
@@ -45,15 +45,15 @@ def path(tmp_path: Path) -> Path:
 
 
 def written(path: Path, steps: int) -> None:
-    record = SpendRecord(path)
+    record = SpendLog(path)
     record.begin(RUN, {})
     for _ in range(steps):
         record.append()
     record.close()
 
 
-def read(path: Path) -> SpendRecord:
-    record = SpendRecord(path)
+def read(path: Path) -> SpendLog:
+    record = SpendLog(path)
     record.close()
     return record
 
@@ -78,7 +78,7 @@ def test_every_step_is_read_back(path: Path) -> None:
 
 
 def test_a_run_whose_kind_of_step_changes_counts_on(path: Path) -> None:
-    record = SpendRecord(path)
+    record = SpendLog(path)
     for sigma in (1.0, 2.0):
         record.begin({**RUN, "noise_multiplier": sigma}, {})
         record.append()
@@ -94,7 +94,7 @@ def test_a_run_without_a_step_leaves_no_line(before: int, path: Path) -> None:
     if before:
         written(path, before)
     old = path.read_bytes() if before else b""
-    record = SpendRecord(path)
+    record = SpendLog(path)
     with pytest.raises(KeyError):
         record.append()  # of no kind, and not one of an earlier run's
     record.begin(RUN, {})
@@ -112,7 +112,7 @@ def test_a_file_of_an_earlier_version_is_refused(path: Path) -> None:
         content += json.dumps({**line, "hash": last}, sort_keys=True) + "\n"
     path.write_text(content)
     with pytest.raises(PrivacyError, match=r"spend.jsonl was written by an earlier version.*another folder, and count"):
-        SpendRecord(path)
+        SpendLog(path)
     assert path.read_text() == content
 
 
@@ -136,7 +136,7 @@ def test_any_flipped_bit_is_noticed(path: Path) -> None:
         bit = 1 << int(torch.randint(8, (), generator=generator))
         path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
         with pytest.raises(PrivacyError, match=r"spend.jsonl, line \d: damaged .*Restore a copy of the file"):
-            SpendRecord(path)
+            SpendLog(path)
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -146,7 +146,7 @@ def test_a_missing_line_is_noticed(lost: int, path: Path) -> None:
     del lines[lost]
     path.write_bytes(b"".join(lines))
     with pytest.raises(PrivacyError, match=f"line {lost + 1}: damaged"):
-        SpendRecord(path)
+        SpendLog(path)
 
 
 def test_the_hub_does_not_get_it() -> None:
@@ -157,18 +157,18 @@ def test_the_hub_does_not_get_it() -> None:
 
 
 def test_two_runs_cannot_write_one_record(path: Path) -> None:
-    record = SpendRecord(path)
+    record = SpendLog(path)
     with pytest.raises(PrivacyError, match="another run is writing"):
-        SpendRecord(path)
+        SpendLog(path)
     record.close()
-    SpendRecord(path).close()
+    SpendLog(path).close()
 
 
 def test_a_worker_does_not_keep_the_lock_of_a_killed_run(path: Path) -> None:
     """Data loaders fork; their workers notice some seconds late that the run is gone."""
     script = (
-        "import os, sys, time; from dp_flash_hf.spend import SpendRecord\n"
-        "record = SpendRecord(sys.argv[1])\n"
+        "import os, sys, time; from dp_flash_hf.accounting.spend_log import SpendLog\n"
+        "record = SpendLog(sys.argv[1])\n"
         "if os.fork() == 0: time.sleep(60)\n"
         "time.sleep(0.5); print('ready', flush=True); time.sleep(60)"
     )
@@ -183,7 +183,7 @@ def test_a_worker_does_not_keep_the_lock_of_a_killed_run(path: Path) -> None:
         assert run.stdout.readline() == b"ready\n"
         run.kill()
         run.wait()
-        SpendRecord(path).close()
+        SpendLog(path).close()
     finally:
         os.killpg(run.pid, signal.SIGKILL)
 
@@ -205,7 +205,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_releases_nothing(small_disk: Path) -> None:
     model = Toy()
     mechanism, _, optimizer = started(model, steps=100)
-    mechanism.keep(SpendRecord(small_disk / "spend"))
+    mechanism.account.open_spend_log(SpendLog(small_disk / "spend"))
     with pytest.raises(PrivacyError, match=r"could not be written .*No space left.* not released; free disk space"):
         run(mechanism, optimizer, 100)
     assert all(p.grad is None for p in model.parameters())
@@ -215,13 +215,13 @@ def test_a_full_disk_releases_nothing(small_disk: Path) -> None:
     with pytest.raises(PrivacyError, match="is closed: nothing may be released"):
         mechanism.release()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-    assert 0 < mechanism.steps == steps_in(small_disk / "spend") < 100
+    assert 0 < mechanism.account.steps == steps_in(small_disk / "spend") < 100
 
 
 def test_a_line_that_fits_in_part_is_taken_back(path: Path) -> None:
     """What stands in the file after a failed write are whole lines."""
     written(path, 2)
-    record = SpendRecord(path)
+    record = SpendLog(path)
     record.begin(RUN, {})
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, old[1]))
@@ -237,14 +237,14 @@ def test_a_line_that_fits_in_part_is_taken_back(path: Path) -> None:
 def test_folders_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PrivacyError, match=r"file/run/spend cannot be opened .*choose a folder"):
-        SpendRecord(tmp_path / "file" / "run" / "spend")
+        SpendLog(tmp_path / "file" / "run" / "spend")
     (tmp_path / "link").symlink_to("/dev/full")
     with pytest.raises(PrivacyError, match="is not a file"):
-        SpendRecord(tmp_path / "link")
+        SpendLog(tmp_path / "link")
 
 
 def test_a_record_deleted_while_in_use_stops_the_run(path: Path) -> None:
-    record = SpendRecord(path)
+    record = SpendLog(path)
     record.begin(RUN, {})
     record.append()
     path.unlink()
@@ -257,7 +257,7 @@ def test_a_record_deleted_while_in_use_stops_the_run(path: Path) -> None:
 
 def kept(path: Path, **changes: Any) -> tuple[DPSGD, Any]:
     mechanism, _, optimizer = started(Toy(), **changes)
-    mechanism.keep(SpendRecord(path))
+    mechanism.account.open_spend_log(SpendLog(path))
     return mechanism, optimizer
 
 
@@ -270,14 +270,13 @@ def step(mechanism: DPSGD, optimizer: Any) -> None:
 def run(mechanism: DPSGD, optimizer: Any, steps: int) -> None:
     for _ in range(steps):
         step(mechanism, optimizer)
-    assert mechanism.record is not None
-    mechanism.record.close()
+    mechanism.account.close()
 
 
 KILL = """
 import os, signal, sys
-from dp_flash_hf import mechanism as module
-from dp_flash_hf.spend import SpendRecord
+from dp_flash_hf.training import dp_sgd as module
+from dp_flash_hf.accounting.spend_log import SpendLog
 from tests.accounting.test_spend_log import kept
 mechanism, optimizer = kept(sys.argv[1])
 mechanism.release()
@@ -295,7 +294,7 @@ def test_a_step_is_on_disk_before_its_noise_is_drawn(path: Path) -> None:
     assert code == -signal.SIGKILL
     assert steps_in(path) == 2
     again, _ = kept(path)
-    assert (again.steps, again.taken, again.report().lost_steps) == (2, 0, 2)
+    assert (again.account.steps, again.account.taken, again.report().lost_steps) == (2, 0, 2)
 
 
 def test_the_record_is_synced_before_noise(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,11 +321,11 @@ def test_a_fresh_start_continues_the_books(path: Path, caplog: pytest.LogCapture
     mechanism, optimizer = kept(path)
     run(mechanism, optimizer, 2)
     again, optimizer = kept(path)
-    assert again.steps_left == 3
+    assert again.account.steps_left == 3
     run(again, optimizer, 3)
     report = again.report()
     assert (report.steps, report.lost_steps, report.planned_steps) == (5, 2, 5)
-    assert report.epsilon == again.plan.epsilon(5) > mechanism.plan.epsilon(3)
+    assert report.epsilon == again.account.plan.epsilon(5) > mechanism.account.plan.epsilon(3)
     assert not any("lost in a crash" in gap.lower() for gap in report.not_covered)
     assert any("lost in a crash" in gap for gap in dpsgd().report().not_covered)
 
@@ -336,10 +335,10 @@ def test_with_a_budget_lost_steps_are_not_taken_again(path: Path) -> None:
     mechanism, optimizer = kept(path, steps=8, **budget)
     run(mechanism, optimizer, 5)
     again, optimizer = kept(path, steps=8, **budget)
-    assert again.plan == mechanism.plan
-    assert again.steps_left == 3
+    assert again.account.plan == mechanism.account.plan
+    assert again.account.steps_left == 3
     run(again, optimizer, 3)
-    assert again.epsilon() == mechanism.plan.epsilon() <= 2.0
+    assert again.epsilon() == mechanism.account.plan.epsilon() <= 2.0
     with pytest.raises(PrivacyError, match="planned steps are spent"):
         again.release()
 
@@ -350,11 +349,11 @@ def test_a_checkpoint_does_not_count_twice_beside_its_record(path: Path) -> None
     early = mechanism.state_dict()
     again, optimizer = kept(path, steps=20)
     again.load_state_dict(early)
-    assert (again.steps, again.taken) == (2, 2)
+    assert (again.account.steps, again.account.taken) == (2, 2)
     run(again, optimizer, 3)
     late, optimizer = kept(path, steps=20)
     late.load_state_dict(early)
-    assert (late.steps, late.taken, late.report().lost_steps) == (5, 2, 3)
+    assert (late.account.steps, late.account.taken, late.report().lost_steps) == (5, 2, 3)
     run(late, optimizer, 0)
 
 
@@ -367,9 +366,9 @@ def test_steps_of_another_folder_are_carried_over(path: Path, tmp_path: Path) ->
     moved.load_state_dict(mechanism.state_dict())
     run(moved, optimizer, 3)
     fresh, optimizer = kept(elsewhere, steps=20)
-    assert fresh.steps == 7
+    assert fresh.account.steps == 7
     fresh.load_state_dict(mechanism.state_dict())
-    assert fresh.steps == 7
+    assert fresh.account.steps == 7
     run(fresh, optimizer, 1)
     assert steps_in(elsewhere) == 8
     assert steps_in(path) == 4
@@ -384,7 +383,7 @@ def test_an_older_copy_of_the_record_does_not_hide_steps_of_a_checkpoint(path: P
     path.write_bytes(old)
     restored, optimizer = kept(path, steps=20)
     restored.load_state_dict(again.state_dict())
-    assert restored.steps == 5
+    assert restored.account.steps == 5
     run(restored, optimizer, 1)
     assert steps_in(path) == 6
 
@@ -408,15 +407,17 @@ def test_copies_of_a_folder_that_both_went_on_are_put_together(alive: bool, path
         run(here, optimizer, 3)
     there, optimizer = kept(copy, steps=30)
     run(there, optimizer, 2)
-    assert (here.steps, there.steps) == (4 + 3, 4 + 2)
+    assert (here.account.steps, there.account.steps) == (4 + 3, 4 + 2)
 
     for place, brought in ((path, there), (copy, here)):
         together, optimizer = kept(place, steps=30)
         together.load_state_dict(brought.state_dict())
-        assert together.steps == 4 + 3 + 2
+        assert together.account.steps == 4 + 3 + 2
         run(together, optimizer, 1)
         assert steps_in(place) == 4 + 3 + 2 + 1
-        assert together.report().parts == ({"steps": 10, "sampler": together.plan.sampler.to_dict(), "noise_multiplier": 1.0},)
+        assert together.report().parts == (
+            {"steps": 10, "sampler": together.account.plan.sampler.to_dict(), "noise_multiplier": 1.0},
+        )
 
 
 def test_a_checkpoint_of_a_copied_output_folder(tmp_path: Path) -> None:
@@ -445,16 +446,16 @@ def test_what_a_copy_took_is_not_on_record_here(path: Path) -> None:
     shutil.copytree(path.parent, copy.parent)
     run(first, optimizer, 1)
     there, optimizer = kept(copy, steps=30)
-    assert (there.steps, there.recorded) == (1, True)
+    assert (there.account.steps, there.account.recorded) == (1, True)
     there.load_state_dict(first.state_dict())
-    assert (there.steps, there.recorded) == (2, False)
+    assert (there.account.steps, there.account.recorded) == (2, False)
     run(there, optimizer, 1)
     later, _ = kept(copy, steps=30)  # which the record carries over
-    assert (later.steps, later.recorded) == (3, False)
+    assert (later.account.steps, later.account.recorded) == (3, False)
     here, _ = kept(path, steps=30)
-    assert (here.steps, here.recorded) == (2, True)
+    assert (here.account.steps, here.account.recorded) == (2, True)
     here.load_state_dict(there.state_dict())
-    assert (here.steps, here.recorded) == (3, False)
+    assert (here.account.steps, here.account.recorded) == (3, False)
 
 
 def test_books_grow_by_one_name_for_each_run_that_took_a_step(path: Path) -> None:
@@ -462,11 +463,11 @@ def test_books_grow_by_one_name_for_each_run_that_took_a_step(path: Path) -> Non
     for runs in range(1, 4):
         run(mechanism, optimizer, 2)
         state = mechanism.state_dict()
-        assert len(state["books"]) == runs
+        assert len(state["ledgers"]) == runs
         mechanism, optimizer = kept(path, steps=30)
         mechanism.load_state_dict(state)
-        assert mechanism.state_dict()["books"] == state["books"]
-        assert mechanism.recorded
+        assert mechanism.state_dict()["ledgers"] == state["ledgers"]
+        assert mechanism.account.recorded
     assert not any(json.loads(line).get("others") for line in path.read_text().splitlines())
 
 
@@ -543,15 +544,15 @@ def test_parts_do_not_run_into_each_other() -> None:
 
 def test_another_dataset_is_refused(path: Path) -> None:
     for data in (texts(), texts()):
-        record = SpendRecord(path)
+        record = SpendLog(path)
         record.require_dataset(data)
         record.begin(RUN, {})
         record.append()
         record.close()
-    record = SpendRecord(path)
+    record = SpendLog(path)
     with pytest.raises(PrivacyError, match=r"the dataset changed since the earlier runs in .*choose another folder"):
         record.require_dataset(texts(seed=1))
     record.close()
-    other = SpendRecord(path.with_name("other"))
+    other = SpendLog(path.with_name("other"))
     other.require_dataset(texts(seed=1))
     other.close()

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from dp_flash_hf.accounting.spend_log import SpendRecord
+from dp_flash_hf.accounting.spend_log import SpendLog
 from dp_flash_hf.distributed import Ranks, checksum, local, part_of
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.integrations.accelerate import make_private
@@ -346,7 +346,7 @@ def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool,
         spend_record=path,
     )
 
-    def full(self: SpendRecord) -> None:
+    def full(self: SpendLog) -> None:
         raise PrivacyError("no space left on device")
 
     def goes_on(self: Ranks, tensors: Any) -> Any:  # it would wait for the others in vain
@@ -360,7 +360,7 @@ def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool,
 
     with pytest.MonkeyPatch.context() as patch:
         if failing:
-            patch.setattr(SpendRecord, "append", full)
+            patch.setattr(SpendLog, "append", full)
             patch.setattr(Ranks, "added_up", goes_on)
         error = fails(train)
     private.stop()
@@ -370,8 +370,8 @@ def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool,
         report.steps,
         report.lost_steps,
         checksum(model.lm_head.weight) != before,
-        private._training.mechanism.recorded,
-        list(private.state_dict()["books"]),
+        private._training.mechanism.account.recorded,
+        list(private.state_dict()["ledgers"]),
     )
 
 
@@ -389,7 +389,7 @@ def test_a_record_of_several_ranks(tmp_path: Path) -> None:
             assert (steps, found) == (3 + lost, lost)
             assert changed
             assert on_record
-            record = SpendRecord(path)
+            record = SpendLog(path)
             record.close()
             assert writers == list(record.ledgers)
     assert [own.steps for own in record.ledgers.values()] == [3, 3]

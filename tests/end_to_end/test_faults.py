@@ -14,7 +14,7 @@ import transformers as hf
 from accelerate.accelerator import Accelerator
 from transformers.utils import logging as hf_logging
 
-from dp_flash_hf.accounting.spend_log import FILE_NAME, SpendRecord
+from dp_flash_hf.accounting.spend_log import FILE_NAME, SpendLog
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.integrations.trainer import DPCallback
 from dp_flash_hf.training.dp_sgd import DPSGD
@@ -47,7 +47,7 @@ def trained(path: Path, **changes: Any) -> DPCallback:
 
 
 def steps_in(path: Path) -> int:
-    record = SpendRecord(path / FILE_NAME)
+    record = SpendLog(path / FILE_NAME)
     record.close()
     return sum(ledger.steps for ledger in record.ledgers.values())
 
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
     assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
     trainer.train(resume_from_checkpoint=True)
     assert f"checkpoint-3/{name} is" in caplog.text
-    assert "1 noisy steps on the books" in caplog.text
+    assert "1 noisy steps on record" in caplog.text
     report = dp.report()
     assert (trainer.state.global_step, report.steps, report.lost_steps) == (4, 5, 1)
     assert steps_in(tmp_path) == 5
@@ -295,7 +295,7 @@ def test_damaged_state_of_a_loop_is_an_error(cut: bool, tmp_path: Path) -> None:
     run(private, optimizer)
     accelerator.save_state(str(tmp_path))
     file = tmp_path / "custom_checkpoint_0.pkl"
-    (writer,) = private.state_dict()["books"]
+    (writer,) = private.state_dict()["ledgers"]
     assert writer.encode() in file.read_bytes()
     if cut:
         truncate(file)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dp_flash_hf.accounting.ledger import Ledger
-from dp_flash_hf.accounting.spend_log import FILE_NAME, SpendRecord
+from dp_flash_hf.accounting.spend_log import FILE_NAME, SpendLog
 from dp_flash_hf.integrations import checkpoints
 from dp_flash_hf.mechanisms.sampling import PoissonSampler
 from dp_flash_hf.reporting.report import PrivacyReport
@@ -95,7 +95,7 @@ def storm(folder: Path, *, kills: int, steps: int, launcher: Sequence[str] = ONE
 def check(folder: Path, steps: int) -> None:
     released, stepped = count(folder / "released"), count(folder / "stepped")
     report = PrivacyReport.from_json((folder / "report.json").read_text())
-    record = SpendRecord(folder / "run" / FILE_NAME)
+    record = SpendLog(folder / "run" / FILE_NAME)
     record.close()
     on_record = Ledger.total(record.ledgers.values(), "rdp")
     counted = Ledger("rdp")

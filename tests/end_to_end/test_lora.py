@@ -130,7 +130,7 @@ def test_gpt2_adapters_on_conv1d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         warnings.simplefilter("error", UserWarning)  # a fall-back would announce itself
         trainer.train()
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
 
 
 def test_lora_before_and_after_making_the_trainer(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_lora_before_and_after_making_the_trainer(tmp_path: Path) -> None:
     dp = attached(trainer)
     with pytest.raises(Exception, match="the optimizer must update exactly the trained parameters"):
         trainer.train()
-    assert dp.mechanism.steps == 0
+    assert dp.mechanism.account.steps == 0
 
 
 def test_labels_are_counted_as_without_an_adapter(tmp_path: Path) -> None:

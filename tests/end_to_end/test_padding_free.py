@@ -60,7 +60,7 @@ def test_attention_that_ignores_boundaries_is_refused(
     dp = attached(trainer)
     with pytest.raises(PrivacyError, match=rf"see each other.*attention is '{attention}'.*attn_implementation='dp_flash'"):
         trainer.train()
-    assert dp.mechanism.steps == 0
+    assert dp.mechanism.account.steps == 0
     monkeypatch.setattr("dp_flash_hf.training.preflight.check_packing", lambda *args, **kwargs: None)
     monkeypatch.setattr("dp_flash_hf.training.preflight.check_alone", lambda *args, **kwargs: None)
     with pytest.warns(UserWarning, match="Every unit is now computed by itself"):
@@ -79,7 +79,7 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
     trainer = trainer_for(model_of("llama", "dp_flash", torch.bfloat16), tmp_path, collator=flattening())
     dp = attached(trainer)
     trainer.train()
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
 
 
 class Seeing(nn.Module):
@@ -96,10 +96,10 @@ def test_training_mode_is_looked_at_too(tmp_path: Path, monkeypatch: pytest.Monk
     dp = attached(trainer)
     with pytest.raises(PrivacyError, match="in training mode a unit's gradient norm changes"):
         trainer.train()
-    assert dp.mechanism.steps == 0
+    assert dp.mechanism.account.steps == 0
     monkeypatch.setattr("dp_flash_hf.training.preflight.check_training_mode", lambda *args, **kwargs: None)
     trainer.train()
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
 
 
 def test_dropout_is_no_company(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_dropout_is_no_company(tmp_path: Path) -> None:
     trainer = trainer_for(model, tmp_path, collator=flattening())
     dp = attached(trainer)
     trainer.train()
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
 
 
 def test_a_label_across_a_boundary_is_refused(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_label_across_a_boundary_is_refused(tmp_path: Path) -> None:
     dp = attached(trainer)
     with pytest.raises(PrivacyError, match="see each other"):
         trainer.train()
-    assert dp.mechanism.steps == 0
+    assert dp.mechanism.account.steps == 0
 
 
 class Absolute:
@@ -134,7 +134,7 @@ def test_positions_that_follow_the_others_lengths_are_refused(tmp_path: Path) ->
     dp = attached(trainer)
     with pytest.raises(PrivacyError, match="flattened with others"):
         trainer.train()
-    assert dp.mechanism.steps == 0
+    assert dp.mechanism.account.steps == 0
 
 
 def test_rows_packed_beforehand_are_refused(tmp_path: Path) -> None:

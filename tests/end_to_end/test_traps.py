@@ -275,14 +275,14 @@ def test_6_3_preflight_refuses_layers_that_couple_units(module: MeanOfRows, tmp_
     dp = attached(trainer)
     with pytest.raises(PrivacyError, match=r"unit|buffers"):
         trainer.train()
-    assert dp.mechanism.steps == 0
+    assert dp.mechanism.account.steps == 0
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     strength, module.strength = module.strength, 0.0
     try:
         trainer.train()
     finally:
         module.strength = strength
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
 
 
 @pytest.mark.parametrize("module", COUPLED, ids=lambda module: f"{type(module).__name__} {module.strength}")
@@ -295,7 +295,7 @@ def test_6_3_would_train_such_layers_without_preflight(
     trainer = trainer_for(built_in(module), tmp_path)
     dp = attached(trainer)
     trainer.train()
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
 
 
 def test_6_3_attention_across_rows_is_refused_or_sees_one_unit_at_a_time(
@@ -313,7 +313,7 @@ def test_6_3_preflight_refuses_a_contrastive_loss(tmp_path: Path) -> None:
     dp = attached(trainer)
     with pytest.raises((PrivacyError, UnsupportedError), match="units"):
         trainer.train()
-    assert dp.mechanism.steps == 0
+    assert dp.mechanism.account.steps == 0
 
 
 def test_6_3_preflight_refuses_a_collator_that_mixes_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ def test_6_3_preflight_refuses_a_collator_that_mixes_examples(tmp_path: Path, mo
     for check in ("check_collator", "check_alone"):
         monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
     trainer.train()
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
 
 
 class Mixing(hf.Trainer):
@@ -351,7 +351,7 @@ def test_6_3_preflight_refuses_inputs_that_are_mixed_after_the_collator(
     for check in ("check_collator", "check_alone"):
         monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
     trainer.train()
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
@@ -375,10 +375,10 @@ def test_6_3_preflight_refuses_padding_that_units_feel(
     if coupled:
         with pytest.raises(PrivacyError, match="depends on the others' lengths"):
             trainer.train()
-        assert dp.mechanism.steps == 0
+        assert dp.mechanism.account.steps == 0
         monkeypatch.setattr(preflight_module, "check_alone", lambda *args, **kwargs: None)
     trainer.train()
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
 
 
 def test_6_3_preflight_looks_at_data_from_beginning_to_end() -> None:
@@ -406,7 +406,7 @@ def test_6_3_random_masking_is_no_mixing(tmp_path: Path) -> None:
     trainer = trainer_for("bert", tmp_path, collator=masking)
     dp = attached(trainer)
     trainer.train()
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
 
 
 # 6.4
@@ -441,7 +441,7 @@ def rows_only(examples: Any) -> dict[str, Tensor]:
 def sampling_test(path: Path) -> tuple[list[float], list[list[int]]]:
     trainer = trainer_for("gpt2", path, [{"row": row} for row in range(40)], collator=rows_only, gradient_accumulation_steps=3)
     dp = attached(trainer, seed=11)
-    return p_values(trainer.get_train_dataloader(), dp.mechanism.plan.sampler, splits=3)
+    return p_values(trainer.get_train_dataloader(), dp.mechanism.account.plan.sampler, splits=3)
 
 
 def test_6_4_the_loader_draws_poisson_batches_and_splits_them_without_loss(
@@ -487,7 +487,7 @@ def test_6_4_physical_batches_hold_each_drawn_unit_once(
     trainer.train()
     assert all(len(part) <= 2 for part in parts)
     assert [int(row) - 3 for part in parts for row in part[:, 0]] == list(chain(*steps))
-    assert dp.mechanism.steps == 3
+    assert dp.mechanism.account.steps == 3
 
 
 def test_6_4_empty_draws_take_noisy_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +500,7 @@ def test_6_4_empty_draws_take_noisy_steps(tmp_path: Path, monkeypatch: pytest.Mo
     assert [] in seen.drawn
     assert all(total_norm(gradient) > 1.0 for gradient in seen.released)
     assert not torch.equal(before, trainer.model.lm_head.weight)
-    assert dp.mechanism.steps == dp.report().steps == trainer.state.global_step == 8
+    assert dp.mechanism.account.steps == dp.report().steps == trainer.state.global_step == 8
 
 
 # 6.5
@@ -747,7 +747,7 @@ def test_6_6_settings_changed_after_attach_are_refused_too(tmp_path: Path) -> No
     trainer.args.fp16 = True
     with pytest.raises(UnsupportedError, match="fp16"):
         trainer.train()
-    assert dp.mechanism.steps == 0
+    assert dp.mechanism.account.steps == 0
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(16), nn.SyncBatchNorm(16)], ids=["BatchNorm1d", "SyncBatchNorm"])
@@ -909,7 +909,7 @@ def test_6_8_a_silent_no_op_is_an_error(mistake: Callable[[Any], None], match: s
     dp = attached(trainer)
     with pytest.raises((PrivacyError, ValueError), match=match):
         trainer.train()
-    assert dp.mechanism.steps == 0
+    assert dp.mechanism.account.steps == 0
 
 
 class Unfreeze(hf.TrainerCallback):
@@ -980,7 +980,7 @@ def test_6_9_not_by_one_step_even_if_another_callback_goes_on(tmp_path: Path, mo
     assert torch.equal(*weights)
     monkeypatch.setattr(DPSGD, "steps_left", 1)
     weights.clear()
-    assert run().mechanism.steps > 2
+    assert run().mechanism.account.steps > 2
 
 
 class Snapshot(hf.TrainerCallback):
@@ -1026,9 +1026,9 @@ def test_6_10_a_checkpoint_continues_the_same_books(checkpoint: Path, tmp_path: 
     """Promise 10: state is saved with the checkpoint, public numbers only."""
     dp = resumed(checkpoint, tmp_path)
     assert dp.report().steps == 2
-    assert dp.report().epsilon == dp.mechanism.plan.epsilon(2)
+    assert dp.report().epsilon == dp.mechanism.account.plan.epsilon(2)
     saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["DPCallback"]
-    (books,) = saved["attributes"]["privacy"]["books"].values()
+    (books,) = saved["attributes"]["privacy"]["ledgers"].values()
     assert books["entries"][0]["steps"] == 1
 
 
@@ -1063,7 +1063,7 @@ def test_6_10_privacy_parameters_that_cannot_be_composed_are_an_error(
 def test_6_10_other_privacy_parameters_are_composed(changes: dict[str, Any], checkpoint: Path, tmp_path: Path) -> None:
     """Two steps: one before the checkpoint, one with the new parameters. Both are in the report."""
     dp = resumed(checkpoint, tmp_path, **changes)
-    plan = dp.mechanism.plan
+    plan = dp.mechanism.account.plan
     both = Ledger(plan.accountant)
     both.record(PoissonSampler(24, 4), 1.0)
     both.record(plan.sampler, plan.noise_multiplier)

@@ -273,7 +273,7 @@ def test_model_init_makes_the_model_anew(tmp_path: Path) -> None:
     first = trainer.model
     trainer.train()
     assert trainer.model is not first
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
     with pytest.raises(PrivacyError, match="2 planned steps are spent"):  # as a second trial of a hyper-parameter search
         trainer.train()
 
@@ -284,7 +284,7 @@ def test_seq2seq_trainer_evaluates_by_generating(tmp_path: Path) -> None:
     dp = attached(trainer)
     trainer.train()
     assert trainer.evaluate(texts(3, seed=4))["eval_loss"] > 0
-    assert dp.mechanism.steps == 2
+    assert dp.mechanism.account.steps == 2
 
 
 def test_truncated_poisson_never_draws_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_all_rows_of_a_user_are_clipped_together(tmp_path: Path, monkeypatch: py
 def test_a_user_contributes_at_most_max_examples_per_unit(tmp_path: Path) -> None:
     trainer = trainer_for("gpt2", tmp_path, owners(), per_device_train_batch_size=3)
     dp = attached(trainer, privacy_unit="user", max_examples_per_unit=2)
-    assert dp.mechanism.plan.sampler.n_units == 9
+    assert dp.mechanism.account.plan.sampler.n_units == 9
     sampler = trainer.get_train_dataloader().batch_sampler
     assert isinstance(sampler, PoissonBatches)
     rows_of_user_0: set[int] = set()
@@ -448,4 +448,4 @@ def test_a_run_may_be_resumed_more_than_once_and_across_epochs(tmp_path: Path) -
         trainer.add_callback(Stop())
         trainer.train(resume_from_checkpoint=None if start is None else str(tmp_path / f"checkpoint-{start}"))
         assert trainer.state.global_step == dp.report().steps == stop
-    assert dp.report().epsilon == dp.mechanism.plan.epsilon(14)
+    assert dp.report().epsilon == dp.mechanism.account.plan.epsilon(14)

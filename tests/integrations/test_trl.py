@@ -662,7 +662,7 @@ def test_choices_by_results_on_the_training_data_are_refused(make: Callable[...,
 
 def test_a_subclass_that_changes_nothing_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, dp, _ = sums_of(lambda: sft(tmp_path, cls=OwnName), monkeypatch, [1, 2])
-    assert dp.mechanism.steps == 1
+    assert dp.mechanism.account.steps == 1
 
 
 def test_experts_train_without_the_load_balancing_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -680,7 +680,7 @@ def test_the_checks_find_such_losses_without_their_names(name: str, tmp_path: Pa
     dp = attached(trainer)
     with pytest.raises((PrivacyError, UnsupportedError), match="units"):
         trainer.train()
-    assert dp.mechanism.steps == 0
+    assert dp.mechanism.account.steps == 0
 
 
 def test_attention_that_ignores_boundaries_is_refused(tmp_path: Path) -> None:
@@ -697,7 +697,7 @@ def test_attention_that_ignores_boundaries_is_refused(tmp_path: Path) -> None:
                 trainer.train()
         else:
             trainer.train()
-        assert dp.mechanism.steps == (attention == "dp_flash")
+        assert dp.mechanism.account.steps == (attention == "dp_flash")
 
 
 def test_other_trainers_are_left_alone(tmp_path: Path) -> None:

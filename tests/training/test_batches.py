@@ -205,7 +205,7 @@ def test_padding_that_units_feel_is_not_cut_off(tmp_path: Path) -> None:
     dp = attached(trainer, max_tokens_per_device=30)
     with pytest.raises(PrivacyError, match=r"depends on the others' lengths.*without max_tokens"):
         trainer.train()
-    assert dp.mechanism.steps == 0
+    assert dp.mechanism.account.steps == 0
 
 
 @pytest.mark.parametrize("budget", [0, -1, 2.5, True])

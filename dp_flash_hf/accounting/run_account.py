@@ -1,0 +1,266 @@
+"""What a training run has spent, also in earlier runs that it continues, and what it may still do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dp_flash_hf.accounting.ledger import Ledger
+from dp_flash_hf.accounting.plan import PrivacyPlan
+from dp_flash_hf.accounting.spend_log import SpendLog, SpendLogReplica
+from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.mechanisms.config import PrivacyConfig
+
+logger = logging.getLogger(__name__)
+
+_STATE = ("checksum", "config", "ledgers", "noise_multiplier", "sampler", "steps", "taken")  # what a checkpoint holds
+_FIXED = ("privacy_unit", "seed")  # of the configuration: what differs in these cannot be composed
+
+
+class RunAccount:
+    """Plan, ledgers and spend log of one training run.
+
+    `open_spend_log` and `load_state_dict` add what earlier runs spent, and `begin` does both for a training that starts. Each
+    makes `plan` anew: what was spent already counts, and with target_epsilon nothing is planned beyond the budget.
+    """
+
+    def __init__(self, config: PrivacyConfig, plan: PrivacyPlan) -> None:
+        self.config = config
+        self.plan = plan  # what this training will do to the data, after what was spent
+        self.taken = 0  # steps of this training that are in the weights: those lost in a crash are not
+        self.spend_log: SpendLog | SpendLogReplica | None = None
+        self._wanted = plan  # before anything was known of earlier runs
+        self._before: dict[str, Any] | None = None  # state of the last plan, if there was one before this one
+        # Who took how many steps. A writer is one run, in one process or one group of ranks, and only ever counts up: of two
+        # copies of its count the higher is right, and checkpoints and spend logs of any age and origin can be merged.
+        self._writer = secrets.token_hex(8)
+        self._ledgers: dict[str, Ledger] = {self._writer: Ledger(plan.accountant)}
+
+    @property
+    def ledger(self) -> Ledger:
+        """All noisy steps so far: of this run, of those it resumed, and those in the spend log that were lost."""
+        return Ledger.total(self._ledgers.values(), self.plan.accountant)
+
+    @property
+    def steps(self) -> int:
+        """Noisy steps taken so far, in this run, those it resumed and those that were lost."""
+        return self.ledger.steps
+
+    @property
+    def steps_left(self) -> int:
+        """Steps that may still be taken."""
+        return self.plan.steps - self.ledger.count(self.plan.sampler, self.plan.noise_multiplier)
+
+    @property
+    def lost_steps(self) -> int:
+        """Steps that count and are not in the weights."""
+        return self.steps - self.taken
+
+    @property
+    def recorded(self) -> bool:
+        """Whether every step so far was written to disk before it was released."""
+        # Of another folder, or of a copy of this one, it is not known what was lost after the checkpoint that was resumed here.
+        written = {} if self.spend_log is None else self.spend_log.written
+        return self.spend_log is not None and all(own.steps <= written.get(name, 0) for name, own in self._ledgers.items())
+
+    def begin(self, log: SpendLog | SpendLogReplica, state: dict[str, Any] | None = None) -> None:
+        """A training starts, at step 0 or where the checkpoint with this state stopped.
+
+        log: as for `open_spend_log`. state: as for `load_state_dict`. The plan is made once, from both.
+        """
+        self._continue(log, state, taken=0)
+
+    def open_spend_log(self, log: SpendLog | SpendLogReplica) -> None:
+        """Write every step to this log before it is released, and count what it holds already.
+
+        Raises PrivacyError, with nothing changed, where what it holds cannot be added up with this training; ValueError where
+        no noise keeps the budget after it: then it is counted, and no step is left.
+        """
+        self._continue(log, None, self.taken)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where a checkpoint stopped; what this account or its spend log hold beyond that stays spent.
+
+        Raises PrivacyError, with nothing changed, when the state is damaged, or its steps cannot be added up with these: those
+        of another privacy unit or number of units, or of a fixed seed; ValueError where no noise keeps the budget after it:
+        then it is counted, and no step is left.
+        """
+        self._continue(None, state, self.taken)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold: public values only, no random state."""
+        state = {
+            **self._plan_state(),
+            "taken": self.taken,
+            "ledgers": {name: own.state_dict() for name, own in self._ledgers.items() if own.steps},
+        }
+        return {**state, "checksum": _checksum(state)}
+
+    def epsilon(self) -> float:
+        """Spent so far, at the plan's delta."""
+        return self.ledger.epsilon(self.plan.target_delta)
+
+    @property
+    def writer(self) -> str:
+        """The name under which this run counts its steps."""
+        return self._writer
+
+    def rename_writer(self, name: str) -> None:
+        """Count under this name, also the steps so far: all ranks of a run use one."""
+        self._ledgers[name] = self._ledgers.pop(self._writer)
+        self._writer = name
+
+    def count_step(self) -> None:
+        """Count one step, in the spend log first; when this returns, and not before, its noise may be drawn.
+
+        Raises PrivacyError, with nothing counted, where the log cannot be written.
+        """
+        if self.spend_log is not None:
+            self.spend_log.append()
+        self._ledgers[self._writer].record(self.plan.sampler, self.plan.noise_multiplier)
+
+    def complete_step(self) -> None:
+        """The step that was counted is released, and goes into the weights."""
+        self.taken += 1
+
+    def close(self) -> None:
+        """Let another run write the spend log; this one can release nothing more."""
+        if self.spend_log is not None:
+            self.spend_log.close()
+
+    def _continue(self, log: SpendLog | SpendLogReplica | None, state: dict[str, Any] | None, taken: int) -> None:
+        """Count what a log and a checkpoint's state hold, once both are known to be good, and plan what follows."""
+        if log is not None and log.last is not None:
+            self._require_composable(log.last, log.ledgers, f"earlier runs of {log.path}")
+        saved = {} if state is None else self._ledgers_in(state)
+        if log is not None:
+            self._ledgers = {name: own for name, own in self._ledgers.items() if own.steps}
+            self._merge(log.ledgers)
+            self._ledgers.setdefault(log.name, Ledger())
+            self.spend_log, self._writer = log, log.name
+            self._before = log.last or self._before
+        self._merge(saved)
+        if state is not None and (self.spend_log is None or self.spend_log.last is None):
+            self._before = state
+        self.taken = taken if state is None else state["taken"]
+        self._plan_anew()
+
+    def _ledgers_in(self, state: dict[str, Any]) -> dict[str, Ledger]:
+        """The ledgers in a checkpoint's state. Raises PrivacyError unless they are whole, and can be added up with these."""
+        if not isinstance(state, dict) or (lacking := sorted(set(_STATE) - state.keys())):
+            raise PrivacyError(
+                f"the checkpoint's privacy state lacks {lacking if isinstance(state, dict) else 'everything'}, so what was "
+                "spent is unknown; start afresh"
+            )
+        if state["checksum"] != _checksum(state):
+            raise PrivacyError(
+                "the checkpoint's privacy state is damaged: it is not as it was saved; resume an older checkpoint"
+            )
+        saved = {name: Ledger() for name in state["ledgers"]}
+        for name, own in state["ledgers"].items():
+            saved[name].load_state_dict(own)
+        self._require_composable(state, saved, "the checkpoint")
+        return saved
+
+    def _require_composable(self, state: dict[str, Any], ledgers: Mapping[str, Ledger], where: str) -> None:
+        mine, units = self.config.to_dict(), self.plan.sampler.n_units
+        changed = [(name, state["config"].get(name), mine[name]) for name in _FIXED if state["config"].get(name) != mine[name]]
+        theirs = {sampler.n_units for own in ledgers.values() for (sampler, _), _ in own.entries}
+        changed += [("n_units", n, units) for n in sorted({state["sampler"]["n_units"], *theirs} - {units})]
+        if changed:
+            differences = ", ".join(f"{name}: {old!r} in {where}, {new!r} now" for name, old, new in changed)
+            raise PrivacyError(
+                f"what was spent then and what will be cannot be added up ({differences}); resume with the same ones, or start "
+                "afresh in another folder"
+            )
+        kinds = {self._wanted.sampler.kind} | {sampler.kind for own in ledgers.values() for (sampler, _), _ in own.entries}
+        if self.config.accountant != "pld" and kinds != {"poisson"}:
+            raise PrivacyError(
+                f"accountant {self.config.accountant!r} cannot add up steps of {' and '.join(sorted(kinds))} sampling, some of "
+                f"them in {where}; set accountant='pld'"
+            )
+
+    def _merge(self, ledgers: Mapping[str, Ledger]) -> None:
+        for name, own in ledgers.items():
+            self._ledgers.setdefault(name, Ledger()).merge_max(own)
+
+    def _plan_anew(self) -> None:
+        spent = self.ledger
+        try:
+            self.plan = self._planned_after(spent)
+        except ValueError:
+            self.plan = self._nothing_after(spent)
+            raise
+        self._report_continuation()
+        if self.spend_log is not None:
+            known = {name: own.entries for name, own in self.spend_log.ledgers.items()}
+            others = {name: own for name, own in self._ledgers.items() if own.entries != known.get(name, ())}
+            self.spend_log.begin(self._plan_state(), others)
+
+    def _planned_after(self, spent: Ledger) -> PrivacyPlan:
+        """The plan for the rest of this training. Raises ValueError where no noise keeps the budget."""
+        plan, before, left = self._wanted, self._before, self._wanted.steps - self.taken
+        if not spent.steps and before is None:
+            return plan
+        if left <= 0 and not spent.count(plan.sampler, plan.noise_multiplier):
+            return self._nothing_after(spent)  # everything was taken, with other parameters
+        if self.config.target_epsilon is None:
+            return plan.after(spent, max(left, 0))
+        if before is not None and before["config"] == self.config.to_dict() and before["sampler"] == plan.sampler.to_dict():
+            plan = replace(plan, noise_multiplier=before["noise_multiplier"])
+            taken = spent.count(plan.sampler, plan.noise_multiplier)
+            continued = plan.after(spent, max(0, min(before["steps"] - taken, left)))
+            if continued.epsilon() <= self.config.target_epsilon:
+                return continued
+        sampler = plan.sampler
+        return PrivacyPlan.from_config(
+            self.config,
+            n_units=sampler.n_units,
+            expected_batch_size=sampler.expected_batch_size,
+            steps=max(left, 1),
+            spent=spent,
+        )
+
+    def _nothing_after(self, spent: Ledger) -> PrivacyPlan:
+        """A plan without further steps: what was taken last stands for it, for a plan has at least one step."""
+        (sampler, noise_multiplier), _ = spent.entries[-1]
+        return replace(self._wanted, sampler=sampler, noise_multiplier=noise_multiplier).after(spent, 0)
+
+    def _plan_state(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "config": self.config.to_dict(),
+            "sampler": plan.sampler.to_dict(),
+            "noise_multiplier": plan.noise_multiplier,
+            "steps": plan.steps,
+        }
+
+    def _report_continuation(self) -> None:
+        """Log what was found of earlier runs and what follows from it."""
+        plan, lost, left = self.plan, self.lost_steps, self._wanted.steps - self.taken
+        if self.steps:
+            logger.info(f"continuing after {self.steps} noisy steps: noise multiplier {plan.noise_multiplier:.4g}")
+        if not lost or left <= 0:
+            return
+        source = "" if self.spend_log is None else f" ({self.spend_log.path})"
+        found = (
+            f"{lost} noisy steps on record{source} are not in this model: lost after a checkpoint, or of an earlier training"
+        )
+        if self.config.target_epsilon is None:
+            logger.warning(f"{found}. They count: epsilon will be {plan.epsilon():.4g} at delta {plan.target_delta:g}")
+        elif self.steps_left < left:
+            logger.warning(
+                f"{found}. They count, so training ends {left - self.steps_left} of {self._wanted.steps} steps early"
+            )
+        else:
+            logger.warning(f"{found}. They count, and the noise of the remaining steps is higher for it")
+
+
+def _checksum(state: dict[str, Any]) -> int:
+    rest = {name: value for name, value in state.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
