@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dp_flash_hf.engine.clipping_engine import ClippingEngine, Strategy
 from dp_flash_hf.kernels.ghost_norm import embedding_squared_norms, linear_squared_norms
-from dp_flash_hf.layers import logits as large_heads
+from dp_flash_hf.layers.recorder import MAX_LOGIT_BYTES
 from dp_flash_hf.mechanisms.gaussian_noise import add_gaussian_noise_, fresh_generator
 from dp_flash_hf.units import IGNORED
 
@@ -141,24 +141,13 @@ def non_private(work: Work, length: int) -> tuple[nn.Module, Step]:
     return _plain(work, length, {"input_ids": tokens, "labels": tokens}, "sdpa")
 
 
-def dp_flash(work: Work, length: int, strategy: Strategy = "bookkeeping") -> tuple[nn.Module, Step]:
+def dp_flash(
+    work: Work, length: int, strategy: Strategy = "bookkeeping", max_logit_bytes: int = MAX_LOGIT_BYTES
+) -> tuple[nn.Module, Step]:
     """The model, and a step of it with `ClippingEngine` and dp_flash attention."""
     tokens = tokens_of(work, length)
-    return _private(work, length, {"input_ids": tokens, "labels": tokens}, None, [length] * work.batch, strategy)
-
-
-def deferring(work: Work, length: int, bytes_at_once: int) -> tuple[nn.Module, Step]:
-    """As `dp_flash`, with logits put off where they would take this many bytes in float32."""
-    model, step = dp_flash(work, length)
-
-    def limited() -> None:
-        usual, large_heads.DEFERRED_BYTES = large_heads.DEFERRED_BYTES, bytes_at_once
-        try:
-            step()
-        finally:
-            large_heads.DEFERRED_BYTES = usual
-
-    return model, limited
+    batch = {"input_ids": tokens, "labels": tokens}
+    return _private(work, length, batch, None, [length] * work.batch, strategy, max_logit_bytes)
 
 
 def checkpointed(work: Work, length: int, make: Method) -> tuple[nn.Module, Step]:
@@ -219,11 +208,13 @@ def _private(
     units: Tensor | None,
     lengths: list[int],
     strategy: Strategy = "bookkeeping",
+    max_logit_bytes: int = MAX_LOGIT_BYTES,
 ) -> tuple[nn.Module, Step]:
     model = model_of(work, length, "dp_flash")
     optimizer = _optimizer(model)
     # The mean over rows, as the other methods take it, but without a pass over the gradients: that comes with the noise.
-    engine = ClippingEngine(model, max_grad_norm=MAX_GRAD_NORM / work.batch, strategy=strategy)
+    norm = MAX_GRAD_NORM / work.batch
+    engine = ClippingEngine(model, max_grad_norm=norm, strategy=strategy, max_logit_bytes=max_logit_bytes)
     scale = 1 / (torch.tensor(lengths, device=work.device) - 1) / work.batch
 
     def loss_fn(batch: dict[str, Tensor]) -> Tensor:
@@ -348,8 +339,8 @@ COMPILE: Methods = {
 }
 VOCABULARY: Methods = {
     BASELINE: non_private,
-    "dp_flash, logits in blocks": functools.partial(deferring, bytes_at_once=0),
-    "dp_flash, all logits": functools.partial(deferring, bytes_at_once=2**62),
+    "dp_flash, logits in blocks": functools.partial(dp_flash, max_logit_bytes=0),
+    "dp_flash, all logits": functools.partial(dp_flash, max_logit_bytes=2**62),
 }
 _STRATEGIES: Methods = {name: FULL[name] for name in (BASELINE, "dp_flash two_pass", "dp_flash")}
 MEMORY: Methods = {

@@ -21,7 +21,7 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers import cost_model, rules
 from dp_flash_hf.layers.compiled import CompiledLayers, is_compiled, is_compiled_function
 from dp_flash_hf.layers.gradient_records import full_precision
-from dp_flash_hf.layers.recorder import Recorder, TwoPassError
+from dp_flash_hf.layers.recorder import MAX_LOGIT_BYTES, Recorder, TwoPassError
 from dp_flash_hf.mechanisms.clipping import clip_factors, groups_of
 from dp_flash_hf.mechanisms.config import Clipping
 from dp_flash_hf.units import Batch, Select, Units, leading_shape, select_items, selector, subset
@@ -48,9 +48,11 @@ class ClippingEngine:
         at a time), or "auto": bookkeeping, or two_pass once `choose` asked for it because memory is scarce, and microbatch for
         models with parameters that no rule covers and for batches for which it is the faster. All give the same values. A
         strategy asked for by name runs or raises PrivacyError.
+    max_logit_bytes: logits of at least so many bytes, in float32, are deferred: a cross entropy of them is computed in blocks,
+        and they are formed only if something else reads them. Gradients are the same; this trades time for memory.
 
     A model given to `torch.compile`, whole or in part, runs compiled where that is exact: on batches of rows, with bookkeeping
-    and two_pass, if layers that have a form in `layers.compiled` hold all trained parameters. Else it runs eagerly, as do the
+    and two_pass, if layers with a variant in `layers.compiled` hold all trained parameters. Else it runs eagerly, as do the
     passes that learn layouts.
 
     Raises ValueError for arguments out of range, UnsupportedError for models that couple units (batch normalisation) or have
@@ -58,7 +60,13 @@ class ClippingEngine:
     """
 
     def __init__(
-        self, model: nn.Module, *, max_grad_norm: float, clipping: Clipping = "flat", strategy: Strategy = "auto"
+        self,
+        model: nn.Module,
+        *,
+        max_grad_norm: float,
+        clipping: Clipping = "flat",
+        strategy: Strategy = "auto",
+        max_logit_bytes: int = MAX_LOGIT_BYTES,
     ) -> None:
         if not isinstance(max_grad_norm, (int, float)) or not 0 < max_grad_norm < float("inf"):
             raise invalid(
@@ -92,7 +100,7 @@ class ClippingEngine:
         self._avoids_microbatch = False  # see `without_microbatching`
         self._adds = True  # False while this rank only takes part, see `participate`
         self._same_everywhere = False  # whether all ranks compute the same batch, as in `check`
-        self._unsettled = False  # whether layouts are, on some rank
+        self._inconclusive = False  # whether layouts are, on some rank
         self._reached: set[nn.Parameter] = set()  # parameters that the last batch's loss depended on
         self._sums = GradientBuffer(model, self.parameters, self._shards.parameters)
         self._groups = groups_of(model, self.parameters, clipping)
@@ -101,7 +109,7 @@ class ClippingEngine:
         self._products = Counter((p.shape[0], p.shape[1]) for p in products)
         self._others = sum(p.numel() for p in self.parameters) - sum(p.numel() for p in products)
         self._n_groups = len(set(self._groups.values()))
-        self._recorder = Recorder(self._groups)
+        self._recorder = Recorder(self._groups, max_logit_bytes)
         self._refuse_batch = BatchGuard(model)
         self._attached: list[nn.Module] = []
         self._detached = False
@@ -219,18 +227,18 @@ class ClippingEngine:
                     try:
                         return run(loss_fn, batch, units, scale)
                     except UncoveredParametersError:
-                        if not self._unsettled:
+                        if not self._inconclusive:
                             raise
                         self._recorder.stop()
                         self._sums.clear_gradients()
                 self._probe.probe(loss_fn, batch, select, units)
                 return run(loss_fn, batch, units, scale)
             except UncoveredParametersError as error:
-                if self._unsettled:  # constant or NaN inputs: the next batch may tell
+                if self._inconclusive:  # constant or NaN inputs: the next batch may tell
                     self._recorder.layouts.forget()
                 if self.strategy != "auto" or self._shards:
                     raise
-                if not self._unsettled:
+                if not self._inconclusive:
                     self._uncovered |= error.parameters
                 warnings.warn(f"{error} Every unit is now computed by itself: exact, but slower.", stacklevel=4)
                 self._recorder.stop()
@@ -284,7 +292,7 @@ class ClippingEngine:
             try:
                 self._require_coverage()
             except UncoveredParametersError:
-                if self._recorder.layouts.unsettled:
+                if self._recorder.layouts.inconclusive:
                     self._recorder.layouts.forget()
                 raise
             if not self._recorder.records:
@@ -405,7 +413,7 @@ class ClippingEngine:
         """How the last batch's gradient norm of each parameter was computed."""
         if self._uncovered or self.strategy == "microbatch" or (self.strategy == "auto" and self._long_units):
             return dict.fromkeys(self.parameters.values(), "microbatch")
-        return {name: self._recorder.forms[p] for p, name in self.parameters.items() if p in self._recorder.forms}
+        return {name: self._recorder.norm_methods[p] for p, name in self.parameters.items() if p in self._recorder.norm_methods}
 
     def detach(self) -> None:
         """Give the model back as it was, bit for bit; `.grad` stays."""
@@ -426,8 +434,9 @@ class ClippingEngine:
                 if owns or (rules.rule_for(module) is not None and any(p.requires_grad for p in module.parameters())):
                     rules.attach(module, self._recorder)
                     self._attached.append(module)
-                    own = module.named_parameters(recurse=False, remove_duplicate=False)
-                    self._recorder.sharded |= {(module, name): p for name, p in own if p in self._shards.parameters}
+                    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                        if parameter in self._shards.parameters:
+                            self._recorder.add_sharded(module, name, parameter)
         except BaseException:
             self.detach()
             raise
@@ -468,7 +477,7 @@ class ClippingEngine:
             with self._compiled.recording(units.n_items, self._like):
                 return run(loss_fn, batch, units, scale)
         except UncoveredParametersError as error:
-            if not self._recorder.layouts.unsettled:
+            if not self._recorder.layouts.inconclusive:
                 self._run_eagerly(error.parameters)
         self.dropped_units = dropped
         self._sums.clear_gradients()
@@ -653,7 +662,7 @@ class ClippingEngine:
     def _require_coverage(self) -> None:
         left_over = self._recorder.left_over | self._recorder.unplaced
         found = {p: name for p, name in self.parameters.items() if p.grad is not None or p in left_over}
-        self._unsettled = self._shards.any(self._recorder.layouts.unsettled)
+        self._inconclusive = self._shards.any(self._recorder.layouts.inconclusive)
         if self._shards.any(bool(found)):
             raise UncoveredParametersError(found, "no rule covers how the model uses")
         if not self._recorder.all_taps_recorded:

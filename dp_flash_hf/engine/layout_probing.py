@@ -57,7 +57,7 @@ class LayoutProbe:
         if not self._shards:
             self._probe(forward, batch, select, units)
             return
-        if self._recorder.layouts.unsettled:
+        if self._recorder.layouts.inconclusive:
             self._recorder.layouts.forget()
         for rank in range(self._shards.ranks.size):
             if self._shards.ranks.gathered(self.knows(batch, units))[rank]:
@@ -81,7 +81,7 @@ class LayoutProbe:
                 self.lean = False  # the loss takes gradients itself, or the model transforms functions
 
     def _observe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> bool:
-        """All passes once. True if more is to be learnt now, see `Layouts.settle`."""
+        """All passes once. True if more is to be learnt now, see `Layouts.conclude`."""
         devices = {device_of(p) for p in self._parameters} - {torch.device("cpu")}
         layouts = self._recorder.layouts
         try:
@@ -95,7 +95,7 @@ class LayoutProbe:
                         layouts.compare(unit)
                         forward(select(batch, unit))
                 for *noise, masked in PERTURBATIONS:
-                    layouts.disturb()
+                    layouts.perturb()
                     with self._perturbed_outputs(noise):
                         try:
                             forward(_perturbed_inputs(noise, batch, masked=masked))
@@ -109,7 +109,7 @@ class LayoutProbe:
                         break
                     except (ValueError, IndexError, RuntimeError):  # a text without its end, say, is not always allowed
                         layouts.restart()
-                return layouts.settle()
+                return layouts.conclude()
         finally:
             self._recorder.stop()
 

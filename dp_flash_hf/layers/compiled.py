@@ -52,45 +52,67 @@ def is_compiled_function(function: Callable[..., Any]) -> bool:
 
 # --- what the compiler sees of a tap --------------------------------------------------------------------------------------
 
-_TAPPED: weakref.WeakValueDictionary[int, _Tapped] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
+
+class _Taps:
+    """Which layers have taps, and what these give their gradients to while a model records.
+
+    There is one for the process. An operator that the compiler cannot look into is handed tensors only, so it finds a layer by
+    a number; and where a layer held the token, a tensor, traced code would fix its shape.
+    """
+
+    token: Tensor  # (items,), while a model records
+
+    def __init__(self) -> None:
+        self._layers: weakref.WeakValueDictionary[int, _TappedLayer] = weakref.WeakValueDictionary()
+        self._numbers = itertools.count()
+
+    def add(self, layer: _TappedLayer) -> Tensor:
+        """Returns the layer's number. It is found by this number as long as something else keeps it alive."""
+        number = next(self._numbers)
+        self._layers[number] = layer
+        return torch.tensor(number)
+
+    def find(self, number: Tensor) -> _TappedLayer | None:
+        return self._layers.get(int(number))
+
+    @contextmanager
+    def giving_to(self, token: Tensor) -> Iterator[None]:
+        """Within the context taps give their gradients to this token."""
+        self.token = token
+        try:
+            yield
+        finally:
+            del self.token
 
 
-class _Now:
-    """What taps give their gradients to, at present: (items,). Where a layer has a tensor, traced code would fix its shape."""
-
-    token: Tensor
+_TAPS = _Taps()
 
 
-_NOW = _Now()
-
-
-class _Tapped:
+class _TappedLayer:
     """A layer with taps, and the number by which compiled code knows it: a tensor, so that layers can share code."""
 
-    def __init__(self, module: nn.Module, form: type[Form], recorder: Recorder) -> None:
-        self.module, self.form, self.recorder = module, form, recorder
-        self.number = torch.tensor(next(_NUMBERS))
-        _TAPPED[int(self.number)] = self
+    def __init__(self, module: nn.Module, variant: type[CompiledVariant], recorder: Recorder) -> None:
+        self.module, self.variant, self.recorder = module, variant, recorder
+        self.number = _TAPS.add(self)
 
 
 @torch.library.custom_op("dp_flash_hf::record", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def record(x: Tensor, g: Tensor, token: Tensor, number: Tensor) -> Tensor:
     """Record what backward saw at a tap. x: what the layer needs of its input. g: the output's gradient. Returns ones."""
-    tapped = _TAPPED.get(int(number))
-    if tapped is None:
+    layer = _TAPS.find(number)
+    if layer is None:
         raise PrivacyError(
             "backward through a compiled model whose ClippingEngine is gone: its gradients would not be clipped; use the "
             "new engine's backward(loss_fn, batch)"
         )
-    recorder = tapped.recorder
+    recorder = layer.recorder
     if recorder.phase not in ("record", "norms", "sum"):
         raise PrivacyError(
             "backward through a compiled model with an attached ClippingEngine, outside engine.backward: its gradients would "
             "not be clipped; use engine.backward(loss_fn, batch), or engine.detach() first"
         )
-    recorder.taps += 1
-    tapped.form.record(tapped.module, recorder, x, g)
+    recorder.count_tap()
+    layer.variant.record(layer.module, recorder, x, g)
     return torch.ones_like(token)
 
 
@@ -128,10 +150,10 @@ class _Copies(torch.autograd.Function):
 # --- layers ---------------------------------------------------------------------------------------------------------------
 
 
-class Form:
+class CompiledVariant:
     """What a layer computes while a compiled model records.
 
-    Attributes of the layer: `_dp_number`, of its `_Tapped`, and `_dp_detail`, see `fits`.
+    Attributes of the layer: `_dp_number`, of its `_TappedLayer`, and `_dp_detail`, see `fits`.
     """
 
     _dp_number: Tensor
@@ -139,7 +161,7 @@ class Form:
 
     @staticmethod
     def fits(module: Any, layouts: Layouts) -> int | None:
-        """None if the form does not compute what the layer does, else what it has to know of the layer: `_dp_detail`."""
+        """None if the variant does not compute what the layer does, else what it has to know of the layer: `_dp_detail`."""
         raise NotImplementedError
 
     @staticmethod
@@ -148,11 +170,11 @@ class Form:
         raise NotImplementedError
 
     def _tap(self, out: Tensor, x: Tensor) -> Tensor:
-        tapped: Tensor = _Tap.apply(out, x, _NOW.token, self._dp_number)  # type: ignore[no-untyped-call]
+        tapped: Tensor = _Tap.apply(out, x, _TAPS.token, self._dp_number)  # type: ignore[no-untyped-call]
         return tapped
 
 
-class LinearForm(Form, nn.Linear):
+class LinearVariant(CompiledVariant, nn.Linear):
     """nn.Linear."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -169,7 +191,7 @@ class LinearForm(Form, nn.Linear):
         _record_affine(weight, bias, x, g, _layout(recorder, module, Call(F.linear, (x, weight, bias), {}), x))
 
 
-class Conv1DForm(Form):
+class Conv1DVariant(CompiledVariant):
     """Conv1D of Transformers, a product with a matrix stored the other way round."""
 
     weight: nn.Parameter
@@ -193,24 +215,24 @@ class Conv1DForm(Form):
         _record_affine(derived(torch.transpose, weight, -1, -2), bias, x, g, layout)
 
 
-class EmbeddingForm(Form, nn.Embedding):
+class EmbeddingVariant(CompiledVariant, nn.Embedding):
     """nn.Embedding. `_dp_detail` is 1 where all items look up the same, as positions: each then looks up its own."""
 
     def forward(self, ids: Tensor) -> Tensor:  # noqa: D102
         if self._dp_detail:
-            ids = ids.expand(_NOW.token.shape[0], ids.shape[-1])
+            ids = ids.expand(_TAPS.token.shape[0], ids.shape[-1])
         return self._tap(F.embedding(ids, self.weight.detach(), self.padding_idx), ids)
 
     @staticmethod
     def fits(module: Any, layouts: Layouts) -> int | None:  # noqa: D102
         if module.scale_grad_by_freq or module.max_norm is not None:
             return None
-        meetings = layouts.meetings(module.weight)
-        lookups = [meeting for meeting in meetings if meeting.func is F.embedding]
-        if all(meeting.dims != () for meeting in lookups):
+        found = layouts.observations(module.weight)
+        lookups = [each for each in found if each.func is F.embedding]
+        if all(each.dims != () for each in lookups):
             return 0
         # Looked up once for all items, and added to what is laid out by items: so many copies add up to the same.
-        sums = [meeting for meeting in meetings if meeting.func is not F.embedding]
+        sums = [each for each in found if each.func is not F.embedding]
         alike = len(lookups) == len(sums) == 1 and sums[0].is_elementwise(_SUMS, {"embedding"}) and sums[0].sizes == (3, 3)
         return 1 if alike else None
 
@@ -222,10 +244,10 @@ class EmbeddingForm(Form, nn.Embedding):
         else:
             layout = _layout(recorder, module, Call(F.embedding, (x, weight), {}), x, feature_dims=0)
         if layout is not None:
-            recorder.embedding(module.weight, _kept(x, recorder), _copy(g), layout, module.padding_idx)
+            recorder.embedding(module.weight, recorder.kept_input(x), _copy(g), layout, module.padding_idx)
 
 
-class LayerNormForm(Form, nn.LayerNorm):
+class LayerNormVariant(CompiledVariant, nn.LayerNorm):
     """nn.LayerNorm over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -249,7 +271,7 @@ class LayerNormForm(Form, nn.LayerNorm):
             record_bias(bias, g, layout)
 
 
-class RMSNormForm(Form, nn.RMSNorm):
+class RMSNormVariant(CompiledVariant, nn.RMSNorm):
     """nn.RMSNorm over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -268,7 +290,7 @@ class RMSNormForm(Form, nn.RMSNorm):
             record_bias(weight, g * F.rms_norm(upcast(x), module.normalized_shape, eps=eps), layout)
 
 
-class ScaleForm(Form):
+class ScaleVariant(CompiledVariant):
     """A layer that multiplies every item by its weight (d,), or by numbers made of it: the RMS norms of most decoders.
 
     Its own `forward` runs, with a copy of the weight for each item. `_dp_detail`: dimensions of what is multiplied.
@@ -279,7 +301,7 @@ class ScaleForm(Form):
     @property
     def weight(self) -> Tensor:  # noqa: D102
         weight = self._parameters["weight"].detach()
-        copies: Tensor = _Copies.apply(weight, _NOW.token, self._dp_detail, self._dp_number)  # type: ignore[no-untyped-call]
+        copies: Tensor = _Copies.apply(weight, _TAPS.token, self._dp_detail, self._dp_number)  # type: ignore[no-untyped-call]
         return copies
 
     @staticmethod
@@ -287,9 +309,9 @@ class ScaleForm(Form):
         weight = module._parameters.get("weight")
         if weight is None or weight.dim() != 1 or [p for p in module._parameters.values() if p is not None] != [weight]:
             return None
-        meetings = layouts.meetings(weight)
-        alike = len(meetings) == 1 and meetings[0].is_elementwise(_PRODUCTS) and meetings[0].sizes[0] == 1
-        return meetings[0].sizes[1] if alike else None
+        found = layouts.observations(weight)
+        alike = len(found) == 1 and found[0].is_elementwise(_PRODUCTS) and found[0].sizes[0] == 1
+        return found[0].sizes[1] if alike else None
 
     @staticmethod
     def record(module: Any, recorder: Recorder, x: Tensor, g: Tensor) -> None:  # noqa: D102
@@ -299,13 +321,13 @@ class ScaleForm(Form):
 
 
 # By class or, so as not to import it, by name.
-_FORMS: tuple[tuple[type[nn.Module] | str, type[Form]], ...] = (
-    (nn.Linear, LinearForm),
-    ("transformers.pytorch_utils.Conv1D", Conv1DForm),
-    (nn.Embedding, EmbeddingForm),
-    (nn.LayerNorm, LayerNormForm),
-    (nn.RMSNorm, RMSNormForm),
-    (nn.Module, ScaleForm),
+_VARIANTS: tuple[tuple[type[nn.Module] | str, type[CompiledVariant]], ...] = (
+    (nn.Linear, LinearVariant),
+    ("transformers.pytorch_utils.Conv1D", Conv1DVariant),
+    (nn.Embedding, EmbeddingVariant),
+    (nn.LayerNorm, LayerNormVariant),
+    (nn.RMSNorm, RMSNormVariant),
+    (nn.Module, ScaleVariant),
 )
 
 
@@ -320,7 +342,7 @@ def _layout(recorder: Recorder, module: nn.Module, call: Call, x: Tensor, featur
     """How the input of a layer is laid out. If that is not certain the engine is told, for autograd left no gradient."""
     layout = call.layout(x, feature_dims)
     if layout is None:
-        recorder.unplaced.update(p for p in module.parameters(recurse=False) if recorder.tracks(p))
+        recorder.add_unplaced(p for p in module.parameters(recurse=False) if recorder.tracks(p))
     return layout
 
 
@@ -331,20 +353,7 @@ def _record_affine(weight: Any, bias: Any, x: Tensor, g: Tensor, layout: Layout 
     if isinstance(bias, Tracked):
         record_bias(bias, g, layout)
     if isinstance(weight, Tracked):
-        record_product(weight, _kept(x, weight.recorder), _copy(g), layout)
-
-
-def _kept(x: Tensor, recorder: Recorder) -> Tensor:
-    """A copy of an input where the recorder keeps it: compiled code writes other numbers to the same memory afterwards.
-
-    Layers with the very same input, as q, k and v, share one.
-    """
-    if recorder.phase == "sum":
-        return x
-    last = recorder.kept
-    if last is None or last.shape != x.shape or last.dtype != x.dtype or not torch.equal(last, x):
-        recorder.kept = last = _copy(x)
-    return last
+        record_product(weight, weight.recorder.kept_input(x), _copy(g), layout)
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -354,20 +363,23 @@ def _copy(x: Tensor) -> Tensor:
 # --- a model --------------------------------------------------------------------------------------------------------------
 
 
-def _form_of(original: type[nn.Module]) -> tuple[type[Form], type[nn.Module]]:
-    """The form for layers of a class, and the class among its bases that the form is made for."""
+def _variant_of(original: type[nn.Module]) -> tuple[type[CompiledVariant], type[nn.Module]]:
+    """The variant for layers of a class, and the class among its bases that it is made for."""
     bases = original.__mro__
     return next(
-        (form, base) for kind, form in _FORMS for base in bases if kind in (base, f"{base.__module__}.{base.__qualname__}")
+        (variant, base)
+        for kind, variant in _VARIANTS
+        for base in bases
+        if kind in (base, f"{base.__module__}.{base.__qualname__}")
     )
 
 
 def _class_of(original: type[nn.Module]) -> type:
-    """A layer's class with its form: in front of the class it is made for, behind subclasses' own `forward`, which call it."""
-    form, base = _form_of(original)
-    if base in (nn.Module, original) or issubclass(form, base):
-        return _SWAP.derived(original, form)
-    return _SWAP.derived(original, _SWAP.derived(base, form))
+    """A layer's class with its variant: in front of the class that it is made for, behind subclasses' own `forward`."""
+    variant, base = _variant_of(original)
+    if base in (nn.Module, original) or issubclass(variant, base):
+        return _SWAP.derived(original, variant)
+    return _SWAP.derived(original, _SWAP.derived(base, variant))
 
 
 class CompiledLayers:
@@ -375,38 +387,36 @@ class CompiledLayers:
 
     def __init__(self, modules: Sequence[nn.Module], recorder: Recorder) -> None:
         self._modules, self._recorder = modules, recorder
-        self._forms: dict[nn.Module, tuple[_Tapped, int]] = {}
+        self._variants: dict[nn.Module, tuple[_TappedLayer, int]] = {}
         self._learnt = -1
 
     def uncovered(self) -> set[nn.Parameter]:
-        """Trained parameters that no form covers, as far as layouts are learnt."""
+        """Trained parameters that no variant covers, as far as layouts are learnt."""
         layouts = self._recorder.layouts
         if layouts.learnt != self._learnt:
             self._learnt = layouts.learnt
-            before, self._forms = self._forms, {}
+            before, self._variants = self._variants, {}
             for module in self._modules:
-                form, _ = _form_of(rules.original_class(module))
-                detail = form.fits(module, layouts)
+                variant, _ = _variant_of(rules.original_class(module))
+                detail = variant.fits(module, layouts)
                 if detail is not None:
-                    tapped = before[module][0] if module in before else _Tapped(module, form, self._recorder)
-                    self._forms[module] = (tapped, detail)
-        covered = {p for module in self._forms for p in module.parameters(recurse=False)}
+                    tapped = before[module][0] if module in before else _TappedLayer(module, variant, self._recorder)
+                    self._variants[module] = (tapped, detail)
+        covered = {p for module in self._variants for p in module.parameters(recurse=False)}
         return {p for module in self._modules for p in module.parameters(recurse=False) if p.requires_grad} - covered
 
     @contextmanager
     def recording(self, items: int, like: Tensor) -> Iterator[None]:
-        """Within the context the layers have their forms, for a batch of so many items. like: dtype and device of the token."""
-        self._recorder.token = _NOW.token = torch.zeros(items, dtype=like.dtype, device=like.device, requires_grad=True)
-        attached = {module: type(module) for module in self._forms}
+        """Within the context the layers are their compiled variants. items: of a batch. like: dtype and device of the token."""
+        token = torch.zeros(items, dtype=like.dtype, device=like.device, requires_grad=True)
+        attached = {module: type(module) for module in self._variants}
         try:
-            for module, (tapped, detail) in self._forms.items():
+            for module, (tapped, detail) in self._variants.items():
                 vars(module).update(_dp_number=tapped.number, _dp_detail=detail)
                 module.__class__ = _class_of(rules.original_class(module))
-            with torch.compiler.set_stance("default"):
+            with self._recorder.tapped(token), _TAPS.giving_to(token), torch.compiler.set_stance("default"):
                 yield
         finally:
             for module, attached_class in attached.items():
                 module.__class__ = attached_class
                 del vars(module)["_dp_number"], vars(module)["_dp_detail"]
-            self._recorder.token = None
-            del _NOW.token

@@ -76,8 +76,8 @@ class LinearUse:
 
     def squared_norms(self) -> tuple[Tensor, str]:
         """(units,) squared norms of the per-unit gradients, and how they are computed, in words."""
-        (norms,), form = linear_norms([self])
-        return norms, form
+        (norms,), method = linear_norms([self])
+        return norms, method
 
     def cross_terms(self, other: EmbeddingUse) -> Tensor:
         """(units,) inner products of the per-unit gradients of two uses."""
@@ -163,7 +163,7 @@ class GradientRecord:
         self.linear: list[LinearUse | HeadUse] = []  # a HeadUse is the only one
         self.embedding: list[EmbeddingUse] = []
         self.per_unit: Tensor | None = None  # (units, *shape)
-        self.form = ""  # how `squared_norms` last computed them, in words
+        self.norm_method = ""  # how `squared_norms` last computed them, in words
 
     def add(self, use: LinearUse | HeadUse | EmbeddingUse) -> None:
         """Keep one more use, as it is or as per-unit gradients, as the planner says."""
@@ -201,7 +201,7 @@ class GradientRecord:
     def squared_norms(self) -> Tensor:
         """(units,) squared L2 norms."""
         if self.per_unit is not None:
-            self.form = "per-unit gradient"
+            self.norm_method = "per-unit gradient"
             # `vector_norm` adds up one square after the other, of millions too, which loses up to a hundredth of the sum; `sum`
             # adds in pairs, and rows of a matrix are short.
             rows = torch.linalg.vector_norm(self.per_unit.flatten(1, -2), dim=-1) if len(self.shape) > 1 else self.per_unit
@@ -211,14 +211,14 @@ class GradientRecord:
         linear, embedding = _merge_linear(self.linear), _merge_embedding(self.embedding)
         if embedding is None:
             assert linear is not None
-            norms, self.form = linear.squared_norms()
+            norms, self.norm_method = linear.squared_norms()
             return norms
         table = embedding_squared_norms(embedding.ids, embedding.g, embedding.sizes)
-        self.form = "embedding rows"
+        self.norm_method = "embedding rows"
         if linear is None:
             return table
-        head, form = linear.squared_norms()
-        self.form = f"{form} + {self.form}"
+        head, method = linear.squared_norms()
+        self.norm_method = f"{method} + {self.norm_method}"
         cross = linear.cross_terms(embedding)
         norms = head + table + 2 * cross
         # |x + y|^2 with x close to -y has lost its digits: the gradient itself is formed for such a unit.
@@ -239,7 +239,7 @@ class GradientRecord:
         for own in uses.values():
             merged = _merge_linear(own)
             assert merged is not None
-            norms, self.form = merged.squared_norms()
+            norms, self.norm_method = merged.squared_norms()
             total = total + norms
         assert isinstance(total, Tensor)
         return total

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dp_flash_hf.kernels.numerics import upcast
 from dp_flash_hf.units import Units
 
-Pass = Literal["observe", "compare", "disturb", "shorten"]
+Pass = Literal["observe", "compare", "perturb", "shorten"]
 Site = tuple[Hashable, int]  # where inputs come by, and how many leading dimensions they have
 
 
@@ -30,20 +30,20 @@ class Place:
     proofs: set[tuple[int, tuple[int, ...]]]
 
     def proven_at(self, length: int) -> bool:
-        """Whether batches of this length were met, or shorter and longer ones; items' rows then stay, or follow the length."""
-        if not self.dims or any(met == length for met, _ in self.proofs):
+        """Whether batches of this length were seen, or shorter and longer ones; items' rows then stay, or follow the length."""
+        if not self.dims or any(seen == length for seen, _ in self.proofs):
             return True
         stays = len({rows for _, rows in self.proofs}) == 1
-        follows = len({Fraction(rows, met) for met, (rows,) in self.proofs if met}) == 1
+        follows = len({Fraction(rows, seen) for seen, (rows,) in self.proofs if seen}) == 1
         return bool(self.proofs) and (stays or follows) and min(self.proofs)[0] <= length <= max(self.proofs)[0]
 
     def allows(self, rows: int, length: int) -> bool:
         """Whether an item may have so many rows in a batch of this length."""
-        if any(met == length for met, _ in self.proofs):
+        if any(seen == length for seen, _ in self.proofs):
             return (length, (rows,)) in self.proofs
         return self.proven_at(length) and (
             all(proven == rows for _, (proven,) in self.proofs)
-            or all(rows * met == proven * length for met, (proven,) in self.proofs)
+            or all(rows * seen == proven * length for seen, (proven,) in self.proofs)
         )
 
     @property
@@ -52,16 +52,16 @@ class Place:
         return all(rows == (1,) for _, rows in self.proofs)
 
     def allows_shape(self, shape: tuple[int, ...], length: int) -> bool:
-        """Whether an input that is the same for all items may have this shape: one met before, sizes that are lengths apart."""
+        """Whether an input that is the same for all items may have this shape: one seen, but for sizes that are lengths."""
         return any(
-            all(size == met or (size == length and met == met_length) for size, met in zip(shape, met_shape, strict=True))
-            for met_length, met_shape in self.proofs
+            all(size == old or (size == length and old == seen) for size, old in zip(shape, seen_shape, strict=True))
+            for seen, seen_shape in self.proofs
         )
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """One way in which a parameter meets a tensor of data: a function of both.
+class Observation:
+    """One way in which a parameter was seen to be combined with a tensor of data: a function of both.
 
     sizes: dimensions of what was made of the parameter, and of the data. dims: which of the data's run over items, where there
     is one row for each; None if that is not certain. made_by: the functions that made it of the parameter.
@@ -73,7 +73,10 @@ class Meeting:
     made_by: frozenset[str]
 
     def is_elementwise(self, functions: Collection[str], also: Collection[str] = ()) -> bool:
-        """Whether a parameter, changed by elementwise functions and `also` only, meets one row of each item in `functions`."""
+        """Whether one of `functions` combines the parameter, or an elementwise function of it, with one row of each item.
+
+        also: names of functions that count as elementwise too.
+        """
         name = getattr(self.func, "__name__", "")
         return name in functions and self.dims == (0,) and len(self.sizes) == 2 and self.made_by <= _ELEMENTWISE | {*also}
 
@@ -85,17 +88,17 @@ _ELEMENTWISE = {"to", "type", "type_as", "float", "double", "half", "bfloat16", 
 
 
 class Layouts:
-    """The layouts of one model's layers and of the operations in which its parameters meet data: its *sites*.
+    """The layouts of one model's layers and of the operations that combine its parameters with data: its *sites*.
 
     Nothing says which dimension of an input runs over units, so it is *learnt*, from forward passes: the whole
-    batch (`observe`), every unit alone (`compare`), and the whole batch with its activations disturbed (`disturb`). A site's
+    batch (`observe`), every unit alone (`compare`), and the whole batch with its activations perturbed (`perturb`). A site's
     place is known when every unit's part of the whole is what that unit's own pass held there, and no other reading of the
     shape says the same. Where any of it fails the site stays without a place, its gradient is left to autograd, and the
     engine finds it there.
     """
 
     def __init__(self) -> None:
-        self.unsettled = False  # whether an input came in a shape that its place was not proven for
+        self.inconclusive = False  # whether an input came in a shape that its place was not proven for
         self.calls: dict[nn.Parameter, int] = {}  # how often a forward pass uses each parameter
         self.learnt = 0  # how often layouts were learnt
         self._places: dict[Site, Place | None] = {}
@@ -105,14 +108,14 @@ class Layouts:
         self._known = False
         self._lengths: set[tuple[int, ...]] = set()
         self._length: tuple[int, ...] = ()
-        # While learning: the batch, the items of the present pass, what each call saw of the whole batch, and calls met so far.
+        # While learning: the batch, the items of the present pass, what each call saw of the whole batch, and calls so far.
         self._pass: Pass = "observe"
         self._whole = Units.rows(0)
         self._items = torch.zeros(0, dtype=torch.long)
         self._seen: dict[Hashable, list[Tensor]] = {}
         self._found: dict[Site, Place | None] = {}
-        self._met: dict[Hashable, int] = {}
-        self._undisturbed: set[Hashable] = set()
+        self._visits: dict[Hashable, int] = {}
+        self._unperturbed: set[Hashable] = set()
 
     def knows(self, units: Units, length: tuple[int, ...]) -> bool:
         """Whether the layouts of such a batch are known, or need not be; it is the batch that `dims` speaks of from now on.
@@ -133,17 +136,17 @@ class Layouts:
         key = (site, len(lead))
         if key not in self._places:
             self._unknown.add(key)
-            self.unsettled = True
+            self.inconclusive = True
         place = self._places.get(key)
         if place is None:
             return None
         length = self._length[0] if self._length else 0
         if not place.dims:
-            self.unsettled |= not place.allows_shape(lead, length)
+            self.inconclusive |= not place.allows_shape(lead, length)
             return () if place.allows_shape(lead, length) else None
         rows, rest = divmod(math.prod(lead[dim] for dim in place.dims), units.n_items)
         if rest or not place.allows(rows, length) or (len(place.dims) > 1 and lead[:2] != units.shape):
-            self.unsettled = True
+            self.inconclusive = True
             return None
         return place.dims
 
@@ -154,16 +157,16 @@ class Layouts:
 
     def forget(self) -> None:
         """Learn anew from the next batch; what was proven stays."""
-        self._known, self.unsettled = False, False
+        self._known, self.inconclusive = False, False
 
-    # Learning: the order of the calls is observe, compare for every unit, disturb, settle.
+    # Learning: the order of the calls is observe, compare for every unit, perturb, shorten, conclude.
 
     def observe(self, units: Units, length: tuple[int, ...] = ()) -> None:
         """Learn layouts: watch a forward pass over a whole batch, ..."""
         if self._kind != units.kind:
             self._places, self._lengths = {}, set()
         self._length = length
-        self._kind, self._known, self.unsettled = units.kind, False, False
+        self._kind, self._known, self.inconclusive = units.kind, False, False
         self._whole = units
         self._seen, self._found, self.calls = {}, {}, {}
         self._start("observe", torch.arange(units.n_items))
@@ -173,12 +176,12 @@ class Layouts:
         self._end_pass()
         self._start("compare", self._whole.items(unit))
 
-    def disturb(self) -> None:
-        """... then the whole batch with layers' outputs disturbed: shapes that follow the data cannot be relied on, ..."""
+    def perturb(self) -> None:
+        """... then the whole batch with layers' outputs perturbed: shapes that follow the data cannot be relied on, ..."""
         self._end_pass()
-        if self._pass != "disturb":
-            self._undisturbed = set(self._seen)
-        self._start("disturb", torch.arange(self._whole.n_items))
+        if self._pass != "perturb":
+            self._unperturbed = set(self._seen)
+        self._start("perturb", torch.arange(self._whole.n_items))
 
     def shorten(self) -> None:
         """... then the whole batch with its first row made shorter: all others have to stay where they are, ..."""
@@ -189,10 +192,10 @@ class Layouts:
         """The present pass begins again."""
         self._start(self._pass, self._items)
 
-    def settle(self) -> bool:
+    def conclude(self) -> bool:
         """... and keep what all of them agreed on. True if an output was found to be shared by all items, and not before."""
         self._end_pass()
-        for site in self._undisturbed:
+        for site in self._unperturbed:
             self._refuse(site)
         more = False
         for site, place in self._found.items():
@@ -210,22 +213,22 @@ class Layouts:
         self.learnt += 1
         return more
 
-    def meetings(self, parameter: nn.Parameter) -> list[Meeting]:
-        """The operations in which a parameter was seen to meet data."""
+    def observations(self, parameter: nn.Parameter) -> list[Observation]:
+        """The operations in which a parameter was seen to be combined with data."""
         found = []
-        for (met, _), place in self._places.items():
-            if not isinstance(met, tuple) or met[1] != 0:
+        for (reached, _), place in self._places.items():
+            if not isinstance(reached, tuple) or reached[1] != 0:
                 continue
-            site: Any = met[0]
+            site: Any = reached[0]
             if any(p is parameter for p in site[1]):
                 certain = place is not None and bool(place.proofs) and (not place.dims or place.has_one_row)
                 sizes = tuple(size for _, size in sorted(site[2], reverse=True))
                 dims = place.dims if certain and place is not None else None
-                found.append(Meeting(site[0], sizes, dims, self._made_by.get(site, frozenset())))
+                found.append(Observation(site[0], sizes, dims, self._made_by.get(site, frozenset())))
         return found
 
     def make(self, site: Hashable, functions: frozenset[str]) -> None:
-        """What meets data at this site was made of its parameters by these functions."""
+        """What is combined with data at this site was made of its parameters by these functions."""
         self._made_by[site] = self._made_by.get(site, frozenset()) | functions
 
     def count(self, parameter: nn.Parameter) -> None:
@@ -233,7 +236,7 @@ class Layouts:
         if self._pass == "observe":
             self.calls[parameter] = self.calls.get(parameter, 0) + 1
 
-    def meet(self, site: Hashable, x: Tensor, lead: int) -> None:
+    def visit(self, site: Hashable, x: Tensor, lead: int) -> None:
         """A site was reached, in one of the passes, with x of `lead` leading dimensions."""
         x = _one_number_per_row(x.detach(), lead)
         if self._pass == "observe":
@@ -241,8 +244,8 @@ class Layouts:
             return
         if site not in self._seen:
             return  # not on the whole batch's way: learnt once it is
-        number = self._met.get(site, 0)
-        self._met[site] = number + 1
+        number = self._visits.get(site, 0)
+        self._visits[site] = number + 1
         seen = self._seen[site]
         if number >= len(seen) or seen[number].dim() != x.dim():
             self._refuse(site)
@@ -253,7 +256,7 @@ class Layouts:
             place = self._found.get((site, x.dim()))
             if place is not None and not _same(self._others(x, place), self._others(seen[number], place)):
                 self._refuse(site)
-        elif self._pass == "disturb":
+        elif self._pass == "perturb":
             pass
         else:
             key, place = (site, x.dim()), self._place(x, seen[number])
@@ -265,16 +268,16 @@ class Layouts:
 
     def _start(self, kind: Pass, items: Tensor) -> None:
         self._pass, self._items = kind, items
-        self._met = {}
+        self._visits = {}
 
     def _end_pass(self) -> None:
         if self._pass != "observe":
             for site, seen in self._seen.items():
                 # Texts without padding may need no mask, and so take another way: it is enough that some pass comes by.
-                if self._met.get(site, len(seen)) != len(seen):
+                if self._visits.get(site, len(seen)) != len(seen):
                     self._refuse(site)
-            if self._pass == "disturb":
-                self._undisturbed -= self._met.keys()
+            if self._pass == "perturb":
+                self._unperturbed -= self._visits.keys()
 
     def _others(self, x: Tensor, place: Place) -> Tensor:
         """What stands at `place` for all items but the first."""

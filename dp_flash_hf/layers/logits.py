@@ -26,9 +26,6 @@ from dp_flash_hf.layers.gradient_records import HeadUse, full_precision
 from dp_flash_hf.layers.tracking import Tracked, autocast_dtype, once, record, replaced
 from dp_flash_hf.layers.unit_layout import Layout
 
-# A product of fewer bytes than this, in float32, is formed at once: putting it off would cost time and save little.
-DEFERRED_BYTES = 2**28
-
 Step = Callable[[Tensor], Tensor]
 Numbers = tuple[Tensor, Tensor | None]  # of weight and bias
 Origins = tuple[Tracked | None, Tracked | None]
@@ -42,11 +39,13 @@ def deferred(x: Tensor, numbers: Numbers, origins: Origins, layout: Layout | Non
     """
     (weight, bias), (w, b) = numbers, origins
     autocast = autocast_dtype(x.device)
-    wide = math.prod(x.shape[:-1]) * len(weight) * torch.float32.itemsize >= DEFERRED_BYTES
+    size = math.prod(x.shape[:-1]) * len(weight) * torch.float32.itemsize
     alike = x.shape[-1] == weight.shape[1] and (
         autocast is not None or all(t.dtype == x.dtype for t in (weight, bias) if t is not None)
     )
-    if not wide or not alike or w is None or w.how is not None or not w.recorder.defers(_parameters(origins)):
+    if not alike or w is None or w.how is not None or size < w.recorder.max_logit_bytes:
+        return form(x)
+    if not w.recorder.defers(_parameters(origins)):
         return form(x)
     product = Product(x, weight, bias, w, b, layout, autocast, form)
     outline = torch.empty(*x.shape[:-1], len(weight), dtype=autocast or x.dtype, device="meta")

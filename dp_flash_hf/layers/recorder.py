@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,9 @@ from dp_flash_hf.layers.layout_inference import Layouts
 from dp_flash_hf.layers.unit_layout import Layout
 from dp_flash_hf.units import Units
 
+# Logits of fewer bytes than this, in float32, are formed at once: deferring them would cost time and save little.
+MAX_LOGIT_BYTES = 2**28
+
 # idle: layers behave as without the library. learn: layouts are being learnt, nothing is recorded.
 # record: keep what backward saw. norms: keep norms only. sum: clip factors are known, add to the sums at once.
 Phase = Literal["idle", "learn", "record", "norms", "sum"]
@@ -28,18 +32,19 @@ class TwoPassError(PrivacyError):
 class Recorder:
     """Shared by an engine and its layers. Layers use `tracks`, `layout` and what records."""
 
-    def __init__(self, groups: dict[nn.Parameter, int]) -> None:
+    def __init__(self, groups: dict[nn.Parameter, int], max_logit_bytes: int = MAX_LOGIT_BYTES) -> None:
         self.phase: Phase = "idle"
         self.units = Units.rows(0)
         self.layouts = Layouts()
         self.records: dict[nn.Parameter, GradientRecord] = {}
-        self.forms: dict[nn.Parameter, str] = {}  # how the norm of each parameter was last computed
+        self.norm_methods: dict[nn.Parameter, str] = {}  # how the norm of each parameter was last computed
+        self.max_logit_bytes = max_logit_bytes
         # Of a compiled model, see `layers.compiled`. token: what taps give their gradients to, while it records. taps: how many
         # did since `start`. unplaced: parameters whose gradients they could not record. kept: the last input that was copied.
-        self.token: Tensor | None = None
-        self.taps = 0
+        self._token: Tensor | None = None
+        self._taps = 0
         self.unplaced: set[nn.Parameter] = set()
-        self.kept: Tensor | None = None
+        self._kept: Tensor | None = None
         self._groups = groups
         self._n_groups = max(groups.values(), default=-1) + 1
         self._waiting: dict[nn.Parameter, GradientRecord] = {}  # in phase "norms": complete, and the next may share their input
@@ -50,7 +55,7 @@ class Recorder:
         self._factors: Tensor | None = None
         self._sums: dict[nn.Parameter, Tensor] = {}
         # Of parameters that FSDP2 split up: by module and name, because something else stands there while the module runs, ...
-        self.sharded: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        self._sharded: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self._gathered: dict[nn.Parameter, nn.Parameter] = {}  # ... the whole parameter, and whose it is
         self.left_over: set[nn.Parameter] = set()  # of these, what autograd took a gradient of by itself
 
@@ -62,7 +67,7 @@ class Recorder:
 
     def tracks(self, parameter: nn.Parameter, place: tuple[nn.Module, str] | None = None) -> bool:
         """Whether the gradient of this parameter is to be recorded now. place: the module that hands it out, and its name."""
-        original = None if place is None else self.sharded.get(place)
+        original = None if place is None else self._sharded.get(place)
         if original is parameter:
             return False  # used outside its module's forward, where no rank has all of it
         if original is not None and parameter not in self._gathered:
@@ -93,7 +98,7 @@ class Recorder:
         if self.phase == "idle":
             return None
         if self.phase == "learn":
-            self.layouts.meet(module, x, len(lead))
+            self.layouts.visit(module, x, len(lead))
             for parameter in module.parameters(recurse=False):
                 self.layouts.count(parameter)
             return None
@@ -152,14 +157,49 @@ class Recorder:
         """Record per-unit gradients (units, *parameter.shape), float32 or float64, formed by the layer itself."""
         self._add(parameter, gradients)
 
+    # What layers of a compiled model tell.
+
+    def count_tap(self) -> None:
+        """A tap is about to record."""
+        self._taps += 1
+
+    def add_unplaced(self, parameters: Iterable[nn.Parameter]) -> None:
+        """These gradients could not be recorded, and autograd leaves none: how the input is laid out is not certain."""
+        self.unplaced.update(parameters)
+
+    def kept_input(self, x: Tensor) -> Tensor:
+        """A copy of an input where it is kept: compiled code writes other values to the same memory afterwards.
+
+        Layers with the very same input, as q, k and v, share one.
+        """
+        if self.phase == "sum":
+            return x
+        last = self._kept
+        if last is None or last.shape != x.shape or last.dtype != x.dtype or not torch.equal(last, x):
+            self._kept = last = x.clone(memory_format=torch.contiguous_format)
+        return last
+
+    @contextmanager
+    def tapped(self, token: Tensor) -> Iterator[None]:
+        """Within the context taps give their gradients to this token, see `all_taps_recorded`."""
+        self._token = token
+        try:
+            yield
+        finally:
+            self._token = None
+
     # What the engine does.
+
+    def add_sharded(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        """FSDP2 split this parameter up, and while the module runs something else, the whole of it, stands at this name."""
+        self._sharded[module, name] = parameter
 
     @property
     def all_taps_recorded(self) -> bool:
         """Whether backward passed as many taps as were recorded."""
-        if self.token is None or self.token.grad is None:
-            return self.taps == 0
-        return bool((self.token.grad == self.taps).all())
+        if self._token is None or self._token.grad is None:
+            return self._taps == 0
+        return bool((self._token.grad == self._taps).all())
 
     def start(
         self, phase: Phase, units: Units, factors: Tensor | None = None, sums: dict[nn.Parameter, Tensor] | None = None
@@ -169,9 +209,9 @@ class Recorder:
         self._norms, self._spent, self._waiting, self._deferred = None, set(), {}, set()
         self._factors, self._sums = factors, {} if sums is None else sums
         self.left_over = set()
-        self.taps, self.unplaced, self.kept = 0, set(), None
-        if self.token is not None:
-            self.token.grad = None
+        self._taps, self.unplaced, self._kept = 0, set(), None
+        if self._token is not None:
+            self._token.grad = None
 
     def stop(self) -> None:
         """Back to idle; every record is dropped."""
@@ -200,13 +240,13 @@ class Recorder:
             else:
                 sharing.setdefault(use.input_key, []).append((parameter, record, use))
         for group in sharing.values():
-            squares, form = linear_norms([use for _, _, use in group])
+            squares, method = linear_norms([use for _, _, use in group])
             for (parameter, record, _), squared in zip(group, squares, strict=True):
-                record.form = form
+                record.norm_method = method
                 self._add_squares(parameter, record, squared)
 
     def _add_squares(self, parameter: nn.Parameter, record: GradientRecord, squared: Tensor) -> None:
-        self.forms[parameter] = record.form
+        self.norm_methods[parameter] = record.norm_method
         if self._norms is None:
             self._norms = squared.new_zeros(self.units.n, self._n_groups)
         self._norms[:, self._groups[parameter]] += squared

@@ -411,9 +411,9 @@ def _learn(call: Call) -> Any:
     if not isinstance(out, Tensor) or not out.requires_grad:
         return out
     for number, x in enumerate(before):
-        layouts.meet((call.site, number), x.plain if isinstance(x, Tracked) else x, _lead_dims(x))
+        layouts.visit((call.site, number), x.plain if isinstance(x, Tracked) else x, _lead_dims(x))
     if type(out) is Tensor:  # else it has no numbers yet, and belongs to an operation whose rule asks for its input only
-        layouts.meet((call.site, "out"), out, _lead_dims(out))
+        layouts.visit((call.site, "out"), out, _lead_dims(out))
     for parameter in call.site[1]:
         layouts.count(parameter)
     layouts.make(call.site, frozenset(name for t in call.tracked for name in t.made_by))

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
-from dp_flash_hf.layers.compiled import EmbeddingForm, LayerNormForm, LinearForm, is_compiled
+from dp_flash_hf.layers.compiled import EmbeddingVariant, LayerNormVariant, LinearVariant, is_compiled
 from tests.support.models import Batch, batch_of, loss_of, tiny
 from tests.support.oracle import clipped_sum, distance, each_row, grads, rows_of, unit_gradients
 
@@ -88,7 +88,7 @@ class Twice(Small):
 
 
 class OwnParameter(Small):
-    """Holds a parameter that no form knows."""
+    """Holds a parameter that no variant knows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,15 +256,15 @@ def test_a_subclass_keeps_its_own_forward() -> None:
 
 def test_what_is_recorded_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled code may write other numbers over the inputs of layers as soon as it is done with them: here NaN."""
-    for form in (LinearForm, EmbeddingForm, LayerNormForm):
+    for variant in (LinearVariant, EmbeddingVariant, LayerNormVariant):
 
-        def clobbering(module: Any, recorder: Any, x: Tensor, g: Tensor, original: Any = form.record) -> None:
+        def clobbering(module: Any, recorder: Any, x: Tensor, g: Tensor, original: Any = variant.record) -> None:
             x, g = x.clone(), g.clone()
             original(module, recorder, x, g)
             x.fill_(torch.nan if x.is_floating_point() else 0)
             g.fill_(torch.nan)
 
-        monkeypatch.setattr(form, "record", staticmethod(clobbering))
+        monkeypatch.setattr(variant, "record", staticmethod(clobbering))
     torch.manual_seed(0)
     model = Small(width=64).double()
     compiled = compile_whole(model)

@@ -558,7 +558,7 @@ def test_logits_in_blocks_are_a_linear_use(others: str) -> None:
     rounding = 2 * 12 * float(torch.finfo(torch.float64).eps) / 1e-7 if others == "a table that cancels" else 1e-10
     torch.testing.assert_close(record.squared_norms(), wanted.squared_norms(), rtol=rounding, atol=0.0)
     torch.testing.assert_close(record.clipped_sum(factors), wanted.clipped_sum(factors), rtol=1e-10, atol=1e-12)
-    assert ("blocks" in record.form) == ("product" not in others and others != "all")
+    assert ("blocks" in record.norm_method) == ("product" not in others and others != "all")
     record.add_per_unit(torch.ones(3, size, width, dtype=torch.float64))
     wanted.add_per_unit(torch.ones(3, size, width, dtype=torch.float64))
     torch.testing.assert_close(record.squared_norms(), wanted.squared_norms(), rtol=1e-10, atol=0.0)

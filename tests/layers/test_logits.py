@@ -1,4 +1,4 @@
-"""Logits that are put off: the same gradients, whatever a model or a loss does to them."""
+"""Logits that are deferred: the same gradients, whatever a model or a loss does to them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,17 @@ from tests.support.oracle import clipped_sum, distance, each_row, grads, rows_of
 
 VOCABULARY = 61
 FAST: Any = ("bookkeeping", "two_pass")
+THRESHOLD = 16 * VOCABULARY * 4  # bytes
+
+
+def defer_from(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that are made from now on, by whatever helper, defer logits of so many bytes."""
+    initialise: Any = ClippingEngine.__init__
+    monkeypatch.setitem(initialise.__kwdefaults__, "max_logit_bytes", size)
 
 
 class Seen:
-    """What became of products that were put off."""
+    """What became of products that were deferred."""
 
     def __init__(self) -> None:
         self.blocks, self.formed = 0, 0
@@ -39,9 +46,9 @@ class Seen:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """Heads of these tests are put off, and no smaller layers."""
+    """Logits of these tests are deferred, and no output of smaller layers."""
     seen = Seen()
-    monkeypatch.setattr(subject, "DEFERRED_BYTES", 16 * VOCABULARY * 4)
+    defer_from(THRESHOLD, monkeypatch)
     blocks, form_all = kernels.linear_cross_entropy, subject.Product.form_all
 
     def counted(*args: Any) -> Any:
@@ -83,7 +90,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gptj": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**_GPT2, rotary_dim=4)),  # a head with a bias
 }
 TIED = ("gemma2", "cohere", "gpt2")
-WIDE = "llama, stored gradients"  # so are its other layers, which are put off too
+WIDE = "llama, stored gradients"  # so are its other layers, which are deferred too
 
 
 def built(name: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -146,7 +153,7 @@ def test_gradients_of_logits_are_stored_where_the_head_is_larger(
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_packed_rows_and_tokens_of_nobody(name: str, seen: Seen) -> None:
+def test_packed_rows_and_unassigned_tokens(name: str, seen: Seen) -> None:
     model = built(name)
     batch, boundaries = packed_batch((9, 1, 6, 4))
     ends = boundaries.tolist()
@@ -178,7 +185,7 @@ def test_units_of_several_rows_in_any_order(seen: Seen) -> None:
 
 
 class Small(nn.Module):
-    """Embedding, a layer and a head, and a parameter to meet logits."""
+    """Embedding, a layer and a head, and a parameter to combine with logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -354,7 +361,7 @@ def test_one_word_of_as_many_rows_as_words(seen: Seen) -> None:
     assert seen.formed > 0
 
 
-def test_what_comes_back_to_rows_of_nobody(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_back_to_unassigned_rows(seen: Seen) -> None:
     model, ids = Small(), torch.randint(0, VOCABULARY, (4, 5))
     model.shift.requires_grad_(False)
     times = torch.ones(4, 1, 1, dtype=torch.float64, requires_grad=True)
@@ -363,9 +370,8 @@ def test_what_comes_back_to_rows_of_nobody(seen: Seen, monkeypatch: pytest.Monke
         return _entropy(model.head(model.table(batch["input_ids"]) * batch["times"]), batch["input_ids"])
 
     found = []
-    for threshold in (subject.DEFERRED_BYTES, 2**60):
-        monkeypatch.setattr(subject, "DEFERRED_BYTES", threshold)
-        engine = ClippingEngine(model, max_grad_norm=1.0, strategy="bookkeeping")
+    for threshold in (THRESHOLD, 2**60):
+        engine = ClippingEngine(model, max_grad_norm=1.0, strategy="bookkeeping", max_logit_bytes=threshold)
         engine.backward(loss, {"input_ids": ids, "times": times}, torch.tensor([1, -1, 0, 1]))
         assert times.grad is not None
         found.append(times.grad)
@@ -395,7 +401,7 @@ def test_a_hook_on_logits_runs(seen: Seen) -> None:
     assert called
 
 
-def put_off(seen: Seen) -> tuple[Small, Tensor]:
+def deferred(seen: Seen) -> tuple[Small, Tensor]:
     """Logits of a model as an engine sees them, and never read so far."""
     model, out = Small(), list[Tensor]()
     model.shift.requires_grad_(False)
@@ -423,7 +429,7 @@ def put_off(seen: Seen) -> tuple[Small, Tensor]:
     ids=["repr", "deepcopy", "numpy", "tolist", "clone", "argmax"],
 )
 def test_who_reads_them_later_gets_the_numbers(read: Callable[[Tensor], Any], seen: Seen) -> None:
-    _, logits = put_off(seen)
+    _, logits = deferred(seen)
     assert logits.shape == (4, 5, VOCABULARY)
     assert logits.dtype == torch.float64
     with torch.no_grad():
@@ -435,7 +441,7 @@ def test_who_reads_them_later_gets_the_numbers(read: Callable[[Tensor], Any], se
 
 
 def test_numbers_that_are_no_more_are_refused(seen: Seen) -> None:
-    model, logits = put_off(seen)
+    model, logits = deferred(seen)
     with torch.no_grad():
         model.head.weight.mul_(2)
     with pytest.raises(PrivacyError, match="before the optimizer's step"):
@@ -443,7 +449,7 @@ def test_numbers_that_are_no_more_are_refused(seen: Seen) -> None:
 
 
 def test_a_change_that_others_cannot_see_is_refused(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Recorder, "read", lambda self, parameters: None)  # put off again though it was in vain before
+    monkeypatch.setattr(Recorder, "read", lambda self, parameters: None)  # deferred again though it was in vain before
     model = Small()
     model.shift.requires_grad_(False)
 
@@ -456,11 +462,11 @@ def test_a_change_that_others_cannot_see_is_refused(seen: Seen, monkeypatch: pyt
         ClippingEngine(model, max_grad_norm=1.0).backward(loss, {"input_ids": torch.randint(0, VOCABULARY, (4, 5))})
 
 
-@pytest.mark.parametrize("threshold", [0, 16 * VOCABULARY * 4])
+@pytest.mark.parametrize("threshold", [0, THRESHOLD])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_layers(reentrant: bool, threshold: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 0 every linear layer is put off, and formed by what comes next."""
-    monkeypatch.setattr(subject, "DEFERRED_BYTES", threshold)
+    """At 0 every output of a linear layer is deferred, and formed by what comes next."""
+    defer_from(threshold, monkeypatch)
     model, batch = built("qwen2"), batch_of("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
@@ -470,7 +476,7 @@ def test_checkpointed_layers(reentrant: bool, threshold: int, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_bfloat16(autocast: bool, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16(autocast: bool, seen: Seen) -> None:
     """Blocks round less than whole logits do: both are compared with float64."""
     model, batch = built("gemma2", torch.float32 if autocast else torch.bfloat16), batch_of("llama", rows=6)
 
@@ -481,9 +487,8 @@ def test_bfloat16(autocast: bool, seen: Seen, monkeypatch: pytest.MonkeyPatch) -
     exact = copy.deepcopy(model).double()
     _, norms = clipped_sum(unit_gradients(exact, own_loss(exact), each_row(batch)), 1.0)
     errors = []
-    for threshold in (subject.DEFERRED_BYTES, 2**60):
-        monkeypatch.setattr(subject, "DEFERRED_BYTES", threshold)
-        engine = ClippingEngine(model, max_grad_norm=1.0, strategy="bookkeeping")
+    for threshold in (THRESHOLD, 2**60):
+        engine = ClippingEngine(model, max_grad_norm=1.0, strategy="bookkeeping", max_logit_bytes=threshold)
         assert engine.backward(loss, batch).dtype == torch.float32
         errors.append(float((engine.norms.double() / norms - 1).abs().max()))
         engine.detach()
@@ -500,23 +505,23 @@ def test_adapters_leave_a_frozen_head_alone(seen: Seen) -> None:
     assert seen.blocks == seen.formed == 0
 
 
-def test_what_was_put_off_in_vain_is_formed_at_once_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_deferred_in_vain_is_formed_at_once_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide layers inside a model too, so that two_pass can let go of their records one after the other."""
-    monkeypatch.setattr(subject, "DEFERRED_BYTES", 0)
-    put_off, made = list[Tensor](), subject.Product.__init__
+    defer_from(0, monkeypatch)
+    deferred, made = list[Tensor](), subject.Product.__init__
 
     def counted(self: subject.Product, x: Tensor, *rest: Any) -> None:
-        put_off.append(x)
+        deferred.append(x)
         made(self, x, *rest)
 
     monkeypatch.setattr(subject.Product, "__init__", counted)
     model, batch = built("llama").float(), batch_of("llama")
     engine = ClippingEngine(model, max_grad_norm=1.0, strategy="two_pass")
     engine.backward(own_loss(model), batch)
-    assert len(put_off) > 7  # every linear layer, once
-    put_off.clear()
+    assert len(deferred) > 7  # every linear layer, once
+    deferred.clear()
     engine.backward(own_loss(model), batch)
-    assert len(put_off) == 2  # the output layer, in either pass
+    assert len(deferred) == 2  # the output layer, in either pass
     assert "blocks" in engine.norm_methods()["lm_head.weight"]
 
 
@@ -550,9 +555,8 @@ def test_memory(strategy: Any, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> N
     model, ids = Small(), torch.randint(0, VOCABULARY, (4, 50))
     model.shift.requires_grad_(False)
     largest = {}
-    for threshold in (subject.DEFERRED_BYTES, 2**60):
-        monkeypatch.setattr(subject, "DEFERRED_BYTES", threshold)
-        engine = ClippingEngine(model, max_grad_norm=1.0, strategy=strategy)
+    for threshold in (THRESHOLD, 2**60):
+        engine = ClippingEngine(model, max_grad_norm=1.0, strategy=strategy, max_logit_bytes=threshold)
         with _Largest() as mode:  # type: ignore[no-untyped-call]
             engine.backward(lambda batch: _entropy(model(batch["input_ids"]), batch["input_ids"]), {"input_ids": ids})
         largest[threshold] = mode.bytes
@@ -598,7 +602,7 @@ def test_a_gradient_of_logits_that_will_not_come_by_is_refused(ask: Callable[[Te
 
 
 def test_cross_entropies_of_other_weights_are_refused(seen: Seen) -> None:
-    model, logits = put_off(seen)
+    model, logits = deferred(seen)
     with torch.no_grad():
         model.head.weight.mul_(2)
     with pytest.raises(PrivacyError, match="before the optimizer's step"):
