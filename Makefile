@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test coverage gpu
+.PHONY: quickstart test coverage gpu docs
 
 # On public text: what earlier runs spent on it, which its folder remembers, may be forgotten.
 quickstart: .venv/installed
@@ -25,6 +25,10 @@ coverage: .venv/installed-dev
 gpu: .venv/installed-dev
 	$(BIN)/python -m tests.gpu
 
+# The documentation in build/docs/index.html; any warning is an error. Nothing is downloaded while it is built or read.
+docs: .venv/installed-docs
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+
 # torch comes first and by itself: it is the largest, and which build of it is found (CPU, CUDA) is up to pip's configuration.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,4 +38,8 @@ gpu: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(INSTALL) --editable '.[docs]'
 	touch $@

@@ -1,130 +1,79 @@
-"""The code that README and docs print, run as printed."""
+"""README and docs: the code runs as printed, commands are commands, links lead somewhere, and what is named exists."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import importlib.util
+import pkgutil
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import pytest
-import torch
 import transformers as hf
-from accelerate.accelerator import Accelerator
 
 from dp_flash_hf.cli import main as cli
 from dp_flash_hf.errors import PrivacyError
-from tests.support import ROOT
+from tests.support import ROOT, pages
+from tests.support.examples import SETUPS
+from tests.support.pages import PAGES
 
-VOCABULARY, PADDING = 31, 0
+EXAMPLES = [example for page in PAGES for example in pages.examples(page)]
+COMMANDS = [(page, words) for page in PAGES for words in pages.commands(page)]
+# What shell blocks run that is not ours: nothing can be said of it here.
+OTHERS = {"pip", "git", "docker", "kubectl", "export", "ray", "nvidia-smi"}
 
 
-def blocks(page: str, language: str = "python") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+class Parsed(BaseException):
+    """Raised where a command would begin to work."""
 
 
-def block(page: str, containing: str) -> str:
-    (found,) = (text for text in blocks(page) if containing in text)
+def flash_commands() -> list[Any]:
+    """Every command line for `dp-flash`, under its own name or as a module that a launcher starts."""
+    found = []
+    for page, words in COMMANDS:
+        for name in ("dp-flash", "dp_flash_hf.cli"):
+            if name in words:
+                arguments = words[words.index(name) + 1 :]
+                found.append(pytest.param(arguments, id=f"{page}:{' '.join(arguments[:3])}"))
     return found
 
 
-def collate(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PADDING)
-    return {"input_ids": ids, "attention_mask": (ids != PADDING).long(), "labels": ids.masked_fill(ids == PADDING, -100)}
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: f"{example.page}:{example.setup}")
+def test_code_runs_as_printed(example: pages.Example, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup = SETUPS[example.setup](tmp_path)
+    names = next(setup)
+    for block in example.blocks:
+        exec(compile(block, example.page, "exec"), names)
+    with pytest.raises(StopIteration):
+        setup.send(capsys.readouterr().out)
 
 
-def collate_examples(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    return collate([example["input_ids"] for example in examples])
+def test_a_block_without_a_setup_or_a_reason_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, fine in (
+        ("```python\nx = 1\n```\n", False),
+        ("<!-- setup: nothing -->\n\nSome words.\n\n```python\nx = 1\n```\n", False),
+        ("<!-- setup: nothing -->\n```python\nx = 1\n```\n", True),
+        ("<!-- skip: needs a GPU -->\n\n```python\nx = 1\n```\n", True),
+    ):
+        monkeypatch.setattr(pages, "read", lambda page, text=text: text)
+        if fine:
+            pages.examples("page")
+        else:
+            with pytest.raises(ValueError, match="setup: NAME"):
+                pages.examples("page")
 
 
-@pytest.fixture
-def names(tmp_path: Path) -> dict[str, Any]:
-    """What the examples take as given: a saved model, data, a collator, a Trainer's arguments."""
-    config = hf.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=PADDING,
-        use_cache=False,
-    )
-    model = hf.LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path / "model")
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(1, VOCABULARY, (3 + row % 5,), generator=generator).tolist() for row in range(96)]
-    return {
-        **{name: getattr(hf, name) for name in ("AutoModelForCausalLM", "Trainer")},
-        "name": str(tmp_path / "model"),
-        "args": hf.TrainingArguments(
-            str(tmp_path / "out"),
-            per_device_train_batch_size=16,
-            max_steps=3,
-            report_to="none",
-            use_cpu=True,
-            save_strategy="no",
-        ),
-        "data": [{"input_ids": row, "labels": row} for row in rows],
-        "collator": collate_examples,
-        "model": model,
-        "dataset": rows,
-        "collate": collate,
-        "optimizer": (optimizer := torch.optim.AdamW(model.parameters(), lr=1e-3)),
-        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
-        "accelerator": Accelerator(cpu=True),
-    }
-
-
-def test_the_two_lines(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    exec(block("README.md", ".attach(trainer)"), names)
-    assert "epsilon <= " in capsys.readouterr().out
-    assert names["dp"].report().steps == 3
-    assert 0 < names["dp"].report().epsilon <= 8
-
-
-def test_the_loop_of_ones_own(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    before = [p.detach().clone() for p in names["model"].parameters()]
-    exec(block("README.md", "private.backward(batch)"), names)
-    assert "epsilon <= " in capsys.readouterr().out
-    assert names["private"].report().steps == names["private"].report().planned_steps == 15
-    assert not any(torch.equal(old, new) for old, new in zip(before, names["model"].parameters(), strict=True))
-
-
-def test_the_loop_from_the_parts(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    before = [p.detach().clone() for p in names["model"].parameters()]
-    exec(block("docs/extending.md", "mechanism.release()"), names)
-    assert "epsilon <= " in capsys.readouterr().out
-    assert names["mechanism"].account.steps == names["plan"].steps == 20
-    assert not any(torch.equal(old, new) for old, new in zip(before, names["model"].parameters(), strict=True))
-
-
-def test_noise_in_the_forward_pass(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes: dict[str, Any] = {
-        f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
-    }
-    config = hf.BartConfig(**sizes, d_model=16, vocab_size=VOCABULARY, max_position_embeddings=16, use_cache=False)
-    model: Any = hf.BartForConditionalGeneration(config)
-    model.eval().requires_grad_(False)
-    model.set_attn_implementation("dp_flash")
-    ids = torch.randint(4, VOCABULARY, (3, 9))
-    exec(block("README.md", "verify_cut("), {"model": model, "batch": {"input_ids": ids, "decoder_input_ids": ids[:, :5]}})
-    assert "epsilon <= 1.9" in capsys.readouterr().out  # 5 of 64 rows
-
-
-def test_the_settings(names: dict[str, Any]) -> None:
-    from dp_flash_hf import PrivacyConfig
-
-    exec(block("README.md", 'privacy_unit="user_id"'), {"PrivacyConfig": PrivacyConfig})
+def test_every_setup_is_used() -> None:
+    assert {example.setup for example in EXAMPLES} == SETUPS.keys()
 
 
 def worked_rule() -> str:
-    """Its blocks, one after the other; what comes after them is another example."""
-    code = "".join(blocks("docs/extending.md"))
-    return code[: code.index("from dp_flash_hf.attention")]
-
-
-def test_the_worked_rule() -> None:
-    exec(worked_rule(), {"__name__": "example"})
+    (example,) = (example for example in EXAMPLES if "@register_rule" in example.code)
+    return example.code
 
 
 @pytest.mark.parametrize(
@@ -142,16 +91,54 @@ def test_the_checker_refutes_a_wrong_rule(right: str, wrong: str) -> None:
         exec(code.replace(right, wrong), {"__name__": "example"})
 
 
-def test_every_link_within_the_project_leads_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+@pytest.mark.parametrize("arguments", flash_commands())
+def test_dp_flash_understands_its_command_lines(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands are stopped after their arguments are read: for `train`, those of the recipe too."""
+
+    def stop(*_: Any, **__: Any) -> NoReturn:
+        raise Parsed
+
+    if arguments[0] == "train":
+        recipe = importlib.import_module(f"dp_flash_hf.recipes.{arguments[1]}")
+        read_options = recipe.read_options
+        monkeypatch.setattr(recipe, "read_options", lambda *given: stop(read_options(*given)))
+        arguments = [word for word in arguments if word.isupper() is False]  # KEYS stands for lines of a table
+    else:
+        parse = argparse.ArgumentParser.parse_args
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *given: stop(parse(*given)))
+    with pytest.raises(Parsed):
+        cli.main(arguments)
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else " ".join(value[:3]))
+def test_commands_name_what_there_is(page: str, words: list[str]) -> None:
+    program, arguments = words[0], words[1:]
+    while "=" in program and arguments:  # NAME=value before a command
+        program, arguments = arguments[0], arguments[1:]
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(arguments) <= set(targets)
+    elif program in ("python", "torchrun", "accelerate"):
+        if "-m" in arguments:
+            module = arguments[arguments.index("-m") + 1]
+            assert importlib.util.find_spec(module) is not None
+        for word in arguments:
+            if re.fullmatch(r"[\w/]+\.(py|yaml)", word):
+                assert (ROOT / word).exists()
+    elif program == "pytest":
+        for word in arguments:
+            if word.startswith("tests"):
+                assert (ROOT / word.partition("::")[0]).exists()
+    else:
+        assert program in {*OTHERS, "dp-flash"} or "=" in program
 
 
 def test_the_planning_command_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = (line for text in blocks("README.md", "bash") for line in text.splitlines() if "plan --units" in line)
-    cli.main(shlex.split(line)[1:])
-    assert "10000 units, 512 expected per step" in capsys.readouterr().out
+    lines = {shlex.join(words) for _, words in COMMANDS if words[:3] == ["dp-flash", "plan", "--units"]}
+    assert lines
+    for line in lines:
+        cli.main(shlex.split(line)[1:])
+        assert "units, " in capsys.readouterr().out
 
 
 def test_the_planning_of_memory_prints_the_table_as_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,8 +150,37 @@ def test_the_planning_of_memory_prints_the_table_as_printed(tmp_path: Path, caps
         num_attention_heads=12,
         tie_word_embeddings=False,
     ).save_pretrained(tmp_path)
-    (line,) = (line for text in blocks("README.md", "bash") for line in text.splitlines() if "plan --memory" in line)
-    cli.main([word.replace("path/or/name", str(tmp_path)) for word in line.split()[1:]])
-    printed = capsys.readouterr().out
-    (table,) = (text for text in blocks("README.md", "text") if "two_pass │" in text)
-    assert table in printed
+    (table,) = (block.text for page in PAGES for block in pages.blocks(page, "text") if "two_pass │" in block.text)
+    words = next(words for _, words in COMMANDS if words[:3] == ["dp-flash", "plan", "--memory"] and "--ranks" not in words)
+    cli.main([word.replace("path/or/name", str(tmp_path)) for word in words[1:]])
+    assert table in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_within_the_project_lead_somewhere(page: str) -> None:
+    for link in pages.links(page):
+        target, _, anchor = link.partition("#")
+        if urlsplit(link).scheme:
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), link
+        if anchor:
+            assert anchor in pages.anchors(path), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_other_places_are_addresses(page: str) -> None:
+    for link in pages.links(page):
+        address = urlsplit(link)
+        if address.scheme:
+            assert address.scheme == "https", link
+            assert re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)+", address.netloc), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_named_in_code_exists(page: str) -> None:
+    text = pages.prose(page)
+    for name in re.findall(r"`(dp_flash_hf(?:\.\w+)+)\b", text):
+        pkgutil.resolve_name(name)
+    for path in re.findall(r"\b((?:tests|patches|recipes|docs)/[\w./]+?\.(?:py|yaml|md))\b", text):
+        assert (ROOT / path).exists(), path

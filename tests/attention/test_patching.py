@@ -591,7 +591,7 @@ def test_a_changed_transformers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_example_in_the_documentation_is_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "extending" / "attention_family.md").read_text(encoding="utf-8")
     (example,) = (text for text in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE) if "MPNet" in text)
     for table in ("_MIXINS", "_CLASSES"):
         monkeypatch.setattr(patching, table, dict(getattr(patching, table)))

@@ -31,7 +31,7 @@ from dp_flash_hf import PrivacyReport
 from tests.support import ROOT
 
 FOLDER = ROOT / "recipes" / "clusters"
-PAGE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "clusters.md").read_text(encoding="utf-8")
 ACCELERATE = sorted(FOLDER.glob("accelerate_*.yaml"))
 MANIFESTS = sorted(set(FOLDER.glob("*.yaml")) - set(ACCELERATE))
 MODELS: dict[tuple[str, str], Any] = {

@@ -1,0 +1,45 @@
+"""How `make docs` builds the pages: offline, and with every warning an error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import dp_flash_hf
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+
+project = "dp-flash-hf"
+author = "The dp-flash-hf authors"
+copyright = "The dp-flash-hf authors, Apache-2.0"
+release = version = dp_flash_hf.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "mathml"]
+exclude_patterns = ["_extensions"]
+html_theme = "furo"
+html_title = f"dp-flash-hf {release}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_math_renderer = "mathml"
+html_show_sourcelink = False
+
+myst_enable_extensions = ["colon_fence", "dollarmath", "deflist"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+nitpicky = True
+# Types of other packages have no page here, and nothing is downloaded to find theirs. Names in annotations that are private or
+# type variables have none either.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!dp_flash_hf).*"),
+    (r"py:.*", r".*\b_\w+"),
+]
