@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import itertools
 import pkgutil
 import re
 import shlex
@@ -102,7 +103,8 @@ def test_dp_flash_understands_its_command_lines(arguments: list[str], monkeypatc
         recipe = importlib.import_module(f"dp_flash_hf.recipes.{arguments[1]}")
         read_options = recipe.read_options
         monkeypatch.setattr(recipe, "read_options", lambda *given: stop(read_options(*given)))
-        arguments = [word for word in arguments if word.isupper() is False]  # KEYS stands for lines of a table
+        # KEYS stands for what a table says. bf16 is refused where there is no GPU, unless a CPU is asked for.
+        arguments = [*(word for word in arguments if not word.isupper()), "use_cpu=true"]
     else:
         parse = argparse.ArgumentParser.parse_args
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *given: stop(parse(*given)))
@@ -110,11 +112,11 @@ def test_dp_flash_understands_its_command_lines(arguments: list[str], monkeypatc
         cli.main(arguments)
 
 
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else " ".join(value[:3]))
+@pytest.mark.parametrize(
+    ("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else " ".join(value[:3])
+)
 def test_commands_name_what_there_is(page: str, words: list[str]) -> None:
-    program, arguments = words[0], words[1:]
-    while "=" in program and arguments:  # NAME=value before a command
-        program, arguments = arguments[0], arguments[1:]
+    program, *arguments = itertools.dropwhile(lambda word: re.match(r"\w+=[^$]", word), words)  # NAME=value before a command
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(arguments) <= set(targets)
@@ -130,7 +132,7 @@ def test_commands_name_what_there_is(page: str, words: list[str]) -> None:
             if word.startswith("tests"):
                 assert (ROOT / word.partition("::")[0]).exists()
     else:
-        assert program in {*OTHERS, "dp-flash"} or "=" in program
+        assert program in {*OTHERS, "dp-flash"} or re.match(r"\w+=\$\(", program)  # NAME=$(command)
 
 
 def test_the_planning_command_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,10 +152,17 @@ def test_the_planning_of_memory_prints_the_table_as_printed(tmp_path: Path, caps
         num_attention_heads=12,
         tie_word_embeddings=False,
     ).save_pretrained(tmp_path)
-    (table,) = (block.text for page in PAGES for block in pages.blocks(page, "text") if "two_pass │" in block.text)
+    tables = {
+        block.text
+        for page in PAGES
+        for block in pages.blocks(page, "text")
+        if "│    two_pass │" in block.text and "weights" in block.text
+    }
     words = next(words for _, words in COMMANDS if words[:3] == ["dp-flash", "plan", "--memory"] and "--ranks" not in words)
     cli.main([word.replace("path/or/name", str(tmp_path)) for word in words[1:]])
-    assert table in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert tables
+    assert all(table in printed for table in tables)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -46,23 +47,22 @@ def wing_of(module: str) -> str:
     return first if first in WINGS else "__init__"
 
 
-def modules() -> dict[str, Path]:
+def modules(root: Path = ROOT) -> dict[str, Path]:
     """Every file of the package by its dotted name; the folders beside it by the names they are imported by."""
     found = {}
-    for folder in (PACKAGE, ROOT / "patches", ROOT / "recipes"):
-        for path in folder.rglob("*.py"):
+    for folder in ("dp_flash_hf", "patches", "recipes"):
+        for path in (root / folder).rglob("*.py"):
             if any(part.is_symlink() for part in path.parents):
                 continue
-            base = ROOT if folder == PACKAGE else PACKAGE.parent
-            name = ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
-            found[name if folder == PACKAGE else f"dp_flash_hf.{name}"] = path
+            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            found[name if folder == "dp_flash_hf" else f"dp_flash_hf.{name}"] = path
     return found
 
 
 MODULES = modules()
 
 
-def imported(path: Path) -> set[str]:
+def imported(path: Path, modules: Mapping[str, Path] = MODULES) -> set[str]:
     """Every module that a file names in an import, wherever it stands, also inside functions and for type checkers only."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -71,7 +71,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else str(node.module) for name in inner}
+            found |= {name if name in modules else str(node.module) for name in inner}
     return found
 
 

@@ -6,6 +6,7 @@ before them ended. A setup yields the names that its blocks start with, and then
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -95,6 +96,17 @@ def trainer(folder: Path) -> Generator[Names, str, None]:
     assert 0 < report.epsilon <= 8
 
 
+@setup
+def adapter(folder: Path) -> Generator[Names, str, None]:
+    """The same; the blocks train an adapter and save it in the working folder."""
+    blocks = trainer(folder)
+    names = next(blocks)
+    with contextlib.chdir(folder):
+        yield names
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert names["dp"].report().steps == 3
+
+
 def _loop() -> Names:
     model = decoder()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -126,14 +138,17 @@ def loop_from_the_parts(folder: Path) -> Generator[Names, str, None]:
     before = [p.detach().clone() for p in names["model"].parameters()]
     printed = yield names
     assert "epsilon <= " in printed
-    assert names["mechanism"].steps == names["plan"].steps == 20
+    assert names["mechanism"].account.steps == names["plan"].steps == 20
     assert changed(before, names["model"])
 
 
 @setup
 def encoder_decoder(folder: Path) -> Generator[Names, str, None]:
     """A frozen encoder-decoder and a batch of it; one privatised call is reported."""
-    sizes = {f"{side}_{what}": 2 for side, what in itertools.product(("encoder", "decoder"), ("layers", "attention_heads", "ffn_dim"))}
+    sizes = {
+        f"{side}_{what}": 2
+        for side, what in itertools.product(("encoder", "decoder"), ("layers", "attention_heads", "ffn_dim"))
+    }
     config = hf.BartConfig(**sizes, d_model=16, vocab_size=VOCABULARY, max_position_embeddings=16, use_cache=False)  # type: ignore[arg-type]
     model: Any = hf.BartForConditionalGeneration(config)
     model.eval().requires_grad_(False)

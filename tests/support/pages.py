@@ -16,7 +16,9 @@ PAGES = sorted(
     for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
     if "_build" not in path.parts
 )
-_FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|:{3,})(?P<language>\S*) *\n(?P<text>.*?)^ *(?P=ticks) *$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(
+    r"^(?P<indent> *)(?P<ticks>`{3,}|:{3,})(?P<language>\S*) *\n(?P<text>.*?)^ *(?P=ticks) *$", re.DOTALL | re.MULTILINE
+)
 _MARK = re.compile(r"<!-- (setup|skip): ([^\n]+?) -->\s*\Z")
 _LINK = re.compile(r"!?\[[^\]]*\]\(<?([^)>\s]+)>?\)")
 
