@@ -174,16 +174,38 @@ def select_items(batch: Batch, units: Units, items: Tensor) -> dict[str, Any]:
     return {name: _select(name, value, units, items, batch) for name, value in batch.items()}
 
 
+def restarts(position_ids: Tensor) -> Tensor:
+    """Where positions say that another text begins: at one below the one before, or one that repeats the row's first.
+
+    A position may skip numbers within a text, and one may repeat that is above the first of its row: the tokens of a picture
+    share theirs. So texts whose positions go on counting from the text before are not told apart.
+
+    >>> restarts(torch.tensor([[0, 1, 2, 0, 0, 1]]))  # of 3 tokens, 1 token and 2 tokens
+    tensor([[False, False,  True,  True, False]])
+
+    Args:
+        position_ids: (rows, length) integers.
+
+    Returns:
+        (rows, length - 1) bool, on the same device; entry i says whether token i + 1 begins a text.
+    """
+    step = position_ids.diff(dim=-1)
+    return (step < 0) | ((step == 0) & (position_ids[:, 1:] <= position_ids[:, :1]))
+
+
 def text_starts(batch: Batch) -> Tensor | None:
-    """Bool (length,), on the CPU: where the texts of one packed row start; None where the batch does not say."""
+    """Bool (length,), on the CPU: where the texts of one packed row start; None where the batch does not say.
+
+    Boundaries (`cu_seq_lens_q`) say it, else `position_ids` that restart.
+    """
     length = leading_shape(batch)[-1]
     ends, positions = batch.get("cu_seq_lens_q"), batch.get("position_ids")
     starts = torch.zeros(length, dtype=torch.bool)
     if isinstance(ends, Tensor):
-        begun = ends.cpu().long()  # what follows the last boundary is a text too, of nobody
+        begun = ends.cpu().long()  # what follows the last boundary counts as a text too, which belongs to no unit
         starts[begun[begun < length]] = True
     elif isinstance(positions, Tensor) and positions.shape[-1] == length and positions.numel() == length:
-        starts[1:] = positions.flatten().diff().cpu() != 1
+        starts[1:] = restarts(positions.view(1, length))[0].cpu()
         starts[:1] = True
     else:
         return None

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dp_flash_hf.attention.function import dp_flash_attention
-from dp_flash_hf.attention.masks import MADE_HERE
+from dp_flash_hf.attention.masks import is_made_here, mark_made_here
 from dp_flash_hf.attention.patching import keys_and_values, register_attention, register_guard
-from dp_flash_hf.attention.segments import is_packed, once
+from dp_flash_hf.attention.segments import is_packed
+from dp_flash_hf.attention.tensor_cache import once
 
 
 @register_attention("transformers.models.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention")
@@ -63,6 +64,4 @@ def _within(mask: Tensor, window: int) -> Tensor:
     """A bool mask (B, 1, Q, K), less the keys that are not among the last `window` up to the query."""
     queries, keys = mask.shape[-2:]
     seen = mask & torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(keys - queries + 1 - window)
-    if hasattr(mask, MADE_HERE):
-        setattr(seen, MADE_HERE, window)
-    return seen
+    return mark_made_here(seen, window) if is_made_here(mask) else seen

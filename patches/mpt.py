@@ -1,4 +1,4 @@
-"""MPT: attention code of its own; alibi, the same for all rows; a mask that is True where nothing is seen."""
+"""MPT: attention code of its own; alibi, the same for all rows; a mask that is True where a query may not see a key."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from dp_flash_hf.attention.function import dp_flash_attention
-from dp_flash_hf.attention.masks import ALWAYS_MASKED, MADE_HERE
+from dp_flash_hf.attention.masks import is_made_here, require_mask
 from dp_flash_hf.attention.patching import heads, keys_and_values, register_attention
 from dp_flash_hf.errors import UnsupportedError
 
-ALWAYS_MASKED.add("mpt")  # the model calls .to(torch.bool) on its mask
+require_mask("mpt")  # the model calls .to(torch.bool) on its mask
 
 
 @register_attention("transformers.models.mpt.modeling_mpt.MptAttention")
@@ -26,7 +26,7 @@ class FlashMptAttention:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        if attention_mask is not None and not hasattr(attention_mask, MADE_HERE):
+        if attention_mask is not None and not is_made_here(attention_mask):
             raise UnsupportedError("MPT turns a 4-D attention_mask around; pass a mask of shape (batch, tokens)")
         mixed = self.Wqkv(hidden_states)
         if self.clip_qkv:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dp_flash_hf.attention.function import dp_flash_attention
 from dp_flash_hf.attention.patching import heads, keys_and_values, register_attention
-from dp_flash_hf.attention.segments import once
+from dp_flash_hf.attention.tensor_cache import once
 
 
 @register_attention(

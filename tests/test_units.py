@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dp_flash_hf.units import Units, leading_shape, select_items, select_unit, subset
+from dp_flash_hf.units import Units, leading_shape, restarts, select_items, select_unit, subset, text_starts
 
 
 def ids(*values: int) -> Tensor:
@@ -170,3 +170,40 @@ def test_boundaries_are_of_one_row() -> None:
     for rows in ((4,), (4, 3)):
         with pytest.raises(ValueError, match="one packed row"):
             Units.of(torch.tensor([0, 0, 1, 2], dtype=torch.int32), rows)
+
+
+@pytest.mark.parametrize(
+    ("positions", "starts"),
+    [
+        ([0, 1, 2, 0, 0, 1], [3, 4]),
+        ([2, 3, 4, 2, 2, 3], [3, 4]),  # counted from 2
+        ([0, 1, 1, 1, 2, 0, 1], [5]),  # a picture, whose tokens share a position
+        ([0, 1, 5, 6], []),  # a gap within a text
+        ([5, 6, 7, 7, 9, 10, 3, 4, 5], [6]),
+        ([0, 1, 2, -1, -1], [3, 4]),
+        ([-1, -1, 0, 1], [1]),
+        ([1, 1, 1, 0, 1, 2], [1, 2, 3]),  # padding on the left, as Transformers counts it
+        ([4], []),
+    ],
+)
+def test_positions_that_restart_begin_a_text(positions: list[int], starts: list[int]) -> None:
+    ids = torch.tensor([positions])
+    assert restarts(ids).nonzero()[:, 1].add(1).tolist() == starts
+    found = text_starts({"input_ids": torch.zeros_like(ids), "position_ids": ids})
+    assert found is not None
+    assert found.nonzero().flatten().tolist() == [0, *starts]
+
+
+def test_every_row_restarts_by_itself() -> None:
+    found = restarts(torch.tensor([[0, 1, 2, 0], [3, 4, 5, 6], [7, 7, 8, 8]]))
+    assert found.tolist() == [[False, False, True], [False] * 3, [True, False, False]]
+
+
+def test_text_starts_come_from_boundaries_before_positions() -> None:
+    ids, positions = torch.zeros(1, 6, dtype=torch.long), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    boundaries = torch.tensor([0, 2, 5], dtype=torch.int32)
+    found = text_starts({"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": boundaries})
+    assert found is not None
+    assert found.nonzero().flatten().tolist() == [0, 2, 5]  # what follows the last boundary counts as a text too
+    assert text_starts({"input_ids": ids}) is None
+    assert text_starts({"input_ids": torch.zeros(2, 3, dtype=torch.long), "position_ids": positions.view(2, 3)}) is None

@@ -1,8 +1,8 @@
-"""The families of `patches/`: loading their files registers what each has for its models.
+"""Attention patches of model families: what the files of `patches/` register, and how models come to follow them and back.
 
-An attention patch is a mixin put in front of a family's own attention class, as a rule is put in front of a layer's: the
-parameters, buffers and names stay, only the methods it defines are other ones. `set_attn_implementation` and building a model
-call `patch` and `unpatch` by themselves.
+A patch is a mixin put in front of a family's own attention class, as a rule is put in front of a layer's: parameters, buffers
+and names stay, only the methods it defines are other ones. `set_attn_implementation` and building a model call `patch` and
+`unpatch` by themselves.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 
+from dp_flash_hf.attention import usage
 from dp_flash_hf.errors import UnsupportedError
-from dp_flash_hf.layers import rules
+from dp_flash_hf.layers.class_swap import ClassSwap
 
 _MIXINS: dict[str, type] = {}  # by "module.QualName" of the class they go in front of
-_CLASSES: dict[type, type] = {}
 _GUARDS: dict[str, Callable[..., Any]] = {}  # by model type
 _BEFORE = "_dp_flash_before"  # attribute of a patched model: the attention implementation it had
 _SOFTMAX = re.compile(r"[sS]oftmax\(|scaled_dot_product_attention|ALL_ATTENTION_FUNCTIONS")
@@ -48,10 +48,19 @@ _OWN_ATTENTION = {
 
 
 def register_attention(*names: str) -> Callable[[_C], _C]:
-    """Class decorator: a mixin for these classes, each "module.QualName", so that none is imported before it is needed.
+    """Class decorator: a mixin whose `forward` computes what a family's attention computes, by `dp_flash_attention`.
 
-    Its `forward` replaces theirs while the model's attention implementation is ours, and gives the same outputs. Subclasses,
-    which may compute something else, are left alone.
+    While a model's attention implementation is ours, the mixin stands in front of the family's class; `self` is the family's
+    layer, with its own projections, config and buffers. It takes the arguments of the family's `forward` and returns what that
+    returns, with None for attention weights. Arguments of the family's `forward` that the mixin does not name are an error when
+    a model is patched, so that a new version of Transformers cannot pass something that would be ignored.
+
+    Args:
+        names: "module.QualName" of each class it is for, so that none is imported before it is needed. Subclasses of these,
+            which may compute something else, are left alone.
+
+    Returns:
+        The decorator, which returns the class it was given.
     """
 
     def register(mixin: _C) -> _C:
@@ -62,9 +71,17 @@ def register_attention(*names: str) -> Callable[[_C], _C]:
 
 
 def register_guard(*model_types: str) -> Callable[[_F], _F]:
-    """Function decorator: guard(model, args, kwargs), a forward pre-hook of the patched models of these types.
+    """Function decorator: a forward pre-hook of the patched models of these types.
 
-    It raises where the attention of the family would not be told what it needs to know, or returns other (args, kwargs).
+    For families whose attention is not told what it would need to know: that a row is packed, say. The guard is called as
+    ``guard(model, args, kwargs)`` before every forward. It raises UnsupportedError, or returns other ``(args, kwargs)``, or
+    None to leave them as they are.
+
+    Args:
+        model_types: `config.model_type` of the families; the last guard registered for one holds.
+
+    Returns:
+        The decorator, which returns the function it was given.
     """
 
     def register(guard: _F) -> _F:
@@ -80,21 +97,36 @@ def has_patch(model_class: type) -> bool:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether a module of this model follows a patch."""
-    return any(_follows(module) for _, module in _attentions(model))
+    """Whether a layer of this model follows a patch."""
+    return any(follows_patch(module) for _, module in _attention_modules(model))
+
+
+def follows_patch(layer: nn.Module) -> bool:
+    """Whether this layer follows a patch, also where an engine's rule lies on top of it."""
+    return _SWAP.is_on(layer)
 
 
 def patch(model: nn.Module, name: str = "dp_flash") -> None:
-    """Let the modules of `model` that have a patch call our attention, and their configs say `name`. Safe to call again.
+    """Let the layers of `model` that have a patch call our attention. Calling it again changes nothing.
 
-    Raises UnsupportedError, having changed nothing, if an engine's rule is on one of these modules, or if this version of
-    Transformers hands them arguments that their patch does not know.
+    Swaps the classes of these layers, registers the guards of their families, and writes `name` into the configs of the models
+    they belong to. Parameters, buffers, names and hooks stay. A model without such layers is left as it is.
+
+    Args:
+        model: A model, or a module that holds models.
+        name: What the configs then say, one of `attention.function.NAMES`.
+
+    Raises:
+        UnsupportedError: A `ClippingEngine` is attached to one of these layers, or this version of Transformers hands them
+            arguments that their patch does not know. Nothing was changed.
     """
-    found = _attentions(model)
-    _refuse_attached([module for _, module in found if not _follows(module)])
-    classes = [type(module) if _follows(module) else _class_of(type(module)) for _, module in found]
-    for (owner, module), changed in zip(found, classes, strict=True):
-        module.__class__ = changed
+    found = _attention_modules(model)
+    fresh = [module for _, module in found if not _SWAP.is_on(module)]
+    _refuse_attached(fresh)
+    mixins = [_mixin_for(type(module)) for module in fresh]
+    for module, mixin in zip(fresh, mixins, strict=True):
+        _SWAP.put_on(module, mixin)
+    for owner, _ in found:
         vars(owner).setdefault(_BEFORE, owner.config._attn_implementation)
     for owner, _ in found:
         owner.config._attn_implementation_internal = name
@@ -104,16 +136,19 @@ def patch(model: nn.Module, name: str = "dp_flash") -> None:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo `patch`: the classes and the attention implementation are those from before.
+    """Undo `patch`: classes, guards and the configs' attention implementation are those from before.
 
-    Raises UnsupportedError, having changed nothing, if an engine's rule is on one of the modules.
+    Args:
+        model: What was patched, or a module that holds it. Layers without a patch are left as they are.
+
+    Raises:
+        UnsupportedError: A `ClippingEngine` is attached to one of the layers. Nothing was changed.
     """
-    found = [(owner, module) for owner, module in _attentions(model) if _follows(module)]
+    found = [(owner, module) for owner, module in _attention_modules(model) if _SWAP.is_on(module)]
     _refuse_attached([module for _, module in found])
     for owner, module in found:
-        original: Any = type(module)
-        module.__class__ = original._dp_flash_original
-        vars(module).pop("_dp_flash_ran", None)
+        _SWAP.take_off(module)
+        usage.forget(module)
         if _BEFORE in vars(owner):
             owner.config._attn_implementation_internal = vars(owner).pop(_BEFORE)
     for part, guard in _guarded(model) if found else []:
@@ -125,9 +160,18 @@ def unpatch(model: nn.Module) -> None:
 def keys_and_values(
     cache: Any, layer: int, project: Callable[[], tuple[Tensor, Tensor]], *, cross: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The keys and values a layer attends to, each (B, G, K, D): `project()` appended to what the cache holds.
+    """The keys and values that a layer's queries see: what `project` returns, appended to what the cache holds.
 
-    Of an encoder's states (`cross`), which stay the same, the cache holds what the first call projected.
+    Of an encoder's states, which stay the same, the cache holds what the first call projected; `project` is not called again.
+
+    Args:
+        cache: What the model hands its layers as `past_key_values`, or None.
+        layer: The layer's number in the cache.
+        project: Returns new keys (B, G, S, D) and values (B, G, S, E).
+        cross: Whether these are of an encoder's states.
+
+    Returns:
+        Keys (B, G, K, D) and values (B, G, K, E).
     """
     if cache is None:
         return project()
@@ -160,7 +204,7 @@ def reason(model: nn.Module) -> str | None:
         isinstance(part, nn.Softmax | nn.MultiheadAttention) for part in model.modules()
     ):
         return "no softmax attention"
-    if "ALL_ATTENTION_FUNCTIONS" in source or _attentions(model):
+    if "ALL_ATTENTION_FUNCTIONS" in source or _attention_modules(model):
         return None
     return "own attention code: its modeling file computes attention by itself, and no patch is known"
 
@@ -174,12 +218,12 @@ def _source(module_name: str) -> str:
     return ""
 
 
-def _attentions(model: nn.Module) -> list[tuple[PreTrainedModel, nn.Module]]:
+def _attention_modules(model: nn.Module) -> list[tuple[PreTrainedModel, nn.Module]]:
     """The modules that follow a patch or have one, each with the innermost model it is part of."""
     owners: dict[nn.Module, PreTrainedModel] = {}
     for part in model.modules():
         if isinstance(part, PreTrainedModel):  # outer ones come first
-            owners.update((module, part) for module in part.modules() if _follows(module) or _name(module) in _MIXINS)
+            owners.update((module, part) for module in part.modules() if _SWAP.is_on(module) or _name(module) in _MIXINS)
     return [(owner, module) for module, owner in owners.items()]
 
 
@@ -188,15 +232,13 @@ def _guarded(model: nn.Module) -> list[tuple[PreTrainedModel, Callable[..., Any]
     return [(part, _GUARDS[part.config.model_type]) for part in parts if part.config.model_type in _GUARDS]
 
 
-def _follows(module: nn.Module) -> bool:
-    return hasattr(type(module), "_dp_flash_original")
-
-
 def _name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _refuse_attached(modules: list[nn.Module]) -> None:
+    from dp_flash_hf.layers import rules  # which loads all rules: not needed before a model is patched
+
     for module in modules:
         if rules.is_attached(module):
             raise UnsupportedError(
@@ -204,29 +246,23 @@ def _refuse_attached(modules: list[nn.Module]) -> None:
             )
 
 
-def _class_of(original: Any) -> type:
-    if original not in _CLASSES:
-        mixin: Any = _MIXINS[f"{original.__module__}.{original.__qualname__}"]
-        known = {*inspect.signature(mixin.forward).parameters, "output_attentions"}
-        new = [name for name in inspect.signature(original.forward).parameters if name not in known]
-        if new:  # would be ignored
-            raise UnsupportedError(
-                f"{original.__name__} of transformers {transformers.__version__} takes {', '.join(new)}, which its patch does "
-                'not know; use a version that dp-flash-hf is tested with, or attn_implementation="eager"'
-            )
-        body = {"__module__": original.__module__, "__reduce_ex__": _reduce, "_dp_flash_original": original}
-        _CLASSES[original] = type(original.__name__, (mixin, original), body)
-    return _CLASSES[original]
+def _mixin_for(original: Any) -> type:
+    """The patch of a class; raises UnsupportedError if the class takes arguments that the patch does not know."""
+    mixin: Any = _MIXINS[f"{original.__module__}.{original.__qualname__}"]
+    known = {*inspect.signature(mixin.forward).parameters, "output_attentions"}
+    new = [name for name in inspect.signature(original.forward).parameters if name not in known]
+    if new:  # would be ignored
+        raise UnsupportedError(
+            f"{original.__name__} of transformers {transformers.__version__} takes {', '.join(new)}, which its patch does not "
+            'know; use a version that dp-flash-hf is tested with, or attn_implementation="eager"'
+        )
+    return mixin  # type: ignore[no-any-return]
 
 
-def _reduce(self: Any, protocol: Any) -> Any:
-    """Pickle by the original class: the patched one is found nowhere by its name."""
-    kind: Any = type(self)
-    if "_dp_flash_original" not in vars(kind):  # something else, a rule perhaps, was put in front of it
-        return object.__reduce_ex__(self, protocol)
-    return _rebuild, (kind._dp_flash_original,), self.__getstate__()
-
-
-def _rebuild(original: type) -> Any:
-    patched: Any = _class_of(original)
+def _revive(original: type) -> Any:
+    """An empty instance of the patched class, for copies and pickles, which name the original one."""
+    patched: Any = _SWAP.derived(original, _mixin_for(original))
     return patched.__new__(patched)
+
+
+_SWAP = ClassSwap(revive=_revive)

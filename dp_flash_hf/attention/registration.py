@@ -1,4 +1,4 @@
-"""What Transformers has to be taught to take `attn_implementation="dp_flash"`."""
+"""What Transformers has to be taught to take `attn_implementation="dp_flash"`, and whether a model really uses it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,37 @@ import transformers
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from dp_flash_hf.attention import patching
+from dp_flash_hf.attention import masks, patching, usage
 from dp_flash_hf.attention.function import NAMES, dp_flash_attention
-from dp_flash_hf.attention.masks import ALWAYS_MASKED, dp_flash_mask
 from dp_flash_hf.errors import UnsupportedError
 
 # Model types that extend their mask by additive terms, which a bool mask silently turns around.
 _ADDS_TO_ITS_MASK = ("deepseek_v4",)
 # Attribute of a model that is to be patched, from the beginning of its construction to the end.
 _WANTED = "_dp_flash_wanted"
+# Models that were given one of our names, until a forward has shown that they call this attention.
+_UNCHECKED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def register() -> None:
-    """Make the names in `NAMES` known to Transformers; calling it again changes nothing.
+    """Make the names in `NAMES` known to Transformers. Importing `dp_flash_hf` does it; calling it again changes nothing.
 
-    Registers the attention and the mask function, and teaches `PreTrainedModel` that the names need no flash-attn package
-    and no replacement by a kernel from the Hub; that models with a patch are patched when they are built or given one of the
-    names, and unpatched when given another; and that a first forward in which this attention was not called raises. All other
-    names behave as before.
+    Registers the attention and the mask function, and wraps four methods of `PreTrainedModel`. From then on
 
-    Raises UnsupportedError if this version of Transformers chooses attention implementations in an unknown way.
+    - the names need no flash-attn package, and no kernel from the Hub takes their place;
+    - models with a patch (`patches/`) are patched when they are built with one of the names or given it by
+      `set_attn_implementation`, and unpatched when given another;
+    - a model that would ignore the name is refused when that is known, and at the latest on its first forward, in which none of
+      its layers called this attention.
+
+    All other names behave as before.
+
+    Raises:
+        UnsupportedError: This version of Transformers chooses attention implementations in an unknown way.
     """
     for name in NAMES:
         AttentionInterface.register(name, dp_flash_attention)
-        AttentionMaskInterface.register(name, dp_flash_mask)
+        AttentionMaskInterface.register(name, masks.dp_flash_mask)
     _wrap("_check_and_adjust_attn_implementation", ("self", "attn_implementation", "is_init_check"), _skip_flash_packages)
     _wrap("get_correct_attn_implementation", ("self", "requested_attention", "is_init_check"), _arm_check)
     _wrap("set_attn_implementation", ("self", "attn_implementation"), _patch_or_raise)
@@ -45,11 +52,20 @@ def register() -> None:
 
 
 def status(model: nn.Module) -> str:
-    """How a model stands to this attention, for reports.
+    """Whether a model uses this attention, for reports; runs nothing.
 
-    "called": by a forward of this model. "patched": through a file of `patches/`. "not called yet": asked for, and nothing is
-    known against it. "not asked for": the model runs another implementation, though it could run this one.
-    "no softmax attention": there is nothing to replace. "own attention code: ...": why it cannot be replaced.
+    Args:
+        model: A model, or a module that holds models.
+
+    Returns:
+        One of
+
+        - "called": by a forward of this model;
+        - "patched": through a file of `patches/`;
+        - "not called yet": asked for, and nothing is known against it;
+        - "not asked for": the model runs another implementation, though it could run this one;
+        - "no softmax attention": there is nothing to replace;
+        - "own attention code: ...": why it cannot be replaced.
     """
     why = patching.reason(model)
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
@@ -57,7 +73,7 @@ def status(model: nn.Module) -> str:
         return why or "not asked for"
     if patching.is_patched(model):
         return "patched"
-    return "called" if any(getattr(module, "_dp_flash_ran", False) for module in model.modules()) else why or "not called yet"
+    return "called" if usage.any_has_called(model) else why or "not called yet"
 
 
 def _wrap(method: str, parameters: tuple[str, ...], wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -101,7 +117,7 @@ def _arm_check(original: Callable[..., str]) -> Callable[..., str]:
             elif self.config.model_type in _ADDS_TO_ITS_MASK:
                 raise UnsupportedError(f'{type(self).__name__} needs a float mask; use attn_implementation="eager"')
             elif not self._supports_sdpa:
-                ALWAYS_MASKED.add(self.config.model_type)
+                masks.require_mask(self.config.model_type)
             _arm(self)
         return chosen
 
@@ -163,9 +179,6 @@ def _patch_or_raise(original: Callable[..., None]) -> Callable[..., None]:
     return set_attn_implementation
 
 
-_UNCHECKED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
-
-
 def _check_ran(model: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a model that was given one of our names: after its first forward, has our attention been called?
 
@@ -180,7 +193,7 @@ def _check_ran(model: nn.Module, args: Any, output: Any) -> None:
         )
     if model.config._attn_implementation not in NAMES:
         _disarm(model)
-    elif any(getattr(module, "_dp_flash_ran", False) for module in model.modules()):
+    elif usage.any_has_called(model):
         for part in model.modules():
             _disarm(part)
         for whole in list(_UNCHECKED):  # a wrapper may call only its body, as PEFT does

@@ -1,82 +1,89 @@
-"""Which tokens of a row form one segment: what a mask, boundaries and positions say about it, found out once for all layers."""
+"""Which tokens of a row form one segment: what a mask, boundaries and positions say about it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from dp_flash_hf.attention.pattern import Segment, Segments, Sight, causal_mask
+from dp_flash_hf.attention.pattern import Segment, Segments, Visibility
 from dp_flash_hf.errors import UnsupportedError, invalid
+from dp_flash_hf.units import restarts
 
 
 def is_packed(position_ids: Tensor | None, attention_mask: Tensor | None = None) -> bool:
-    """Whether `position_ids` (B, S) say that a row holds several units, which `attention_mask` (B, S) does not keep apart.
+    """Whether positions say that a row holds several texts, which the mask does not keep apart.
 
-    Where the token before is padding, a position that starts again is just that; a 4-D mask says everything.
+    For guards of families whose attention is not told of packed rows. Where the token before is padding, a position that starts
+    again is just that, and a 4-D mask says everything.
+
+    >>> is_packed(torch.tensor([[0, 1, 2, 0, 1]])), is_packed(torch.tensor([[0, 1, 2, 3, 4]]))
+    (True, False)
+    >>> is_packed(torch.tensor([[1, 1, 0, 1, 2]]), torch.tensor([[0, 0, 1, 1, 1]]))  # padding on the left
+    False
+
+    Args:
+        position_ids: (B or 1, S) integers, or None.
+        attention_mask: (B, S), zero at padding; or None, or a mask of other dimensions.
     """
     if position_ids is None or position_ids.ndim != 2 or (attention_mask is not None and attention_mask.ndim != 2):
         return False
-    restarts = _restarts(position_ids)
+    starts = restarts(position_ids)
     if attention_mask is not None and attention_mask.shape[1] == position_ids.shape[1]:
-        restarts = restarts & attention_mask[:, :-1].to(torch.bool)
-    return bool(restarts.any())
+        starts = starts & attention_mask[:, :-1].to(torch.bool)
+    return bool(starts.any())
 
 
 @dataclass(frozen=True)
-class Layout:
+class MaskStructure:
     """What a bool mask (B, H, Q, K) implies; B and H may be 1. Holds no view of the mask, which it must not keep alive.
 
-    In traced code `unseen` and `blind` are there in any case, and `segments` and `reach` say nothing.
+    In traced code `unseen` and `fully_masked` are there in any case, and `segments` and `reach` say nothing.
     """
 
-    unseen: Tensor | None  # (B, 1, K, 1), True at keys no query sees; None if there are none
-    blind: Tensor | None  # (B, 1, Q, 1), True at queries that see no key; None if there are none
-    segments: Segments | None  # None if a row is not made of blocks of queries and the keys they see
-    reach: int  # how far behind itself a query sees at most; for Q == K
+    unseen: Tensor | None = None  # (B, 1, K, 1), True at keys no query sees; None if there are none
+    fully_masked: Tensor | None = None  # (B, 1, Q, 1), True at queries that see no key; None if there are none
+    segments: Segments | None = None  # None if a row is not made of blocks of queries and the keys they see
+    reach: int = 0  # how far behind itself a query sees at most; for Q == K
 
 
-def layout_of_mask(mask: Tensor, n_queries: int) -> Layout:
+def structure_of_mask(mask: Tensor, n_queries: int) -> MaskStructure:
     """What a mask says. n_queries: Q, also where the mask is the same for all of them."""
-    sight = mask.any(1)
-    seen, sees = sight.any(1), sight.any(2)
+    visible = mask.any(1)
+    seen, sees = visible.any(1), visible.any(2)
     unseen = None if bool(seen.all()) else ~seen[:, None, :, None]
-    blind = None if bool(sees.all()) else ~sees[:, None, :, None]
-    constant = bool((mask == sight[:, None, :1]).all())
-    if sight.shape[1] != sight.shape[2]:
-        return Layout(unseen, blind, _segments_of_keys(seen, n_queries) if constant else None, 0)
+    fully_masked = None if bool(sees.all()) else ~sees[:, None, :, None]
+    constant = bool((mask == visible[:, None, :1]).all())
+    if visible.shape[1] != visible.shape[2]:
+        return MaskStructure(unseen, fully_masked, _segments_of_keys(seen, n_queries) if constant else None)
 
-    size = sight.shape[1]
+    size = visible.shape[1]
     place = torch.arange(size, device=mask.device).expand_as(sees)
-    bits = sight.to(torch.uint8)
+    bits = visible.to(torch.uint8)
     first = torch.where(sees, bits.argmax(-1), place)
     reach = int((place - first).max())
     if constant:
-        return Layout(unseen, blind, _segments_of_keys(seen, size), reach)
+        return MaskStructure(unseen, fully_masked, _segments_of_keys(seen, size), reach)
     last = torch.where(sees, size - 1 - bits.flip(-1).argmax(-1), place)
-    # A block starts where nobody from here on looks back across, and nobody before looks ahead across.
+    # A block starts where no query from here on looks back across, and none before looks ahead across.
     looks_back = first.flip(-1).cummin(-1).values.flip(-1)
     looks_ahead = last.cummax(-1).values
     starts = looks_back >= place
     starts[:, 1:] &= looks_ahead[:, :-1] < place[:, 1:]
-    # What a mask without holes would be, block by block, and whether a query's sight is that.
+    # What a mask without holes would be, block by block, and whether what a query sees is that.
     block = starts.cumsum(1)
     behind = place[:, :, None] - place[:, None, :]
     full = block[:, :, None] == block[:, None, :]
-    sights = [full, full & (behind >= 0), full & (behind >= 0) & (behind <= reach)]
-    agrees = [(mask == one[:, None]).all(3).all(1) for one in sights]
+    candidates = [full, full & (behind >= 0), full & (behind >= 0) & (behind <= reach)]
+    agrees = [(mask == one[:, None]).all(3).all(1) for one in candidates]
 
     rows = []
     for is_start, can_see, *agree in torch.stack([starts, sees, *agrees], 1).tolist():
         edges = [i for i, start in enumerate(is_start) if start and (can_see[i] or i == 0 or can_see[i - 1])] + [size]
         rows.append(tuple(_block(a, b, can_see, agree, reach + 1) for a, b in pairwise(edges)))
-    return Layout(unseen, blind, tuple(rows), reach)
+    return MaskStructure(unseen, fully_masked, tuple(rows), reach)
 
 
 def _block(start: int, stop: int, can_see: list[bool], agrees: list[list[bool]], window: int) -> Segment:
@@ -102,8 +109,8 @@ def _segments_of_keys(seen: Tensor, queries: int) -> Segments | None:
     return tuple(rows)
 
 
-def segments_of_ends(
-    ends_q: list[int], ends_k: list[int], query: Tensor, key: Tensor, causal: bool, masked: bool, blocks: Segments | None
+def segments_of_boundaries(
+    ends_q: list[int], ends_k: list[int], query: Tensor, key: Tensor, *, causal: bool, masked: bool, blocks: Segments | None
 ) -> Segments:
     """The segments of one packed row between boundaries. blocks: what the mask says of the row.
 
@@ -126,23 +133,17 @@ def segments_of_ends(
             starts.add(start)
         if starts.issuperset(ends_q):  # the mask is at least as fine, and already known block by block
             return blocks
-    sight: Sight = "mask" if masked else "causal" if causal else "all"
-    return (tuple(Segment(q, k, sight) for q, k in lengths),)
-
-
-def _restarts(position_ids: Tensor) -> Tensor:
-    """(B, S - 1) bool: whether token i + 1 begins a segment. A repeated position may be an image's, unless it is the first."""
-    step = position_ids.diff(dim=-1)
-    return (step < 0) | ((step == 0) & (position_ids[:, 1:] <= position_ids[:, :1]))
+    visibility: Visibility = "mask" if masked else "causal" if causal else "all"
+    return (tuple(Segment(q, k, visibility) for q, k in lengths),)
 
 
 def lengths_between_restarts(position_ids: Tensor) -> list[list[int]] | None:
     """Lengths of the segments of each row; None where no position restarts."""
-    restarts = _restarts(position_ids)
-    if not bool(restarts.any()):
+    starts = restarts(position_ids)
+    if not bool(starts.any()):
         return None
     size = position_ids.shape[-1]
-    edges = ([0, *(i + 1 for i, restart in enumerate(row) if restart), size] for row in restarts.tolist())
+    edges = ([0, *(i + 1 for i, start in enumerate(row) if start), size] for row in starts.tolist())
     return [[b - a for a, b in pairwise(row)] for row in edges]
 
 
@@ -151,49 +152,4 @@ def crosses_restarts(mask: Tensor, position_ids: Tensor) -> Tensor:
     sees_previous = mask.diagonal(-1, 2, 3)
     if mask.dtype != torch.bool:
         sees_previous = sees_previous > torch.finfo(mask.dtype).min / 2
-    return (sees_previous.any(1) & _restarts(position_ids)).any()
-
-
-def without_reading(
-    mask: Tensor | None, position_ids: Tensor | None, query: Tensor, *, causal: bool, made: bool
-) -> tuple[Tensor | None, Layout]:
-    """For code that a compiler traces, in which nothing can be done segment by segment: the mask that says it all.
-
-    Numbers are those of segments, but a NaN is stopped between rows only.
-
-    mask: bool, or None. position_ids: (B or 1, Q) where a restart separates segments, else None. query: (B, H, Q, D).
-    made: whether the caller was given no mask, so that restarts are certainly not in this one.
-    """
-    rows, _, size, _ = query.shape
-    if position_ids is not None and position_ids.shape in ((1, size), (rows, size)):
-        segment = F.pad(_restarts(position_ids).long().cumsum(-1), (1, 0))
-        same = (segment[:, :, None] == segment[:, None, :])[:, None]
-        if mask is None:
-            mask = same & causal_mask(size, query.device) if causal else same
-        else:
-            mask = mask & (same if made else same | ~crosses_restarts(mask, position_ids))
-    if mask is None or size == 1:
-        return mask, Layout(None, None, None, 0)
-    sight = mask.any(1)
-    return mask, Layout(~sight.any(1)[:, None, :, None], ~sight.any(2)[:, None, :, None], None, 0)
-
-
-def to_list(tensor: Tensor) -> list[int]:
-    """Boundaries as Python's numbers."""
-    ends: list[int] = tensor.tolist()
-    return ends
-
-
-_T = TypeVar("_T")
-_KNOWN: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
-
-
-def once(tensor: Tensor, work: Callable[..., _T], *args: Any) -> _T:
-    """`work(tensor, *args)`, computed once while the tensor lives unchanged: all layers of a forward are given the same one."""
-    if tensor.is_inference():  # has no version to notice a change by
-        return work(tensor, *args)
-    known = _KNOWN.setdefault(tensor, {})
-    if (work, args) not in known or known[work, args][0] != tensor._version:
-        known[work, args] = (tensor._version, work(tensor, *args))
-    result: _T = known[work, args][1]
-    return result
+    return (sees_previous.any(1) & restarts(position_ids)).any()

@@ -1,4 +1,4 @@
-"""forward_privacy.ledger."""
+"""What privatised calls have cost: mu^2 of every release, added up for the units whose rows it held."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from dp_flash_hf import validation
 from dp_flash_hf.errors import PrivacyError, invalid
-from dp_flash_hf.forward_privacy.gaussian import _epsilon, sampled_epsilon
-
-# --- what was spent -------------------------------------------------------------------------------------------------------
+from dp_flash_hf.forward_privacy.gaussian import gaussian_epsilon, sampled_epsilon
 
 
 class AttentionLedger:
-    """Every privatised call, and the privacy that all cost a unit together.
+    """Every privatised call, and the privacy that all of them cost a unit.
 
     Calls are Gaussian mechanisms, and these compose exactly, over layers, heads and passes and also where later inputs depend
-    on earlier outputs: mu^2 adds up (Dong, Roth and Su 2022, corollary 2; rho = mu^2 / 2 in zCDP). How many calls there are has
-    to be settled beforehand: where it depends on what was released (generating up to an end token), what is promised is the
-    epsilon of the most that there could have been (Rogers et al. 2016, on odometers). By default every call counts
-    against every unit. Copies of a privatised model made by copy.deepcopy record in the same ledger; those in another process
-    (pickle, fork) each in a copy of their own, and the sum is what was spent.
+    on earlier outputs: mu^2 adds up (Dong, Roth and Su 2022, arXiv:1905.02383, corollary 2; rho = mu^2 / 2 in zCDP). How many
+    calls there are has to be fixed beforehand: where it depends on what was released (generating up to an end token), what is
+    promised is the epsilon of the most that there could have been (Rogers et al. 2016, arXiv:1605.08294, on odometers).
+
+    By default every call counts against every unit, and a call costs what its most expensive row does; `units` says whose rows
+    a batch holds, `sampled` that a batch was drawn at random. Copies of a privatised model made by copy.deepcopy record in the
+    same ledger; those in another process (pickle, fork) each in a copy of their own, and the sum is what was spent.
+
+    >>> ledger = AttentionLedger()
+    >>> ledger.record("layer", [0.25]); ledger.record("layer", [0.25])
+    >>> ledger.squared_mu, ledger.rho, ledger.calls
+    (0.5, 0.25, {('layer', 0.25): 2})
     """
 
     def __init__(self) -> None:
@@ -52,10 +58,18 @@ class AttentionLedger:
 
     @contextlib.contextmanager
     def units(self, ids: Iterable[Hashable] | Tensor) -> Iterator[None]:
-        """Within the context, calls count against these units only: ids of the batch's rows, in order, or of its packed parts.
+        """Within the context, calls count against these units only.
 
         A unit may stand there several times (beams, several return sequences, several rows of one user). Units are disjoint,
-        so the epsilon of all is that of the unit with most (parallel composition); `epsilon` reports it.
+        so the epsilon of all is that of the unit with most (parallel composition); `epsilon` reports it. The context holds for
+        the thread that opened it; a call of another thread raises PrivacyError.
+
+        Args:
+            ids: One for each row of the batch, in order, or for each of its packed parts. Anything hashable, or a tensor.
+
+        Raises:
+            PrivacyError: Within another context of the ledger.
+            ValueError: Ids that are not equal to themselves (NaN), which could not be found again.
         """
         self._enter("units")
         known = [one.item() if isinstance(one, Tensor) else one for one in ids]  # tensors are equal to themselves only
@@ -71,12 +85,19 @@ class AttentionLedger:
     def sampled(self, sampling_rate: float) -> Iterator[None]:
         """Within the context, one pass over a batch that every unit joined independently with this probability.
 
-        A promise of the caller's: a fresh Poisson draw for this context (`sampling.PoissonSampler`), a unit in one row. See
-        `sampled_delta` for what it gains, which is less than in DP-SGD. Passes of unequal cost are taken for the dearest.
+        A promise of the caller's: a fresh Poisson draw for this context (`mechanisms.sampling.PoissonSampler`), a unit in one
+        row. See `gaussian.sampled_delta` for what it gains, which is less than in DP-SGD. Passes of unequal cost are all taken
+        for the most expensive one.
+
+        Args:
+            sampling_rate: Above 0 and at most 1.
+
+        Raises:
+            PrivacyError: Within another context of the ledger.
+            ValueError: A rate outside its range.
         """
         self._enter("sampled")
-        if not 0 < sampling_rate <= 1:
-            raise invalid("sampling_rate", expected="0 < rate <= 1", actual=sampling_rate, remedy="give the sampler's")
+        validation.rate("sampling_rate", sampling_rate, remedy="give the sampler's")
         self._open = [sampling_rate, 0.0]
         try:
             yield
@@ -97,10 +118,14 @@ class AttentionLedger:
     def per_unit(self, by_row: list[float], by_part: list[float], whole: float, *, rows_are_units: bool) -> list[float]:
         """What a call costs each unit in it, of three ways to count.
 
-        by_row: per row of the call's batch. by_part: per packed part. whole: if all were one unit, which is never too little.
-        rows_are_units: whether these rows are those of the batch that the model was given.
+        Args:
+            by_row: Per row of the call's batch.
+            by_part: Per packed part.
+            whole: If all were one unit, which is never too little.
+            rows_are_units: Whether these rows are those of the batch that the model was given.
 
-        Raises PrivacyError if the number of ids is neither that of rows nor that of parts.
+        Raises:
+            PrivacyError: The number of ids is neither that of rows nor that of parts, or another thread opened the context.
         """
         if (self._ids is not None or self._open is not None) and self._thread != threading.get_ident():
             raise PrivacyError("a privatised call of another thread than the one that opened the ledger's context: whose rows?")
@@ -115,7 +140,12 @@ class AttentionLedger:
         )
 
     def record(self, place: str, squared_mus: list[float]) -> None:
-        """Count a call that costs units so much mu^2 each, in the order of `per_unit`. Before it is released."""
+        """Count a call, before it is released.
+
+        Args:
+            place: The name of the privatised module.
+            squared_mus: mu^2 that it costs each unit in it, in the order of `per_unit`.
+        """
         most = max(squared_mus, default=0.0)
         self._calls[place, most] += 1
         if self._ids is not None:
@@ -137,12 +167,15 @@ class AttentionLedger:
         return self.squared_mu / 2
 
     def epsilon(self, delta: float) -> float:
-        """The epsilon of everything recorded, at delta, of the unit that it cost most; 0 before the first call."""
-        if not 0 < delta < 1:
-            raise invalid("delta", expected="0 < delta < 1", actual=delta, remedy="use well below 1 / units")
+        """The epsilon of everything recorded, of the unit that it cost most; 0 before the first call.
+
+        Args:
+            delta: Above 0 and below 1, else ValueError.
+        """
+        validation.delta("delta", delta)
         passes = self._all_passes()
         if not passes:
-            return _epsilon(self._certain, delta)
+            return gaussian_epsilon(self._certain, delta)
         rate, squared_mu = (max(column) for column in zip(*passes, strict=True))
         return sampled_epsilon(
             delta, squared_mu=squared_mu, sampling_rate=rate, passes=sum(passes.values()), certain=self._certain

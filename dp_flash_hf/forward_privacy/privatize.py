@@ -1,4 +1,6 @@
-"""`privatize`: noise at chosen places of a model; `verify_cut`: whether nothing private goes around it.
+"""`privatize`: calibrated noise at chosen places of a model, from now on, and the handle that accounts for it.
+
+::
 
     privatized = privatize(model, AttentionPrivacy(clip_norm=1.0, noise_multiplier=2.0, max_length=512), layers="cross")
     verify_cut(privatized, batch, private=("input_ids",), released=("logits",))
@@ -14,22 +16,23 @@ themselves, placement "residual", as in DP-Forward (Du et al., CCS 2023, arXiv:2
 from __future__ import annotations
 
 import functools
-import inspect
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from dp_flash_hf.attention.function import NAMES, SITE
+from dp_flash_hf import validation
+from dp_flash_hf.attention import release
+from dp_flash_hf.attention.function import NAMES
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.forward_privacy.config import AttentionPrivacy, Placement
 from dp_flash_hf.forward_privacy.ledger import AttentionLedger
+from dp_flash_hf.forward_privacy.places import check_fits, owner_of, select
 from dp_flash_hf.forward_privacy.report import ADJACENCY, AttentionPrivacyReport
-from dp_flash_hf.forward_privacy.sites import _AttentionSite, _is_private, _ResidualSite, _Scope
+from dp_flash_hf.forward_privacy.scope import Scope
+from dp_flash_hf.forward_privacy.sites import AttentionSite, ResidualSite, is_private
 
-_CROSS = re.compile(r"cross|encoder_attn|enc_?dec", re.IGNORECASE)
 _EXPAND = "_expand_inputs_for_generation"
 
 
@@ -42,10 +45,16 @@ def privatize(
 ) -> Privatized:
     """Add calibrated noise to the output of places of `model`, in every forward from now on, and account it.
 
+    Each output of such a place is a Gaussian mechanism whose sensitivity is known whatever the input, NaN and infinity included
+    (`AttentionPrivacy` has the formulas), and is recorded in the handle's ledger before it goes on. Whether that protects what
+    the model returns is another question, which `verify_cut` answers. Calls whose noise would be used twice (traced, exported,
+    captured, recomputed in backward) are refused, and so are calls whose sensitivity is not known (attention dropout, longer
+    units than the noise is made for).
+
     Args:
-        model: with placement "attention" it runs `attn_implementation="dp_flash"` (or "dp_attention"), without dropout there.
-        privacy: how.
-        layers: with placement "attention", the modules that call dp_flash attention: None for all, "cross" for
+        model: With placement "attention" it runs ``attn_implementation="dp_flash"`` (or "dp_attention"), without dropout there.
+        privacy: How calls are made private.
+        layers: With placement "attention", the modules that call dp_flash attention: None for all, "cross" for
             cross-attention, or numbers in their order and names, of them or of what they are part of. With "residual", the
             blocks after which hidden states (B, S, D) are clipped as a whole, for each row of the batch, and noised: numbers
             in the order of the model's layer lists, or names of any modules.
@@ -55,30 +64,49 @@ def privatize(
         A handle: ledger, report, remove.
 
     Raises:
-        UnsupportedError: the model does not run dp_flash attention, or the sensitivity of such a placement is not known.
-        ValueError: places that are not there, or settings that would be ignored.
+        UnsupportedError: The model does not run dp_flash attention, or the sensitivity of such a placement is not known.
+        ValueError: Places that are not there, settings that would be ignored, or a model that is privatised already.
     """
-    if placement not in get_args(Placement):
-        raise invalid("placement", expected="attention or residual", actual=placement, remedy="choose one of them")
-    if any(_is_private(module) for module in model.modules()):
+    validation.one_of("placement", placement, get_args(Placement))
+    if any(is_private(module) for module in model.modules()):
         raise invalid("model", expected="one that is not privatised", actual=type(model).__name__, remedy="remove() first")
-    places = _selected(model, layers, placement)
-    _check_fits(privacy, placement, places)
+    places = select(model, layers, placement)
+    check_fits(privacy, placement, places)
     return Privatized(model, privacy, placement, places)
 
 
-class Privatized:
-    """A model with noise at its `places`; made by `privatize`.
+class Verdict(NamedTuple):
+    """What `verify_cut` found to be cut off from what.
 
-    ledger: every release so far. model, privacy, placement, places: what was given and chosen.
+    Attributes:
+        private: Names of the protected inputs.
+        public: Names of the other tensors among the inputs.
+        released: Names of the outputs that may leave the model.
+    """
+
+    private: tuple[str, ...]
+    public: tuple[str, ...]
+    released: tuple[str, ...]
+
+
+class Privatized:
+    """A model with noise at some places; made by `privatize`.
+
+    Attributes:
+        model: The model itself, which is called as before.
+        privacy: How calls are made private.
+        placement: "attention" or "residual".
+        places: Names of the modules with noise.
+        ledger: Every release so far.
+        scope: What the places share; for `verify_cut`.
     """
 
     def __init__(self, model: nn.Module, privacy: AttentionPrivacy, placement: Placement, places: dict[str, nn.Module]) -> None:
         self.model, self.privacy, self.placement, self.places = model, privacy, placement, tuple(places)
         self.ledger = AttentionLedger()
-        self._verified: _Verified | None = None
+        self._verified: tuple[Verdict, tuple[Any, ...]] | None = None  # and the state of the model that it holds for
         parts = {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
-        owners = {place: _owner(parts, place) for place in places}
+        owners = {place: owner_of(parts, place) for place in places}
         if placement == "attention":
             for place, owner in owners.items():
                 if owner is None or owner.config._attn_implementation not in NAMES:
@@ -87,25 +115,24 @@ class Privatized:
                         f'set_attn_implementation("{NAMES[0]}")'
                     )
         configs = [owner.config for owner in owners.values() if owner is not None] if placement == "attention" else []
-        self._scope = _Scope(privacy, len(places), self.ledger, configs)
-        self._scope.root = model
+        self.scope = Scope(model, privacy, places, self.ledger, configs)
         self._undo: list[Callable[[], None]] = []
         for place, module in places.items():
             self._install(place, module, owners[place])
         for part in {id(part): part for part in (model, *parts.values())}.values():
-            self._hook(part.register_forward_pre_hook(self._scope.enter, with_kwargs=True, prepend=True))
-            self._hook(part.register_forward_hook(self._scope.leave, always_call=True))
+            self._hook(part.register_forward_pre_hook(self.scope.enter, with_kwargs=True, prepend=True))
+            self._hook(part.register_forward_hook(self.scope.leave, always_call=True))
             if hasattr(type(part), _EXPAND):
                 setattr(part, _EXPAND, functools.partial(_expand, part, self.ledger))
                 self._undo.append(functools.partial(vars(part).pop, _EXPAND))
-        self._hook(model.register_forward_hook(self._scope.check_released))
+        self._hook(model.register_forward_hook(self.scope.check_released))
 
     def _install(self, place: str, module: nn.Module, owner: PreTrainedModel | None) -> None:
         if self.placement == "attention":
-            setattr(module, SITE, _AttentionSite(place, self._scope))
-            self._undo.append(functools.partial(delattr, module, SITE))
+            release.put_on(module, AttentionSite(place, self.scope))
+            self._undo.append(functools.partial(release.take_off, module))
             return
-        site = _ResidualSite(place, self._scope)
+        site = ResidualSite(place, self.scope)
         self._hook(module.register_forward_hook(site))
         if owner is not None:
             self._hook(owner.register_forward_pre_hook(site.see_padding, with_kwargs=True))
@@ -122,19 +149,29 @@ class Privatized:
             self._undo.pop()()
         self._verified = None
 
-    def report(self, delta: float | None = None) -> AttentionPrivacyReport:
-        """The guarantee of everything released so far, at `delta` (default: target_delta).
+    def record_verdict(self, verdict: Verdict | None) -> None:
+        """For `verify_cut` alone: what it found to be cut off, as the model stands; None takes an earlier verdict back."""
+        self._verified = None if verdict is None else (verdict, self._state())
 
-        Raises PrivacyError unless `verify_cut` has passed since privatised places or trainable parameters last changed.
+    def report(self, delta: float | None = None) -> AttentionPrivacyReport:
+        """The guarantee of everything released so far.
+
+        Args:
+            delta: Above 0 and below 1; default: `privacy.target_delta`.
+
+        Raises:
+            PrivacyError: `verify_cut` has not passed since privatised places or trainable parameters last changed.
+            ValueError: No delta, or one outside its range.
         """
-        if self._verified is None or self._verified.state != self._state():
+        if self._verified is None or self._verified[1] != self._state():
             raise PrivacyError(
                 "whether the privatised places are a cut has not been verified as the model stands: noise that the private "
                 "input gets around protects nothing. Call verify_cut(privatized, batch) first"
             )
+        verdict = self._verified[0]
         delta = self.privacy.target_delta if delta is None else delta
-        if delta is None:
-            raise invalid("delta", expected="0 < delta < 1", actual=None, remedy="use well below 1 / units")
+        validation.delta("delta", delta)
+        assert delta is not None
         clip = self.privacy.clip_norm
         return AttentionPrivacyReport(
             epsilon=self.ledger.epsilon(delta),
@@ -150,9 +187,9 @@ class Privatized:
             max_length=self.privacy.max_length,
             logit_cap=self.privacy.logit_cap,
             generator="ChaCha20, 256-bit keys" if self.privacy.secure else "Philox4x32-10, 64-bit keys",
-            private_inputs=self._verified.private,
-            public_inputs=self._verified.public,
-            released=self._verified.released,
+            private_inputs=verdict.private,
+            public_inputs=verdict.public,
+            released=verdict.released,
         )
 
     def _state(self) -> tuple[Any, ...]:
@@ -160,99 +197,11 @@ class Privatized:
         batches are normalised by themselves.
         """
         return (
-            tuple((name, _is_private(module)) for name, module in self.model.named_modules()),
+            tuple((name, is_private(module)) for name, module in self.model.named_modules()),
             tuple(name for name, parameter in self.model.named_parameters() if parameter.requires_grad),
-            tuple(config._attn_implementation for config in self._scope.configs),
+            tuple(config._attn_implementation for config in self.scope.configs),
             tuple(module.training for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)),
         )
-
-
-class _Verified(NamedTuple):
-    state: tuple[Any, ...]
-    private: tuple[str, ...]
-    public: tuple[str, ...]
-    released: tuple[str, ...]
-
-
-# --- where ----------------------------------------------------------------------------------------------------------------
-
-
-def _calls_attention(module: nn.Module) -> bool:
-    """Whether it is a module that calls dp_flash attention: it did, it follows a patch, or its forward looks the name up."""
-    if getattr(module, "_dp_flash_ran", False) or hasattr(type(module), "_dp_flash_original"):
-        return True
-    try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(type(module).forward)
-    except (OSError, TypeError):
-        return False
-
-
-def _blocks(model: nn.Module) -> list[str]:
-    """The elements of the module lists that are in no other."""
-    blocks: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{block}.") for block in blocks):
-            blocks += [f"{name}.{i}" for i in range(len(module))]
-    return blocks
-
-
-def _selected(model: nn.Module, layers: Sequence[int | str] | str | None, placement: Placement) -> dict[str, nn.Module]:
-    attention = placement == "attention"
-    modules = dict(model.named_modules())
-    found = [name for name, module in modules.items() if _calls_attention(module)] if attention else _blocks(model)
-    wanted: list[str] = []
-    if attention and layers is None:
-        wanted = found
-    elif attention and layers == "cross":
-        wanted = [name for name in found if _CROSS.search(name) or getattr(modules[name], "is_cross_attention", False)]
-    elif layers is not None and not isinstance(layers, str):
-        for layer in layers:
-            if isinstance(layer, int):
-                chosen = found[layer : layer + 1] if layer >= 0 else []
-            elif attention:
-                chosen = [name for name in found if name == layer or name.startswith(f"{layer}.")]
-            else:
-                chosen = [layer] if layer in modules else []
-            if not chosen:
-                raise invalid("layers", expected=f"of {', '.join(found)}", actual=layer, remedy="choose one of these")
-            wanted += chosen
-    if not wanted:
-        raise invalid(
-            "layers",
-            expected=f"some of {', '.join(found) or 'none'}",
-            actual=layers,
-            remedy='give numbers or names; "cross" and None are for placement="attention"',
-        )
-    return {name: module for name, module in modules.items() if name in wanted}
-
-
-def _check_fits(privacy: AttentionPrivacy, placement: Placement, places: dict[str, nn.Module]) -> None:
-    """Refuse what would be ignored, and what has no known sensitivity."""
-    if placement == "attention":
-        if privacy.max_length is None:
-            raise invalid(
-                "max_length", expected="the most rows a unit has in a call", actual=None, remedy="noise is made for it"
-            )
-        if privacy.unit == "token" and len(places) > 1:
-            raise UnsupportedError(
-                f'unit="token" at {len(places)} places: what a place is given depends on a token in that token\'s place alone '
-                "only at the first, directly on the embeddings; choose that one"
-            )
-        return
-    if privacy.unit == "token":
-        raise UnsupportedError('placement "residual" clips a sequence\'s hidden states together: only unit="sequence"')
-    ignored = {name: getattr(privacy, name) for name in ("max_length", "logit_cap", "head_shares")}
-    ignored["clip_norm"] = privacy.clip_norm if isinstance(privacy.clip_norm, tuple) else None
-    for name, given in ignored.items():
-        if given is not None:
-            expected = "one number" if name == "clip_norm" else "None"
-            raise invalid(name, expected=expected, actual=given, remedy='heads and rows mean nothing to placement="residual"')
-
-
-def _owner(parts: dict[str, PreTrainedModel], place: str) -> PreTrainedModel | None:
-    """The innermost model that a place belongs to."""
-    around = [name for name in parts if name == "" or place.startswith(f"{name}.")]
-    return parts[max(around, key=len)] if around else None
 
 
 def _expand(part: Any, ledger: AttentionLedger, *args: Any, **kwargs: Any) -> Any:

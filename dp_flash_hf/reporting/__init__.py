@@ -1,1 +1,1 @@
-"""What a training guarantees, said to people and to programs."""
+"""reporting."""

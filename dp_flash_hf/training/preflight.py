@@ -270,7 +270,8 @@ def _unpacked(own: dict[str, Any], by_itself: Mapping[str, Any]) -> dict[str, An
     """One unit's part of a packed row, numbered as by itself; an ordinary row if it is one text that models number so."""
     starts, positions = text_starts(own), by_itself.get("position_ids")
     renumbered = own if positions is None else {**own, "position_ids": positions}
-    if (starts is not None and int(starts.sum()) > 1) or (positions is not None and int(positions.flatten()[0]) != 0):
+    counts_from_0 = positions is None or bool((positions.cpu() == torch.arange(positions.shape[-1])).all())
+    if (starts is not None and int(starts.sum()) > 1) or not counts_from_0:
         return renumbered
     packing = ("position_ids", "seq_idx", "cu_seq_lens", "max_length")
     return {name: value for name, value in renumbered.items() if not name.startswith(packing)}

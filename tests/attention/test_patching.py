@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from dp_flash_hf import ClippingEngine, UnsupportedError
-from dp_flash_hf.attention import function as dp
-from dp_flash_hf.attention import patching, registration
+from dp_flash_hf.attention import patching, registration, usage
+from dp_flash_hf.attention.function import NAMES, dp_flash_attention
 from dp_flash_hf.attention.patching import patch, unpatch
-from tests.attention.test_function import ENCDEC, GPT2, GQA, MOE, TEXT, hooks, packed_inputs, padded, ran
 from tests.support import ROOT
+from tests.support.attention import ENCDEC, GPT2, GQA, MOE, TEXT, hooks, packed_inputs, padded
 from tests.support.oracle import clipped_sum, distance, each_row, grads, unit_gradients
 
 NAN = math.nan
@@ -220,7 +220,7 @@ def test_outputs_and_gradients_equal_eager(case: Case, side: str) -> None:
     assert model.config._attn_implementation == "dp_flash"
     assert hooks(model) > 0  # the first forward checks that it ran
     ours = outputs_and_gradients(model, real, inputs)
-    assert ran(model)
+    assert usage.any_has_called(model)
     assert hooks(model) == 0
     to_oracle(model, case)
     assert_models_agree(ours, outputs_and_gradients(model, real, inputs), case.dtype)
@@ -241,7 +241,7 @@ def test_perceiver_equals_eager() -> None:
     real, inputs = padded("right")
     inputs = {"inputs": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     ours = outputs_and_gradients(model, real, inputs)
-    assert ran(model)
+    assert usage.any_has_called(model)
     to_oracle(model, case)
     assert_models_agree(ours, outputs_and_gradients(model, real, inputs), torch.float64)
 
@@ -259,7 +259,7 @@ def test_cpmant_equals_eager() -> None:
     model = build(case)
     real, inputs = padded("left")
     ours = outputs_and_gradients(model, real, {"input_ids": inputs["input_ids"]})
-    assert ran(model)
+    assert usage.any_has_called(model)
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     written = model.generate(inputs["input_ids"], **settings)
     to_oracle(model, case)
@@ -331,7 +331,7 @@ def test_attention_dropout_is_the_familys(name: str) -> None:
     model = build(case)
     real, inputs = padded("right")
     seen = []
-    for part in (p for p in model.modules() if "_dp_flash_original" in vars(type(p))):
+    for part in (p for p in model.modules() if patching.follows_patch(p)):
         for attribute in ("attn_dropout", "attention_dropout", "dropout", "attn_dropout_p"):
             if isinstance(getattr(part, attribute, None), torch.nn.Dropout):
                 getattr(part, attribute).p = 0.75
@@ -341,11 +341,11 @@ def test_attention_dropout_is_the_familys(name: str) -> None:
 
     def spy(module: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs["dropout"])
-        return dp.dp_flash_attention(module, *args, **kwargs)
+        return dp_flash_attention(module, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         for part in model.modules():
-            if "_dp_flash_original" in vars(type(part)):
+            if patching.follows_patch(part):
                 monkeypatch.setattr(f"{type(part).__mro__[1].__module__}.dp_flash_attention", spy)
         model(**inputs, **case.inputs(real))
     assert set(seen) == {0.75}
@@ -462,7 +462,7 @@ def test_rows_and_padding_reach_nobody(name: str, side: str) -> None:
 
     def once(poison: bool) -> tuple[Tensor, Tensor]:
         embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
-        if causal:  # elsewhere padding tokens see their row, and only nobody sees them
+        if causal:  # in other models padding tokens see their row, and only no token sees them
             embeds[~real] = NAN if poison else 0.1
         embeds[0] = NAN if poison else 0.1
         embeds.requires_grad_()
@@ -490,7 +490,7 @@ def test_there_and_back_leaves_the_model_as_it_was(case: Case, way: str) -> None
     tensors = {k: v.clone() for k, v in model.state_dict().items()}
     before = [(name, kind, dict(values)) for name, kind, values in states(model)]
     config = copy.deepcopy(model.config.to_dict())
-    for name in dp.NAMES:
+    for name in NAMES:
         (patch if way == "patch" else type(model).set_attn_implementation)(model, name)
         assert model.config._attn_implementation == name
         assert patching.is_patched(model)
@@ -527,7 +527,7 @@ def test_unpatching_gives_back_the_implementation_from_before() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("name", dp.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_way_to_ask_for_it(name: str, tmp_path: Path) -> None:
     case = CASES["gptj"]
     model = build(case, name)
@@ -593,9 +593,7 @@ def test_a_changed_transformers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_example_in_the_documentation_is_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "extending" / "attention_family.md").read_text(encoding="utf-8")
     (example,) = (text for text in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE) if "MPNet" in text)
-    for table in ("_MIXINS", "_CLASSES"):
-        monkeypatch.setattr(patching, table, dict(getattr(patching, table)))
-    patching._CLASSES.clear()
+    monkeypatch.setattr(patching, "_MIXINS", dict(patching._MIXINS))
     names: dict[str, Any] = {}
     exec(example, names)
     case = CASES["mpnet"]
@@ -612,7 +610,7 @@ def test_adapters_leave_patches_in_place() -> None:
     model = peft.get_peft_model(build(CASES["gptj"]), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     assert patching.is_patched(model)
     model(padded("none")[1]["input_ids"])
-    assert ran(model)
+    assert usage.any_has_called(model)
     assert hooks(model) == 0
     model.set_attn_implementation("eager")
     assert not patching.is_patched(model)
@@ -655,7 +653,7 @@ def test_a_model_that_is_never_finished_does_not_run_something_else_in_silence()
         model(ids)
     model.set_attn_implementation("dp_flash")
     model(ids)
-    assert ran(model)
+    assert usage.any_has_called(model)
     assert hooks(model) == 0
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from dp_flash_hf.attention import usage
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.layout_probing import training_mode
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
@@ -99,7 +100,7 @@ def examine(task: str, name: str) -> Examination:
 def attention_called(specimen: Specimen) -> str:
     """The implementation that ran, or why ours did not."""
     modules = list(specimen.model.modules())
-    if any(getattr(module, "_dp_flash_ran", False) for module in modules):
+    if usage.any_has_called(specimen.model):
         return specimen.attention
     if not any(re.search(r"att(entio)?n|performer", type(module).__name__, re.I) for module in modules):
         return "none"
