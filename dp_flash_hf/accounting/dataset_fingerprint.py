@@ -1,4 +1,4 @@
-"""accounting.dataset_fingerprint."""
+"""Whether a dataset is the one that an earlier run drew from, known by a keyed hash of it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,27 @@ _READ_TWICE = 8  # of them, to find out whether reading is random
 
 
 def fingerprint_of(dataset: Any, key: str, examples: int = _EXAMPLES_READ) -> str:
-    """A keyed hash of a dataset's size, columns, and up to so many examples from all over it: 32 hexadecimal digits.
+    """A keyed hash of a dataset's size, columns, and up to so many examples from all over it.
 
     Numbers hash by value, whether a row of them is a list, a tensor or an array. Of a dataset that reads differently every time
-    (random crops, say) only size and columns are hashed, and of unknown things in an example only what they are.
+    (random crops, say) only size and columns are hashed, and of unknown things in an example only their type. Equal datasets
+    have equal hashes; of two datasets that differ only in examples that are not read, the hashes are equal too.
+
+    The hash is of private data: whoever has it and the key can check guesses at the data.
+
+    >>> key = "00" * 16
+    >>> fingerprint_of([{"ids": [1, 2]}], key) == fingerprint_of([{"ids": torch.tensor([1, 2])}], key)
+    True
+    >>> fingerprint_of([{"ids": [1, 2]}], key) == fingerprint_of([{"ids": [1, 3]}], key)
+    False
+
+    Args:
+        dataset: With a length and random access by row; of a `datasets.Dataset`, what it holds without format and transforms.
+        key: Hexadecimal, of an even number of digits, at most 128.
+        examples: Most examples read, at equal distances.
+
+    Returns:
+        32 hexadecimal digits.
     """
     raw = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset  # before transforms, which may be random
     n = len(raw)

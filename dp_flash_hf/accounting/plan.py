@@ -1,4 +1,4 @@
-"""From samplers and noise to (epsilon, delta), and back. Adjacency: add or remove one privacy unit."""
+"""From samplers and noise to (epsilon, delta), and back: what a training will do, and how much noise keeps its budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
-from dp_flash_hf.accounting.ledger import Entry, Ledger, _chi_square
+from dp_flash_hf import validation
+from dp_flash_hf.accounting.epsilon import Entry, chi_square
+from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.errors import invalid
 from dp_flash_hf.mechanisms.config import AccountantName, PrivacyConfig
 from dp_flash_hf.mechanisms.sampling import PoissonSampler, sampler_from
@@ -21,10 +23,25 @@ _MOST_STEPS = 10**6  # a search for an affordable number of steps ends here, far
 class PrivacyPlan:
     """What a training run will do to the private data, decided before it starts; everything here is public.
 
-    noise_multiplier: noise standard deviation / max_grad_norm. steps: optimizer steps with this sampler and noise.
-    spent: steps with others, taken before.
-    Raises ValueError for a field outside its range, in particular target_delta >= 1 / n_units: at such a delta, publishing one
-    unit chosen at random would count as private.
+    The guarantee: after all steps, the sequence of noisy sums (and whatever is computed from them, the trained weights in
+    particular) is (`epsilon()`, target_delta)-differentially private, where neighbours differ by one privacy unit added or
+    removed. With fewer steps epsilon is smaller.
+
+    >>> plan = PrivacyPlan(sampler=PoissonSampler(1000, 10), noise_multiplier=1.0, steps=100, target_delta=1e-5)
+    >>> print(f"epsilon is {plan.epsilon(10):.2f} after ten steps, {plan.epsilon():.2f} after all")
+    epsilon is 0.38 after ten steps, 0.72 after all
+
+    Attributes:
+        sampler: How the units of a step are drawn.
+        noise_multiplier: Noise standard deviation / max_grad_norm, finite and above 0.
+        steps: Optimizer steps with this sampler and noise, those of them already taken included; at least 1.
+        target_delta: delta of the guarantee, above 0 and below 1 / n_units. At a larger delta, publishing one unit chosen at
+            random would count as private.
+        accountant: Who computes epsilon, see `PrivacyConfig`.
+        spent: Steps of other kinds, taken before, as entries of a `Ledger`; they count in `epsilon`.
+
+    Raises:
+        ValueError: A field out of range.
     """
 
     sampler: PoissonSampler
@@ -35,10 +52,7 @@ class PrivacyPlan:
     spent: tuple[Entry, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise invalid(
-                "steps", expected="a whole number >= 1", actual=self.steps, remedy="set max_steps or num_train_epochs"
-            )
+        validation.whole_number("steps", self.steps, remedy="set max_steps or num_train_epochs")
         n = self.sampler.n_units
         if not 0 < self.target_delta < 1 / n:
             raise invalid(
@@ -50,13 +64,23 @@ class PrivacyPlan:
     def from_config(
         cls, config: PrivacyConfig, *, n_units: int, expected_batch_size: int, steps: int, spent: Ledger | None = None
     ) -> Self:
-        """The plan that keeps `config`'s promise, with the noise calibrated if it gives target_epsilon.
+        """The plan that keeps a configuration's promise, with the noise calibrated if it gives target_epsilon.
 
-        spent: what was taken before, on the same units. `steps` come on top, and noise is calibrated so that all together keep
-        the budget.
+        A calibrated plan has 0.999 * target_epsilon <= epsilon() <= target_epsilon (less only where target_epsilon asks for
+        almost no noise), what was spent included. Calibration computes epsilon about ten times: seconds with pld.
 
-        The calibrated plan has 0.999 * target_epsilon <= epsilon() <= target_epsilon (less only where target_epsilon asks for
-        almost no noise). Raises ValueError if no noise can meet the budget.
+        Args:
+            config: The privacy parameters.
+            n_units: Privacy units in the dataset.
+            expected_batch_size: Units in a step, on average, over all processes.
+            steps: Optimizer steps to take, on top of those spent.
+            spent: What was taken before, on the same units.
+
+        Returns:
+            The plan. Steps of `spent` that are of its own kind are among its `steps`, others in its `spent`.
+
+        Raises:
+            ValueError: An argument out of range, or no noise that keeps the budget.
         """
         plan = cls(
             sampler=sampler_from(config, n_units=n_units, expected_batch_size=expected_batch_size),
@@ -79,13 +103,20 @@ class PrivacyPlan:
         return plan if spent is None else plan.after(spent, steps)
 
     def after(self, spent: Ledger, steps: int) -> Self:
-        """This plan with so many steps on top of those spent, of which it counts those of its own kind as its own."""
+        """This plan with so many steps on top of those spent, of which it counts those of its own kind as its own.
+
+        Raises:
+            ValueError: `steps` is 0 and none of those spent are of the plan's kind: a plan has at least one step.
+        """
         own = (self.sampler, self.noise_multiplier)
         others = tuple(entry for entry in spent.entries if entry[0] != own)
         return replace(self, steps=spent.count(*own) + steps, spent=others)
 
     def epsilon(self, steps: int | None = None) -> float:
-        """The epsilon of the first `steps` steps (default: all) after those spent, at target_delta: what a ledger says."""
+        """The epsilon after the first `steps` steps (default: all) on top of those in `spent`, at target_delta.
+
+        It equals `Ledger.epsilon` of a ledger that recorded the same steps. Raises as that does.
+        """
         return self._ledger(self.steps if steps is None else steps).epsilon(self.target_delta)
 
     def _ledger(self, steps: int) -> Ledger:
@@ -96,12 +127,19 @@ class PrivacyPlan:
         return ledger
 
     def max_steps(self, target_epsilon: float) -> int:
-        """The number of steps k that this noise affords: epsilon(k) <= target_epsilon < epsilon(k + 1); at most a million."""
-        if not 0 < target_epsilon < math.inf:
-            raise invalid(
-                "target_epsilon", expected="a finite number above 0", actual=target_epsilon, remedy="give a positive one"
-            )
-        guess = _squared_mu(target_epsilon, self.target_delta) / _chi_square(self.sampler, self.noise_multiplier)
+        """The number of steps k that this noise affords: epsilon(k) <= target_epsilon < epsilon(k + 1).
+
+        Args:
+            target_epsilon: The budget, finite and above 0.
+
+        Returns:
+            k, from 0 to a million, where the search ends.
+
+        Raises:
+            ValueError: target_epsilon out of range.
+        """
+        validation.positive("target_epsilon", target_epsilon, remedy="give a positive one")
+        guess = _squared_mu(target_epsilon, self.target_delta) / chi_square(self.sampler, self.noise_multiplier)
         high = min(max(1, round(guess)), _MOST_STEPS)
         low, low_epsilon, high_epsilon = 0, 0.0, self.epsilon(high)
         while high_epsilon <= target_epsilon:
@@ -140,7 +178,7 @@ def _calibrate(epsilon: Callable[[float], float], *, target: float, start: float
         if high >= most:
             raise invalid(
                 "target_epsilon",
-                expected=f"a budget that some noise meets, at least {high_epsilon:.3g} here",
+                expected=f"a budget that some noise keeps, at least {high_epsilon:.3g} here",
                 actual=target,
                 remedy="raise target_epsilon or target_delta, take fewer steps, or use accountant='pld'",
             )

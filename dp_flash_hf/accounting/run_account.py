@@ -23,16 +23,53 @@ _FIXED = ("privacy_unit", "seed")  # of the configuration: what differs in these
 
 
 class RunAccount:
-    """Plan, ledgers and spend log of one training run.
+    """Plan, ledgers and spend log of one training run, and of those that it continues.
 
-    `open_spend_log` and `load_state_dict` add what earlier runs spent, and `begin` does both for a training that starts. Each
-    makes `plan` anew: what was spent already counts, and with target_epsilon nothing is planned beyond the budget.
+    `open_spend_log` and `load_state_dict` add what earlier runs spent; `begin` does both, for a training that starts. Each
+    makes `plan` anew, once: what was spent already counts, and with target_epsilon nothing is planned beyond the budget.
+
+    What is guaranteed:
+
+    - A step that was counted is never forgotten: loading an older checkpoint, or a spend log, only ever adds steps.
+    - A step is counted once, in whatever order checkpoints and logs of the same run are loaded, and how often.
+    - With target_epsilon, `epsilon()` after `steps_left` further steps is at most target_epsilon.
+
+    ==================================================== ==============================================================
+    What was spent before                                The plan after it
+    ==================================================== ==============================================================
+    nothing                                              as it was
+    steps of the same kind, noise_multiplier given       the steps that were wanted; epsilon is that of all
+    steps of the same kind, target_epsilon given         the same noise, and as many fewer steps as were lost
+    other noise, sampling, clipping or budget            with target_epsilon, the noise of the rest is calibrated anew
+    all wanted steps are in the weights                  no step left
+    more than target_epsilon                             ValueError; it counts, and no step is left
+    another privacy unit, number of units, or seed       PrivacyError, nothing changed: such steps cannot be added up
+    ==================================================== ==============================================================
+
+    >>> from dp_flash_hf.mechanisms.config import PrivacyConfig
+    >>> config = PrivacyConfig(noise_multiplier=1.0, target_delta=1e-5)
+    >>> plan = PrivacyPlan.from_config(config, n_units=1000, expected_batch_size=10, steps=5)
+    >>> first, second = RunAccount(config, plan), RunAccount(config, plan)
+    >>> first.count_step(); first.complete_step()
+    >>> second.load_state_dict(first.state_dict())
+    >>> second.steps, second.steps_left
+    (1, 4)
+
+    Args:
+        config: The privacy parameters.
+        plan: Of this training alone, before anything is known of earlier runs.
+
+    Attributes:
+        config: The privacy parameters.
+        plan: What this training will do to the data, after what was spent.
+        taken: Steps of this training that are in the weights; those lost in a crash are not.
+        spend_log: Where steps are written before they are released; None if nowhere.
     """
 
     def __init__(self, config: PrivacyConfig, plan: PrivacyPlan) -> None:
         self.config = config
-        self.plan = plan  # what this training will do to the data, after what was spent
-        self.taken = 0  # steps of this training that are in the weights: those lost in a crash are not
+        self.plan = plan
+        self.taken = 0
         self.spend_log: SpendLog | SpendLogReplica | None = None
         self._wanted = plan  # before anything was known of earlier runs
         self._before: dict[str, Any] | None = None  # state of the last plan, if there was one before this one
@@ -53,7 +90,7 @@ class RunAccount:
 
     @property
     def steps_left(self) -> int:
-        """Steps that may still be taken."""
+        """Steps that may still be taken, of the plan's kind."""
         return self.plan.steps - self.ledger.count(self.plan.sampler, self.plan.noise_multiplier)
 
     @property
@@ -63,7 +100,7 @@ class RunAccount:
 
     @property
     def recorded(self) -> bool:
-        """Whether every step so far was written to disk before it was released."""
+        """Whether every step so far was written to this spend log before it was released."""
         # Of another folder, or of a copy of this one, it is not known what was lost after the checkpoint that was resumed here.
         written = {} if self.spend_log is None else self.spend_log.written
         return self.spend_log is not None and all(own.steps <= written.get(name, 0) for name, own in self._ledgers.items())
@@ -71,29 +108,45 @@ class RunAccount:
     def begin(self, log: SpendLog | SpendLogReplica, state: dict[str, Any] | None = None) -> None:
         """A training starts, at step 0 or where the checkpoint with this state stopped.
 
-        log: as for `open_spend_log`. state: as for `load_state_dict`. The plan is made once, from both.
+        The plan is made once, from both: what the log alone says may leave no step where the checkpoint explains it.
+
+        Args:
+            log: As for `open_spend_log`.
+            state: As for `load_state_dict`; None for a training from the beginning, for which all steps so far are lost ones.
+
+        Raises:
+            PrivacyError: As `open_spend_log` and `load_state_dict` do, with nothing changed.
+            ValueError: Likewise.
         """
         self._continue(log, state, taken=0)
 
     def open_spend_log(self, log: SpendLog | SpendLogReplica) -> None:
         """Write every step to this log before it is released, and count what it holds already.
 
-        Raises PrivacyError, with nothing changed, where what it holds cannot be added up with this training; ValueError where
-        no noise keeps the budget after it: then it is counted, and no step is left.
+        Args:
+            log: Open, on the rank that writes it; its replica on all others.
+
+        Raises:
+            PrivacyError: What it holds cannot be added up with this training; nothing is changed then.
+            ValueError: No noise keeps the budget after it. It is counted then, and no step is left.
         """
         self._continue(log, None, self.taken)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a checkpoint stopped; what this account or its spend log hold beyond that stays spent.
 
-        Raises PrivacyError, with nothing changed, when the state is damaged, or its steps cannot be added up with these: those
-        of another privacy unit or number of units, or of a fixed seed; ValueError where no noise keeps the budget after it:
-        then it is counted, and no step is left.
+        Args:
+            state: From `state_dict`, of this run or any other on the same data.
+
+        Raises:
+            PrivacyError: The state is damaged, or its steps cannot be added up with these: those of another privacy unit or
+                number of units, or of a fixed seed. Nothing is changed then.
+            ValueError: No noise keeps the budget after it. It is counted then, and no step is left.
         """
         self._continue(None, state, self.taken)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold: public values only, no random state."""
+        """What a checkpoint must hold, as JSON data: public values only, no random state, and a checksum against damage."""
         state = {
             **self._plan_state(),
             "taken": self.taken,
@@ -102,7 +155,7 @@ class RunAccount:
         return {**state, "checksum": _checksum(state)}
 
     def epsilon(self) -> float:
-        """Spent so far, at the plan's delta."""
+        """The epsilon of all steps so far, lost ones included, at the plan's target_delta; see `Ledger.epsilon`."""
         return self.ledger.epsilon(self.plan.target_delta)
 
     @property
@@ -118,7 +171,8 @@ class RunAccount:
     def count_step(self) -> None:
         """Count one step, in the spend log first; when this returns, and not before, its noise may be drawn.
 
-        Raises PrivacyError, with nothing counted, where the log cannot be written.
+        Raises:
+            PrivacyError: The log cannot be written; nothing is counted then.
         """
         if self.spend_log is not None:
             self.spend_log.append()

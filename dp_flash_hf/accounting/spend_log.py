@@ -1,4 +1,4 @@
-"""What was spent, on disk before anything of it can be seen: a write-ahead record beside the checkpoints."""
+"""What was spent, on disk before anything of it can be seen: a write-ahead log beside the checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import stat
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dp_flash_hf.accounting.dataset_fingerprint import fingerprint_of
 from dp_flash_hf.accounting.ledger import Ledger
@@ -26,27 +26,58 @@ FILE_NAME = "_privacy_spend.jsonl"  # `Trainer.push_to_hub` leaves out files who
 class SpendLog:
     """An append-only file of all noisy steps of a folder, each written and synced before it is released.
 
+    Its life::
+
         log = SpendLog(path)        # locks the file; reads what it holds
-        log.begin(run)                  # of what kind the next steps are
-        log.append()                    # returns when the step is on disk: now noise may be drawn
+        log.begin(run, others={})   # of what kind the next steps are
+        log.append()                # returns when the step is on disk: now noise may be drawn
         log.close()
+
+    Formal guarantee: whenever noise of a step was drawn after its `append` returned, every later `SpendLog` of that file counts
+    the step, or raises. A process killed between `append` and the release has counted a step too many, never one too few.
 
     A line is a JSON object with a hash of itself and all lines before. The first line of a run says who counts, and of what
     kind the steps are; it is written with the first of them. Each run that opens the file counts under a new name: two copies
-    of it that both go on have no name in common for what they add, so nothing is lost where they are put together. A process
-    killed between `append` and the release has counted a step too many, never one too few. A last line that is cut short was
-    never synced, so its step was not released, and it is removed.
+    of it that both go on have no name in common for what they add, so nothing is lost where they are merged.
+
+    ============================================== ====================================================================
+    Case                                           Result
+    ============================================== ====================================================================
+    a last line that is cut short                  removed: it was never synced, so its step was not released
+    any other line changed or missing              PrivacyError on opening, naming the line
+    whole lines cut off the end, or an older copy  not noticed here; a checkpoint's state still counts its own steps
+    another run holds the file                     PrivacyError on opening; the lock ends with its process
+    a full disk, a deleted or read-only file       PrivacyError from `append`: nothing may be released; the log is closed
+    `append` after `close`                         PrivacyError
+    a run without a step                           leaves no line
+    ============================================== ====================================================================
 
     Never publish the file: it holds a hash of private text, and its key, with which guesses at the text can be checked. It is
-    created with mode 0600.
+    created with mode 0600, and its usual name, `FILE_NAME`, is one that `Trainer.push_to_hub` leaves out. The lock is `flock`:
+    the file system has to support it between all machines that may write there.
 
-    Raises PrivacyError for a file that cannot be written, locked or read back, or that another run holds.
+    Args:
+        path: The file; it and its folder are created where they do not exist.
+
+    Attributes:
+        path: The file.
+        name: Under which this run counts; no other run has it.
+        ledgers: By run, the steps of this file, and those that its runs had taken in other places before.
+        written: By run, how many steps this file's own lines count.
+        last: What the latest run was, as given to `begin`; None in a new file.
+
+    Raises:
+        PrivacyError: A file that cannot be written, locked or read back, or that another run holds.
     """
+
+    # Logs that this process holds open. A fork handler takes no arguments and cannot be removed, so it must find them here; and
+    # it is the process, not an object, that a lock belongs to.
+    _open: ClassVar[weakref.WeakSet[SpendLog]] = weakref.WeakSet()
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.name = secrets.token_hex(8)  # of the run that opened the file, and of no other
-        self.ledgers: dict[str, Ledger] = {}  # by run: the steps of this file, and those that were taken elsewhere before
+        self.name = secrets.token_hex(8)  # of this run, and of no other
+        self.ledgers: dict[str, Ledger] = {}  # by run: those of this file, and of other places before
         self.written: dict[str, int] = {}  # how many steps of each run this file's own lines count
         self.last: dict[str, Any] | None = None  # the latest run
         self._writer = ""  # whose steps the latest lines are
@@ -65,8 +96,8 @@ class SpendLog:
         except BlockingIOError as error:
             self.close()
             raise PrivacyError(
-                f"another run is writing {self.path}: two runs cannot share a folder and its books; wait for it to end, or "
-                "choose another folder"
+                f"another run is writing {self.path}: two runs cannot share a folder and its spend log; wait for it to end, "
+                "or choose another folder"
             ) from error
         except OSError as error:
             self.close()
@@ -77,10 +108,17 @@ class SpendLog:
         except BaseException:
             self.close()
             raise
-        _open.add(self)
+        self._open.add(self)
 
     def require_dataset(self, dataset: Any) -> None:
-        """Raise PrivacyError where the dataset is not the one that earlier runs of this record drew from."""
+        """Remember the dataset that the next steps draw from.
+
+        Args:
+            dataset: As for `fingerprint_of`: anything with a length and random access.
+
+        Raises:
+            PrivacyError: It is not the one that earlier runs of this log drew from.
+        """
         fingerprint = fingerprint_of(dataset, self._key)
         if self.last is not None and fingerprint != self._fingerprint:
             raise PrivacyError(
@@ -90,9 +128,11 @@ class SpendLog:
         self._fingerprint = fingerprint
 
     def begin(self, run: Mapping[str, Any], others: Mapping[str, Ledger]) -> None:
-        """Let the next steps be of this run.
+        """Let the next steps be of this kind; it is written with the first of them.
 
-        run: JSON data with "sampler" and "noise_multiplier" at least. others: what was spent before and elsewhere, by whom.
+        Args:
+            run: JSON data with "sampler" (its `to_dict`) and "noise_multiplier" at least.
+            others: By run, what was spent before in other places and is not in this log.
         """
         self._run = {
             "writer": self.name,
@@ -103,7 +143,11 @@ class SpendLog:
         }
 
     def append(self) -> None:
-        """Count one step. When this returns it is on disk; when it raises PrivacyError, nothing may be released."""
+        """Count one step. When this returns it is on disk, and its noise may be drawn.
+
+        Raises:
+            PrivacyError: The step is not on disk, and nothing may be released.
+        """
         if self._run is not None:
             self._write(self._run)
             self._take(self._run)
@@ -113,14 +157,20 @@ class SpendLog:
         self._take(line)
 
     def replica(self) -> SpendLogReplica:
-        """What other ranks need to know of this record."""
+        """What other ranks need to know of this log."""
         return SpendLogReplica(self.path, self.name, self.ledgers, self.written, self.last)
 
     def close(self) -> None:
-        """Let another run write."""
+        """Let another run write the file; to close twice does nothing."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+    @classmethod
+    def close_all(cls) -> None:
+        """In a forked process: a worker of a data loader may outlive a killed run, and must not hold its lock."""
+        for log in cls._open:
+            log.close()
 
     def _read(self) -> None:
         assert self._file is not None
@@ -160,7 +210,7 @@ class SpendLog:
             self.written[self._writer] += 1
             return
         if self.last is not None and line["key"] != self._key:
-            raise ValueError("it is of another record")
+            raise ValueError("it is of another log")
         self._writer, self._key, self._fingerprint = line["writer"], line["key"], line["fingerprint"]
         self.last = line["run"]
         self.ledgers.setdefault(self._writer, Ledger())
@@ -189,7 +239,7 @@ class SpendLog:
             self._undo()
             raise PrivacyError(
                 f"the spend log {self.path} could not be written ({error}), so the step was not released; free disk space "
-                "or mend the folder, then resume"
+                "or repair the folder, then resume"
             ) from error
         self._hash, self._end = found, self._end + len(text)
 
@@ -210,9 +260,10 @@ class SpendLog:
 
 @dataclasses.dataclass
 class SpendLogReplica:
-    """The record that the first of several ranks writes, as the others know it: with the same books, and nothing to write.
+    """The spend log that the first of several ranks writes, as the others know it: the same ledgers, and nothing to write.
 
     They release a step only after the first has put it on disk: `DPSGD.release` has all ranks wait for each other before noise.
+    Attributes are those of `SpendLog`.
     """
 
     path: Path
@@ -222,23 +273,14 @@ class SpendLogReplica:
     last: dict[str, Any] | None
 
     def begin(self, run: Mapping[str, Any], others: Mapping[str, Ledger]) -> None:
-        """Of the first rank's doing."""
+        """The first rank does it."""
 
     def append(self) -> None:
         """Count with the first rank, which writes."""
         self.written[self.name] = self.written.get(self.name, 0) + 1
 
     def close(self) -> None:
-        """Of the first rank's doing."""
+        """The first rank does it."""
 
 
-_open: weakref.WeakSet[SpendLog] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    """A worker of a data loader may outlive a killed run, and must not hold its lock."""
-    for record in _open:
-        record.close()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
+os.register_at_fork(after_in_child=SpendLog.close_all)

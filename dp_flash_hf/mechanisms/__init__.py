@@ -1,1 +1,1 @@
-"""mechanisms."""
+"""What is done to the data: which units take part, how far each is clipped, and what noise hides it."""

@@ -1,11 +1,11 @@
-"""What the user decides about privacy, validated once."""
+"""What the user decides about privacy, checked once."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from dp_flash_hf import validation
 from dp_flash_hf.errors import invalid
 
 Clipping = Literal["flat", "automatic", "per_layer"]
@@ -18,8 +18,39 @@ UnitLoss = Literal["mean", "sum"]
 class PrivacyConfig:
     """The privacy parameters of a training run; every field is public information.
 
-    Raises ValueError for a field outside its range, and for anything but exactly one of `target_epsilon` and
-    `noise_multiplier`.
+    Set exactly one of `target_epsilon` (noise is calibrated to it) and `noise_multiplier` (epsilon is computed from it).
+
+    >>> PrivacyConfig(target_epsilon=8.0, target_delta=1e-6).clipping
+    'flat'
+    >>> PrivacyConfig(target_epsilon=8.0, target_delta=2.0)
+    Traceback (most recent call last):
+    ValueError: target_delta: expected 0 < delta < 1, got 2.0; use well below 1 / units
+
+    Attributes:
+        target_delta: delta of the guarantee: above 0, and below 1 / number of privacy units, better well below. At 1 / units,
+            publishing one unit chosen at random would count as private.
+        target_epsilon: The budget, finite and above 0. Noise is calibrated so that all planned steps, and those that earlier
+            runs spent, keep it; it is never exceeded.
+        noise_multiplier: sigma, standard deviation of the noise on a step's sum over `max_grad_norm`; finite and above 0.
+        max_grad_norm: C, the L2 norm that each unit's gradient is clipped to; finite and above 0. Adding or removing one unit
+            moves a step's sum by at most C.
+        clipping: "flat": min(1, C / norm) over all parameters (Abadi et al. 2016, arXiv 1607.00133). "automatic":
+            C / (norm + 0.01), which makes the learning rate independent of C (Bu et al. 2023, arXiv 2206.07136). "per_layer":
+            each layer to C / sqrt(layers). All three have the same sensitivity C.
+        sampling: "poisson": every unit joins every step independently. "truncated_poisson": the same with at most
+            `max_batch_size` units (Ganesh 2025, arXiv 2508.15089).
+        max_batch_size: With truncated_poisson, and only then: most units in one draw, at least the expected batch size.
+        accountant: Who computes epsilon: "pld" (dp-accounting; tight, and the only one for truncated_poisson), "prv" or "rdp"
+            (opacus).
+        privacy_unit: Column of the dataset that names whose data a row is; rows of the same value are one unit. None: every
+            example is a unit.
+        max_examples_per_unit: With privacy_unit, and only then: most rows of a unit in one draw, at least 1.
+        unit_loss: "mean": the loss of a unit is the mean over its own labels. "sum": their sum, so that long texts weigh more.
+        seed: For tests only, 0 or above: sampling and noise can then be replayed, and nothing is private.
+
+    Raises:
+        ValueError: A field out of range, or anything but one of target_epsilon and noise_multiplier; the message says what to
+            set.
     """
 
     target_delta: float = field(metadata={"help": "delta of the guarantee; well below 1 / number of privacy units"})
@@ -37,10 +68,7 @@ class PrivacyConfig:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise invalid(
-                    name, expected=f"one of {', '.join(choices)}", actual=getattr(self, name), remedy="choose one of them"
-                )
+            validation.one_of(name, getattr(self, name), choices)
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise invalid(
                 "target_epsilon, noise_multiplier",
@@ -48,31 +76,25 @@ class PrivacyConfig:
                 actual=(self.target_epsilon, self.noise_multiplier),
                 remedy="set target_epsilon to have the noise calibrated, or noise_multiplier to have epsilon computed",
             )
-        if not _is_number(self.target_delta) or not 0 < self.target_delta < 1:
-            raise invalid("target_delta", expected="0 < delta < 1", actual=self.target_delta, remedy="use well below 1 / units")
+        validation.delta("target_delta", self.target_delta)
         for name in ("target_epsilon", "noise_multiplier", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
-                raise invalid(name, expected="a finite number above 0", actual=value, remedy="give a positive number")
+            if getattr(self, name) is not None:
+                validation.positive(name, getattr(self, name), remedy="give a positive number")
         for name, owner, needed in (
             ("max_batch_size", "sampling='truncated_poisson'", self.sampling == "truncated_poisson"),
             ("max_examples_per_unit", "privacy_unit", self.privacy_unit is not None),
         ):
             value = getattr(self, name)
-            if needed and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            if needed and not validation.is_whole_number(value):
                 raise invalid(name, expected=f"a whole number >= 1 with {owner}", actual=value, remedy=f"set {name}")
             if not needed and value is not None:
                 raise invalid(name, expected=f"None without {owner}", actual=value, remedy=f"set {owner} or drop {name}")
-        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0):
-            raise invalid("seed", expected="None or a whole number >= 0", actual=self.seed, remedy="leave it out outside tests")
+        if self.seed is not None:
+            validation.whole_number("seed", self.seed, least=0, remedy="leave it out outside tests")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as saved beside every checkpoint."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

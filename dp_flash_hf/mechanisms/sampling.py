@@ -1,4 +1,4 @@
-"""Who takes part in a step: samplers, the accounting events of their draws, and rows grouped by privacy unit."""
+"""Who takes part in a step: samplers, and rows grouped by privacy unit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar
 
-import dp_accounting
 import torch
 from torch import Tensor
 
+from dp_flash_hf import validation
 from dp_flash_hf.errors import invalid
 from dp_flash_hf.mechanisms.config import PrivacyConfig, Sampling
 
@@ -19,7 +19,25 @@ from dp_flash_hf.mechanisms.config import PrivacyConfig, Sampling
 class PoissonSampler:
     """Every unit joins every step independently, with probability q = expected_batch_size / n_units.
 
-    Raises ValueError unless both are whole numbers with 1 <= expected_batch_size <= n_units.
+    This is the sampling that privacy accounting of DP-SGD assumes (Abadi et al. 2016, arXiv 1607.00133). Shuffled batches of a
+    fixed size are not, and their epsilon can be much larger (Chua et al. 2024, arXiv 2403.17673).
+
+    The size of a draw varies, with mean expected_batch_size and standard deviation at most its square root. It is computed from
+    private data (who took part), so it must not be published: divide by expected_batch_size, never by the drawn size.
+
+    >>> sampler = PoissonSampler(n_units=1000, expected_batch_size=20)
+    >>> sampler.sampling_rate
+    0.02
+    >>> sampler.draw(torch.Generator().manual_seed(0)).dtype  # in training: fresh_generator()
+    torch.int64
+
+    Attributes:
+        n_units: Privacy units in the dataset; public, and the same for all steps.
+        expected_batch_size: Units in a draw on average, over all processes.
+        kind: "poisson", as in saved states and reports.
+
+    Raises:
+        ValueError: Unless both are whole numbers with 1 <= expected_batch_size <= n_units.
     """
 
     n_units: int
@@ -29,8 +47,7 @@ class PoissonSampler:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise invalid(name, expected="a whole number >= 1", actual=value, remedy="count privacy units")
+            validation.whole_number(name, value, remedy="count privacy units")
         if self.expected_batch_size > self.n_units:
             raise invalid(
                 "expected_batch_size",
@@ -45,16 +62,15 @@ class PoissonSampler:
         return self.expected_batch_size / self.n_units
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """The units of one step: int64[size] on the CPU, ascending. Size 0 is a valid draw, and a noisy step like any other.
+        """The units of one step.
 
-        `generator` lies on the CPU.
+        Args:
+            generator: On the CPU, from `fresh_generator`; never one whose state is saved or logged.
+
+        Returns:
+            int64 (size,) on the CPU, ascending, without repetition. Size 0 is a valid draw, and a noisy step like any other.
         """
         return self._included(self._uniforms(generator))
-
-    def events(self, noise_multiplier: float) -> tuple[dp_accounting.DpEvent, dp_accounting.DpEvent]:
-        """The privacy events of one step with noise std = noise_multiplier * sensitivity: (a unit removed, a unit added)."""
-        event = dp_accounting.PoissonSampledDpEvent(self.sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
-        return event, event
 
     def to_dict(self) -> dict[str, Any]:
         """The sampler as plain data; `sampler_from_dict` reads it."""
@@ -72,10 +88,20 @@ class PoissonSampler:
 class TruncatedPoissonSampler(PoissonSampler):
     """A Poisson draw of which, beyond max_batch_size units, a uniformly random subset of max_batch_size stays.
 
-    Ganesh (2025), arXiv 2508.15089. When a draw is truncated, one unit more displaces another, which moves the clipped sum by
-    2C instead of C: leave max_batch_size several sqrt(expected_batch_size) above expected_batch_size, or epsilon grows fast.
+    For computations of a fixed size (Ganesh 2025, arXiv 2508.15089). When a draw is truncated, one unit more displaces another,
+    which moves the clipped sum by 2C instead of C: leave max_batch_size several sqrt(expected_batch_size) above
+    expected_batch_size, or epsilon grows fast. Only accountant "pld" knows this sampling.
 
-    Raises ValueError as PoissonSampler does, and if max_batch_size is below expected_batch_size.
+    >>> sampler = TruncatedPoissonSampler(n_units=100, expected_batch_size=50, max_batch_size=60)
+    >>> max(len(sampler.draw(torch.Generator().manual_seed(seed))) for seed in range(100))
+    60
+
+    Attributes:
+        max_batch_size: Most units in one draw.
+        kind: "truncated_poisson".
+
+    Raises:
+        ValueError: As PoissonSampler does, and if max_batch_size is below expected_batch_size.
     """
 
     max_batch_size: int
@@ -93,7 +119,7 @@ class TruncatedPoissonSampler(PoissonSampler):
             )
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """As PoissonSampler.draw, with at most max_batch_size units."""
+        """As `PoissonSampler.draw`, with at most max_batch_size units."""
         uniforms = self._uniforms(generator)
         included = self._included(uniforms)
         if included.numel() > self.max_batch_size:
@@ -102,17 +128,9 @@ class TruncatedPoissonSampler(PoissonSampler):
             included = included[kept].sort().values
         return included
 
-    def events(self, noise_multiplier: float) -> tuple[dp_accounting.DpEvent, dp_accounting.DpEvent]:
-        """As PoissonSampler.events. The two differ: dp-accounting's `dataset_size` is that of the larger of two neighbours."""
-        removed, added = (
-            dp_accounting.TruncatedSubsampledGaussianDpEvent(size, self.sampling_rate, self.max_batch_size, noise_multiplier)
-            for size in (self.n_units, self.n_units + 1)
-        )
-        return removed, added
-
 
 def sampler_from(config: PrivacyConfig, *, n_units: int, expected_batch_size: int) -> PoissonSampler:
-    """The sampler that `config` asks for, over `n_units` units."""
+    """The sampler that `config` asks for, over `n_units` units. Raises ValueError for sizes out of range, see the samplers."""
     if config.max_batch_size is not None:
         return TruncatedPoissonSampler(n_units, expected_batch_size, config.max_batch_size)
     return PoissonSampler(n_units, expected_batch_size)
@@ -129,10 +147,20 @@ def sampler_from_dict(data: dict[str, Any]) -> PoissonSampler:
 
 
 def group_rows(column: Iterable[object]) -> list[Tensor]:
-    """The rows of each unit: int64[rows of the unit], ascending, one tensor per distinct value by order of appearance.
+    """The rows of each unit.
 
-    `column` names each row's unit by str, int or bytes. Raises ValueError for any other value: rows without a name may be
-    anybody's, and values that are never equal to another (NaN, tensors) would make every row a unit of its own.
+    >>> group_rows(["ann", "bob", "ann"])
+    [tensor([0, 2]), tensor([1])]
+
+    Args:
+        column: Each row's unit, named by a str, int or bytes.
+
+    Returns:
+        One int64 tensor (rows of the unit,) for each distinct value, ascending, by order of appearance.
+
+    Raises:
+        ValueError: A value of another type. Rows without a name could belong to anyone, and values that are never equal to
+            another (NaN, tensors) would make every row a unit of its own.
     """
     rows: dict[str | int | bytes, list[int]] = {}
     for row, unit in enumerate(column):
@@ -145,7 +173,14 @@ def group_rows(column: Iterable[object]) -> list[Tensor]:
 def choose_rows(rows: Sequence[Tensor], units: Tensor, max_per_unit: int, generator: torch.Generator) -> list[Tensor]:
     """The rows that each drawn unit contributes: at most max_per_unit of its own, a new uniformly random subset per draw.
 
-    `rows` comes from `group_rows`, `units` (int64[k]) from a sampler's draw; the k results are int64, ascending.
+    Args:
+        rows: From `group_rows`.
+        units: int64 (k,), from a sampler's draw.
+        max_per_unit: `PrivacyConfig.max_examples_per_unit`.
+        generator: On the CPU.
+
+    Returns:
+        k int64 tensors, each ascending.
     """
     chosen = []
     for unit in units.tolist():

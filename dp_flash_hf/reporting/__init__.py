@@ -1,1 +1,1 @@
-"""reporting."""
+"""What a training guarantees, said to people and to programs."""

@@ -23,7 +23,7 @@ NOT_COVERED = (
     "The number of units is treated as public; so is every setting of the run.",
     "Copies: a person whose data also appears in other units is protected unit by unit, not as a whole.",
     "Attacks on floating-point noise, on PyTorch's random generators, or on timing and memory use.",
-    "Anyone who reads the training machine's memory, random states saved with a checkpoint, or the spend record.",
+    "Anyone who reads the training machine's memory, random states saved with a checkpoint, or the spend log.",
 )
 LOST_STEPS_NOT_COVERED = "Steps lost in a crash after the last checkpoint, if anything that they wrote was seen."
 _NOT_PRIVATE = "NOT PRIVATE: a fixed seed makes the sampling and the noise reproducible. No figure here is a guarantee."
@@ -34,11 +34,34 @@ class PrivacyReport:
     """The guarantee of the steps executed so far: the trained model is (epsilon, delta)-differentially private.
 
     All fields are public. How many units were dropped for NaN or Inf gradients is deliberately absent: such a count is computed
-    from the private data without noise. `private` is False when a seed was fixed, and then nothing is guaranteed.
+    from the private data without noise. The guarantee holds under the assumptions that the report states: the sampling, the
+    clipping norm and the noise are those named, and what `not_covered` lists is kept out of sight or protected otherwise.
 
-    steps: all noisy steps on the books, of which lost_steps are not in the weights: lost in a crash, or of another training in
-    the same folder. They count like any other. parts: the kinds of step that were taken, each a mapping with "steps", "sampler"
-    (its fields) and "noise_multiplier"; the fields above are those of the latest plan.
+    Attributes:
+        private: False when a seed was fixed: then nothing is guaranteed.
+        epsilon: Of all steps executed, lost ones included, at `delta`.
+        delta: target_delta of the configuration.
+        target_epsilon: The budget, if there was one.
+        adjacency: Which datasets are neighbours: those that differ by one unit added or removed.
+        unit: What one unit is, in words.
+        max_examples_per_unit: Most rows of a unit in one draw; None where one example is a unit.
+        n_units: Units in the dataset.
+        sampler: "poisson" or "truncated_poisson".
+        sampling_rate: Probability that a unit is drawn for a step.
+        expected_batch_size: Units in a step on average.
+        max_batch_size: Most units in a step; None with plain Poisson sampling.
+        noise_multiplier: Standard deviation of the noise on a step's sum / max_grad_norm.
+        max_grad_norm: L2 norm that each unit's gradient is clipped to.
+        clipping: "flat", "automatic" or "per_layer".
+        steps: All noisy steps that count.
+        lost_steps: Those of them that are not in the weights: lost in a crash, or of another training in the same folder. They
+            count like any other.
+        planned_steps: Steps that will have been taken in the end.
+        parts: The kinds of step that were taken, each a mapping with "steps", "sampler" (its fields) and "noise_multiplier";
+            the fields above are those of the latest plan.
+        accountant: Who computed epsilon.
+        versions: Of the libraries that took part, by name.
+        not_covered: Sentences: what the guarantee does not say.
     """
 
     private: bool
@@ -78,9 +101,16 @@ class PrivacyReport:
     ) -> Self:
         """The report of the steps in `ledger`, taken under `plan`.
 
-        `unit` says what one unit is where it is neither one training example nor the rows of `config.privacy_unit` ("one
-        preference pair"). `lost_steps` of those in the ledger are not in the weights. `recorded`: every step was written to a
-        spend record before it was released. `not_covered` adds sentences to those that hold for every run.
+        Args:
+            config: The privacy parameters.
+            plan: The latest plan of the run.
+            ledger: Every step that counts.
+            unit: What one unit is, in words, where it is neither one training example nor the rows of `config.privacy_unit`:
+                "one preference pair", say.
+            lost_steps: How many of the steps are not in the weights.
+            recorded: Whether every step was written to a spend log before it was released; if not, the report says that lost
+                steps may be missing.
+            not_covered: Sentences to add to those that hold for every run.
         """
         if unit is None:
             unit = "one training example" if config.privacy_unit is None else f"all rows with the same {config.privacy_unit!r}"
@@ -115,7 +145,7 @@ class PrivacyReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """The fields as JSON types, in the order above."""
         return {**asdict(self), "not_covered": list(self.not_covered), "parts": [*self.parts]}
 
     def to_json(self) -> str:
@@ -124,7 +154,7 @@ class PrivacyReport:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The report that `to_json` wrote. Raises ValueError for anything else."""
+        """The report that `to_json` wrote. Raises ValueError for anything else, also for JSON with other fields."""
         data = json.loads(text)
         if not isinstance(data, dict) or data.keys() != {f.name for f in fields(cls)}:
             raise invalid("text", expected="what to_json() wrote", actual=text[:80], remedy="give an unedited report")
@@ -136,7 +166,7 @@ class PrivacyReport:
         return page(title, self._rows(), self.not_covered)
 
     def to_model_card(self) -> str:
-        """The report as a Markdown section for a model card."""
+        """The report as a Markdown section for a model card, with the same content as `to_text`."""
         warning = "" if self.private else f"> **{_NOT_PRIVATE}**\n\n"
         rows = "\n".join(f"| {name} | {value.replace('|', '&#124;')} |" for name, value in self._rows())
         gaps = "\n".join(f"- {sentence}" for sentence in self.not_covered)
@@ -178,10 +208,10 @@ class PrivacyReport:
 
 
 def _parts(parts: Sequence[Mapping[str, Any]]) -> str:
-    told = []
+    said = []
     for part in parts:
         sampler = part["sampler"]
         rate = sampler["expected_batch_size"] / sampler["n_units"]
         at_most = f" (at most {sampler['max_batch_size']} units)" if "max_batch_size" in sampler else ""
-        told.append(f"{part['steps']} steps with sigma = {part['noise_multiplier']:.6g}, q = {rate:.6g}{at_most}")
-    return "composed of " + "; ".join(told)
+        said.append(f"{part['steps']} steps with sigma = {part['noise_multiplier']:.6g}, q = {rate:.6g}{at_most}")
+    return "composed of " + "; ".join(said)

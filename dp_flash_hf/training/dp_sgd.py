@@ -20,14 +20,38 @@ from dp_flash_hf.reporting.report import PrivacyReport
 class DPSGD:
     """Turns the clipped sums of an engine into noisy gradients, one a step, and accounts for each (Abadi et al. 2016).
 
+    A loop of one's own::
+
         mechanism = DPSGD(config, plan)
         mechanism.start(engine, optimizer)
-        for every step:
+        for draw in draws:              # of plan.sampler
             engine.backward(...)        # any number of times, also never: an empty draw takes a noisy step like any other
             mechanism.release()         # .grad = (clipped sum + N(0, (sigma C)^2)) / expected batch size
             optimizer.step(); optimizer.zero_grad()
+        mechanism.stop()
 
-    `optimizer.step()` without `release()`, and a `release()` beyond the planned steps, raise PrivacyError.
+    Formal guarantee: between `start` and `stop`, the optimizer updates parameters only by what `release` made, each of it once,
+    and `release` makes at most the planned number of steps. If every step's units were drawn by the plan's sampler, the
+    sequence of updates, and with it the trained model, is (`epsilon()`, target_delta)-differentially private, where neighbours
+    differ by one privacy unit added or removed. The divisor is the expected batch size, a public constant; the drawn size would
+    reveal how many units took part.
+
+    ================================================= ==================================================================
+    Case                                              Result
+    ================================================= ==================================================================
+    an empty draw                                     noise alone is released, and counts as a step
+    `release` twice without `optimizer.step()`        PrivacyError from the second
+    `release` beyond the planned steps                PrivacyError: it would exceed the budget
+    `optimizer.step()` without `release`              PrivacyError, nothing updated
+    `optimizer.step()` twice after one `release`      PrivacyError from the second, nothing updated
+    gradients replaced or changed after `release`     PrivacyError, nothing updated
+    `optimizer.step(closure)`                         PrivacyError: a closure computes gradients anew, without noise
+    gradients on parameters that are not the engine's PrivacyError, nothing updated
+    all gradients zero, before any backward pass      allowed: so torch's distributed checkpoints set up an optimizer
+    a unit with NaN or infinite gradient              the engine leaves it out of the sum; the step counts
+    an error after the step was counted               it counts, and nothing is released
+    the spend log cannot be written                   PrivacyError, nothing counted or released
+    ================================================= ==================================================================
 
     Where torch.distributed runs several ranks, all of them do the same: each runs `engine.backward` on its own share of a draw,
     and `release` adds their sums up, once a step, before it puts the same noise on the same parameters everywhere. Parameters
@@ -35,6 +59,14 @@ class DPSGD:
 
     `account` holds the plan and counts what was spent: `account.open_spend_log` has every step written to disk before it is
     released, and `load_state_dict` continues a checkpoint. After either, the plan is made anew; see `RunAccount`.
+
+    Args:
+        config: The privacy parameters.
+        plan: What the training will do to the data, see `PrivacyPlan.from_config`.
+
+    Attributes:
+        config: The privacy parameters.
+        account: Plan, ledgers and spend log of the run.
     """
 
     def __init__(self, config: PrivacyConfig, plan: PrivacyPlan) -> None:
@@ -49,9 +81,15 @@ class DPSGD:
         self._steps_here = 0  # since start()
 
     def start(self, engine: ClippingEngine, optimizer: torch.optim.Optimizer) -> None:
-        """Guard this optimizer.
+        """Guard this optimizer, until `stop` or the next `start`.
 
-        Raises PrivacyError unless it updates exactly the engine's parameters, and the engine clips as the configuration says.
+        Args:
+            engine: Whose clipped sums are released.
+            optimizer: Any, also one that accelerate wraps. Frozen parameters may be in it.
+
+        Raises:
+            PrivacyError: It does not update exactly the engine's parameters, the engine clips otherwise than the configuration
+                says, or ranks hold different parameters, privacy settings or ledgers. Nothing is guarded then.
         """
         with Ranks().all_ranks_or_none():
             inner = self._require_fitting(engine, optimizer)
@@ -89,7 +127,7 @@ class DPSGD:
         return inner
 
     def stop(self) -> None:
-        """Let go of engine and optimizer; what was spent stays on the account."""
+        """Let go of engine and optimizer, which then updates by any gradient; what was spent stays on the account."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._engine, self._released = [], None, {}
@@ -100,7 +138,7 @@ class DPSGD:
         return self._gradient == "released"
 
     def require_next(self) -> None:
-        """Raise PrivacyError where `release` may not be called now."""
+        """Raise PrivacyError where `release` may not be called now: before `start`, twice in one step, beyond the plan."""
         if self._engine is None:
             raise PrivacyError("release() before start(): there is no engine to release gradients of")
         if self._gradient == "released":
@@ -113,7 +151,13 @@ class DPSGD:
     def release(self) -> None:
         """Noise the clipped sums, once, and make them the gradients of one optimizer step.
 
-        Raises PrivacyError, with nothing released, where the step cannot be written to the spend log.
+        Each parameter of the engine gets `.grad`, of its own dtype and layout: (clipped sum over all ranks + Gaussian noise of
+        standard deviation noise_multiplier * max_grad_norm) / expected batch size. Noise is float32 or better, added before the
+        division; where parameters are sharded, each shard has its own.
+
+        Raises:
+            PrivacyError: See `require_next`; the step cannot be written to the spend log; or another rank refused it. Nothing
+                was released then, on any rank.
         """
         sums: dict[torch.nn.Parameter, torch.Tensor] = {}
         with self._ranks.all_ranks_or_none():  # what one rank refuses, no rank releases
@@ -138,11 +182,18 @@ class DPSGD:
         self.account.complete_step()
 
     def epsilon(self) -> float:
-        """Spent so far, at the plan's delta."""
+        """The epsilon of all steps so far, at the plan's target_delta, see `RunAccount.epsilon`."""
         return self.account.epsilon()
 
     def report(self, unit: str | None = None) -> PrivacyReport:
-        """What was spent and on which assumptions. unit: see `PrivacyReport.of`."""
+        """What was spent, and on which assumptions.
+
+        Args:
+            unit: What one privacy unit is, in words; see `PrivacyReport.of`.
+
+        Returns:
+            A report of all steps so far, lost ones included.
+        """
         account = self.account
         return PrivacyReport.of(
             self.config, account.plan, account.ledger, unit=unit, lost_steps=account.lost_steps, recorded=account.recorded

@@ -217,7 +217,7 @@ def test_noise_is_calibrated_to_what_is_left_of_a_budget(accountant: AccountantN
     together.record(rest.sampler, rest.noise_multiplier, 100)
     assert 0.999 * 3.0 <= rest.epsilon() == together.epsilon(1e-5) <= 3.0
     assert rest.epsilon(0) == spent.epsilon(1e-5)
-    with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise meets"):
+    with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise keeps"):
         PrivacyPlan.from_config(replace(config, target_epsilon=0.9 * spent.epsilon(1e-5)), **units, spent=spent)
 
 

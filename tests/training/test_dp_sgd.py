@@ -244,7 +244,7 @@ def test_the_noise_of_the_rest_keeps_a_changed_budget() -> None:
     assert more.account.plan.noise_multiplier > alone
     assert 0.999 * 2.5 <= taken(more, 8).epsilon() <= 2.5
     less = dpsgd(steps=10, target_epsilon=0.9 * first.epsilon(), noise_multiplier=None)
-    with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise meets"):
+    with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise keeps"):
         less.load_state_dict(first.state_dict())
     assert (less.account.steps, less.account.steps_left) == (2, 0)  # what was spent counts, and nothing may follow
 
