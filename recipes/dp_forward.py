@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from dp_flash_hf import AttentionPrivacy, Privatized, privatize, verify_cut
-from dp_flash_hf.cli.main import run
+from dp_flash_hf.cli.common import run
 from dp_flash_hf.recipes.classification import accuracy, encode
 from dp_flash_hf.recipes.common import leaving_nothing_behind, load_rows, read_options, require_columns
 

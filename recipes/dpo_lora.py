@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from dp_flash_hf import DPCallback, PrivacyConfig
-from dp_flash_hf.cli.main import run
+from dp_flash_hf.cli.common import run
 from dp_flash_hf.recipes.common import (
     checkpoint,
     encoded,

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from dp_flash_hf import DPCallback, PrivacyConfig
-from dp_flash_hf.cli.main import run
+from dp_flash_hf.cli.common import run
 from dp_flash_hf.recipes.common import checkpoint, leaving_nothing_behind, load_rows, read_options, save, tokenize_texts
 
 

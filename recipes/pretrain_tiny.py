@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from dp_flash_hf.cli.main import run
+from dp_flash_hf.cli.common import run
 from dp_flash_hf.recipes.common import (
     checkpoint,
     docstrings,

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from dp_flash_hf import DPCallback, PrivacyConfig
-from dp_flash_hf.cli.main import run
+from dp_flash_hf.cli.common import run
 from dp_flash_hf.recipes.common import docstrings, leaving_nothing_behind, read_options, save
 
 EVERY = 16  # one docstring in this many is held out

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from dp_flash_hf import DPCallback, PrivacyConfig
-from dp_flash_hf.cli.main import run
+from dp_flash_hf.cli.common import run
 from dp_flash_hf.errors import invalid
 from dp_flash_hf.recipes.common import (
     checkpoint,

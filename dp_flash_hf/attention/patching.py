@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import transformers
 from torch import Tensor, nn
-from transformers import EncoderDecoderCache, PreTrainedModel
 
 from dp_flash_hf.attention import usage
 from dp_flash_hf.errors import UnsupportedError
@@ -175,7 +174,7 @@ def keys_and_values(
     """
     if cache is None:
         return project()
-    if not isinstance(cache, EncoderDecoderCache):
+    if not isinstance(cache, transformers.EncoderDecoderCache):
         key, value = cache.update(*project(), layer)
     elif not cross:
         key, value = cache.self_attention_cache.update(*project(), layer)
@@ -218,17 +217,17 @@ def _source(module_name: str) -> str:
     return ""
 
 
-def _attention_modules(model: nn.Module) -> list[tuple[PreTrainedModel, nn.Module]]:
+def _attention_modules(model: nn.Module) -> list[tuple[transformers.PreTrainedModel, nn.Module]]:
     """The modules that follow a patch or have one, each with the innermost model it is part of."""
-    owners: dict[nn.Module, PreTrainedModel] = {}
+    owners: dict[nn.Module, transformers.PreTrainedModel] = {}
     for part in model.modules():
-        if isinstance(part, PreTrainedModel):  # outer ones come first
+        if isinstance(part, transformers.PreTrainedModel):  # outer ones come first
             owners.update((module, part) for module in part.modules() if _SWAP.is_on(module) or _name(module) in _MIXINS)
     return [(owner, module) for module, owner in owners.items()]
 
 
-def _guarded(model: nn.Module) -> list[tuple[PreTrainedModel, Callable[..., Any]]]:
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+def _guarded(model: nn.Module) -> list[tuple[transformers.PreTrainedModel, Callable[..., Any]]]:
+    parts = [part for part in model.modules() if isinstance(part, transformers.PreTrainedModel)]
     return [(part, _GUARDS[part.config.model_type]) for part in parts if part.config.model_type in _GUARDS]
 
 

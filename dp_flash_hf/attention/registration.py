@@ -1,4 +1,8 @@
-"""What Transformers has to be taught to take `attn_implementation="dp_flash"`, and whether a model really uses it."""
+"""What Transformers has to be taught to take `attn_implementation="dp_flash"`, and whether a model really uses it.
+
+`dp_flash_hf` imports this file and the patches while Transformers' models are being imported, and another thread may import it at
+the same time. Neither waits for the other, because classes of models are named inside functions only.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from dp_flash_hf.attention import masks, patching, usage
 from dp_flash_hf.attention.function import NAMES, dp_flash_attention
@@ -23,11 +26,11 @@ _ADDS_TO_ITS_MASK = ("deepseek_v4",)
 # Attribute of a model that is to be patched, from the beginning of its construction to the end.
 _WANTED = "_dp_flash_wanted"
 # Models that were given one of our names, until a forward has shown that they call this attention.
-_UNCHECKED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+_UNCHECKED: weakref.WeakSet[transformers.PreTrainedModel] = weakref.WeakSet()
 
 
 def register() -> None:
-    """Make the names in `NAMES` known to Transformers. Importing `dp_flash_hf` does it; calling it again changes nothing.
+    """Make the names in `NAMES` known to Transformers. `dp_flash_hf` calls it; calling it again changes nothing.
 
     Registers the attention and the mask function, and wraps four methods of `PreTrainedModel`. From then on
 
@@ -43,8 +46,8 @@ def register() -> None:
         UnsupportedError: This version of Transformers chooses attention implementations in an unknown way.
     """
     for name in NAMES:
-        AttentionInterface.register(name, dp_flash_attention)
-        AttentionMaskInterface.register(name, masks.dp_flash_mask)
+        transformers.AttentionInterface.register(name, dp_flash_attention)
+        transformers.AttentionMaskInterface.register(name, masks.dp_flash_mask)
     _wrap("_check_and_adjust_attn_implementation", ("self", "attn_implementation", "is_init_check"), _skip_flash_packages)
     _wrap("get_correct_attn_implementation", ("self", "requested_attention", "is_init_check"), _arm_check)
     _wrap("set_attn_implementation", ("self", "attn_implementation"), _patch_or_raise)
@@ -68,7 +71,7 @@ def status(model: nn.Module) -> str:
         - "own attention code: ...": why it cannot be replaced.
     """
     why = patching.reason(model)
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    parts = [part for part in model.modules() if isinstance(part, transformers.PreTrainedModel)]
     if not any(part.config._attn_implementation in NAMES for part in parts):
         return why or "not asked for"
     if patching.is_patched(model):
@@ -77,7 +80,7 @@ def status(model: nn.Module) -> str:
 
 
 def _wrap(method: str, parameters: tuple[str, ...], wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(PreTrainedModel, method, None)
+    original = getattr(transformers.PreTrainedModel, method, None)
     if getattr(original, "_wrapped_by_dp_flash", False):
         return
     found = tuple(inspect.signature(original).parameters) if original is not None else ()
@@ -88,12 +91,16 @@ def _wrap(method: str, parameters: tuple[str, ...], wrapper: Callable[[Callable[
         )
     wrapped = functools.wraps(original)(wrapper(original))
     wrapped._wrapped_by_dp_flash = True  # type: ignore[attr-defined]
-    setattr(PreTrainedModel, method, wrapped)
+    setattr(transformers.PreTrainedModel, method, wrapped)
 
 
 def _skip_flash_packages(original: Callable[..., str]) -> Callable[..., str]:
     def check(
-        self: PreTrainedModel, attn_implementation: str | None, is_init_check: bool = False, *args: Any, **kwargs: Any
+        self: transformers.PreTrainedModel,
+        attn_implementation: str | None,
+        is_init_check: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> str:
         if attn_implementation in NAMES:  # the original would look for a flash-attn package, or fetch a kernel from the Hub
             checked: str = self.get_correct_attn_implementation(attn_implementation, is_init_check)
@@ -104,7 +111,7 @@ def _skip_flash_packages(original: Callable[..., str]) -> Callable[..., str]:
 
 
 def _arm_check(original: Callable[..., str]) -> Callable[..., str]:
-    def check(self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False) -> str:
+    def check(self: transformers.PreTrainedModel, requested_attention: str | None, is_init_check: bool = False) -> str:
         chosen = original(self, requested_attention, is_init_check)
         if chosen in NAMES:
             if patching.has_patch(type(self)):
@@ -124,14 +131,14 @@ def _arm_check(original: Callable[..., str]) -> Callable[..., str]:
     return check
 
 
-def _arm(model: PreTrainedModel) -> None:
+def _arm(model: transformers.PreTrainedModel) -> None:
     if _check_ran not in model._forward_hooks.values():
         model.register_forward_hook(_check_ran)
     _UNCHECKED.add(model)
 
 
 def _patch_once_built(original: Callable[..., None]) -> Callable[..., None]:
-    def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    def post_init(self: transformers.PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if _WANTED in vars(self):
             wanted = vars(self).pop(_WANTED)
@@ -142,9 +149,9 @@ def _patch_once_built(original: Callable[..., None]) -> Callable[..., None]:
     return post_init
 
 
-def _arm_all(model: PreTrainedModel) -> None:
+def _arm_all(model: transformers.PreTrainedModel) -> None:
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.config._attn_implementation in NAMES:
+        if isinstance(part, transformers.PreTrainedModel) and part.config._attn_implementation in NAMES:
             _arm(part)
 
 
@@ -160,7 +167,7 @@ def _picks_attention_itself(module_name: str) -> bool:
 
 def _patch_or_raise(original: Callable[..., None]) -> Callable[..., None]:
     def set_attn_implementation(
-        self: PreTrainedModel, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
+        self: transformers.PreTrainedModel, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         wanted = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
         if wanted is not None:
@@ -185,7 +192,7 @@ def _check_ran(model: nn.Module, args: Any, output: Any) -> None:
     Removes itself once it has. Raises UnsupportedError if not, except in a part of a larger model that has one attention
     among other parts: there the larger model decides.
     """
-    assert isinstance(model, PreTrainedModel)
+    assert isinstance(model, transformers.PreTrainedModel)
     if _WANTED in vars(model):
         raise UnsupportedError(
             f"{type(model).__name__} does not call self.post_init() at the end of its __init__, so it ran without "
@@ -209,11 +216,11 @@ def _check_ran(model: nn.Module, args: Any, output: Any) -> None:
 def _disarm(module: nn.Module) -> None:
     for number in [number for number, hook in module._forward_hooks.items() if hook is _check_ran]:
         del module._forward_hooks[number]
-    if isinstance(module, PreTrainedModel):
+    if isinstance(module, transformers.PreTrainedModel):
         _UNCHECKED.discard(module)
 
 
-def _never_runs(model: PreTrainedModel) -> str:
+def _never_runs(model: transformers.PreTrainedModel) -> str:
     why = patching.reason(model)
     if why == "no softmax attention":
         return f"{type(model).__name__} has no softmax attention; leave attn_implementation out, one unit per row"

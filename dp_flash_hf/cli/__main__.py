@@ -2,5 +2,4 @@
 
 from dp_flash_hf.cli.main import main
 
-if __name__ == "__main__":
-    main()
+main()

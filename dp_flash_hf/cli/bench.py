@@ -1,0 +1,68 @@
+"""`dp-flash bench`: speed and memory, measured on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from dp_flash_hf.cli.common import whole, whole_numbers
+
+if TYPE_CHECKING:
+    from dp_flash_hf.cli.common import Commands
+
+# The keys of benchmarks.training.PRESETS, and attention; stated here too, so that --help need not import them.
+PRESETS = ("cpu", "memory", "cuda", "full", "lora", "vocab", "compile", "attention")
+
+
+def add_parsers(commands: Commands) -> None:
+    """Add `bench` to the command line."""
+    parser = commands.add_parser(
+        "bench",
+        help="speed and memory beside non-private training and peers",
+        description="Presets: cpu and cuda, training beside Opacus; memory, strategies with and without checkpointing, 126 M "
+        "parameters on the CPU; compile, compiled beside eager; on a GPU also full, all weights in bfloat16 at 512 tokens, "
+        "lora, adapters of rank 16, vocab, a head of 128k tokens, and attention, the kernels beside torch's and those of the "
+        "flash-attn package, where it is installed.",
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="what is measured (default: cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
+    parser.add_argument("--lengths", type=whole_numbers, help="tokens per row, comma-separated (default: the preset's)")
+    parser.add_argument("--batch", type=whole, help="rows of the physical batch (default: the preset's; 32 texts)")
+    parser.add_argument("--layers", type=whole, help="decoder layers (default: the preset's)")
+    parser.add_argument("--width", type=whole, help="hidden size, a multiple of 64 (default: the preset's)")
+    parser.add_argument("--vocabulary", type=whole, help="tokens that the head tells apart (default: the preset's)")
+    parser.add_argument("--repeats", type=whole, default=5, help="rounds; medians are over them (default: 5)")
+    parser.add_argument("--threads", type=whole, help="CPU threads (default: all)")
+    parser.add_argument(
+        "--padding-free", action="store_true", help="instead: texts as long as real ones, padded and flattened into one row"
+    )
+    parser.set_defaults(command=bench)
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Measure what the options name, and print it.
+
+    Raises:
+        ValueError: for an option that the preset does not have, or a device that is not here.
+    """
+    from dataclasses import fields, replace
+
+    from dp_flash_hf.benchmarks import attention, training
+
+    of_attention = options.preset == "attention"
+    work: Any = attention.WORK if of_attention else training.PRESETS[options.preset].work
+    names = ("device", "lengths", "batch", "layers", "width", "vocabulary", "threads")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    unknown = given.keys() - {field.name for field in fields(work)}
+    if options.padding_free and of_attention:
+        unknown |= {"padding-free"}
+    if unknown:
+        raise ValueError(f"bench: --{min(unknown)} means nothing to --preset {options.preset}; leave it out")
+    if of_attention:
+        attention.print_table(replace(work, **given), repeats=options.repeats)
+        return
+    methods = training.PRESETS[options.preset].methods
+    if options.padding_free:
+        methods = training.ON_TEXTS
+        given.setdefault("batch", training.TEXTS)
+    training.print_table(training.Preset(replace(work, **given), methods), repeats=options.repeats)
