@@ -200,16 +200,24 @@ def test_threads_that_import_both_sides_at_once_do_not_wait_for_each_other() -> 
     """One is importing the registration when another has Transformers' models, and needs the registration to go on."""
     script = """
 import sys, threading, time
+from importlib.machinery import PathFinder
 import dp_flash_hf
 began, failed = threading.Event(), []
 
-class Slow:  # holds the import of our module up until Transformers' is under way
+class Slow:  # holds our module's import up until that of Transformers' models is under way
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name == "dp_flash_hf.attention.registration":
+        if name != "dp_flash_hf.attention.registration":
+            return None
+        spec = PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+        def exec_module(module):
             began.set()
             while "transformers.modeling_utils" not in sys.modules:
                 time.sleep(0.01)
+            execute(module)
+        spec.loader.exec_module = exec_module
+        return spec
 
 sys.meta_path.insert(0, Slow)
 

@@ -26,7 +26,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dp_flash_hf.benchmarks.training import Step, require_device, take_turns
+from dp_flash_hf.benchmarks.methods import Step
+from dp_flash_hf.benchmarks.timing import require_device, take_turns
 from dp_flash_hf.errors import invalid
 from dp_flash_hf.kernels.attention import flash_attention
 from dp_flash_hf.kernels.types import Release, SegmentTable
@@ -288,7 +289,7 @@ def print_table(work: AttentionWork, *, repeats: int) -> None:
         "TFLOP/s: 7 products of the half that is not masked. time: over that of dp_flash in the same round.\n"
         f"Ceilings, measured here: {roof.bytes / 1e12:.2f} TB/s copying, {roof.operations / 1e12:.0f} TFLOP/s in bfloat16 "
         "products. of roof: the least time that they allow, over the time it took.\n"
-        f"Memory is the limit at head width/length: {memory or 'none of these'}; elsewhere, products are."
+        f"Memory is the limit at head width/length: {memory or 'none of these'}; for the others, products are."
     )
 
 

@@ -23,8 +23,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
 
-from dp_flash_hf.benchmarks import training as bench
-from dp_flash_hf.benchmarks.training import Work
+from dp_flash_hf.benchmarks import methods as bench
+from dp_flash_hf.benchmarks.methods import Work
+from dp_flash_hf.benchmarks.timing import resident_peak
 from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine import memory
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
@@ -45,10 +46,11 @@ MEASURED = """
 import json, sys
 from dataclasses import replace
 import torch
-from dp_flash_hf import bench
+from dp_flash_hf.benchmarks import methods as bench
+from dp_flash_hf.benchmarks.timing import resident_peak, work_from_json
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 
-work, strategy = bench._work_from_json(sys.argv[1]), sys.argv[2]
+work, strategy = work_from_json(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(work.threads)
 
 def step(work, length):
@@ -64,9 +66,9 @@ def step(work, length):
         optimizer.zero_grad()
 
 step(replace(work, layers=1, width=64, vocabulary=64, batch=2), 8)  # what libraries load when they are first used
-before = bench._resident_peak()
+before = resident_peak()
 step(work, work.lengths[0])
-print(bench._resident_peak() - before)
+print(resident_peak() - before)
 """
 
 
@@ -469,9 +471,9 @@ def measure_split(family: str, strategy: str, checkpointing: bool) -> None:
                 engine.backward(lambda batch: loss_of(model, batch), batch)
 
     step(True)  # what libraries load when they are first used
-    before = bench._resident_peak()
+    before = resident_peak()
     step(False)
-    print(bench._resident_peak() - before)
+    print(resident_peak() - before)
     dist.destroy_process_group()
 
 
