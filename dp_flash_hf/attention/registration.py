@@ -1,7 +1,7 @@
 """What Transformers has to be taught to take `attn_implementation="dp_flash"`, and whether a model really uses it.
 
-`dp_flash_hf` imports this file and the patches while Transformers' models are being imported, and another thread may import it at
-the same time. Neither waits for the other, because classes of models are named inside functions only.
+`dp_flash_hf` imports this file and the patches while Transformers' models are being imported, and another thread may import
+it at the same time. Neither waits for the other, because classes of models are named inside functions only.
 """
 
 from __future__ import annotations
