@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import transformers
+
+from dp_flash_hf.engine.memory import MemoryEstimate
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined, so before any is imported
@@ -23,6 +26,24 @@ transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_not_estimated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimating what a step needs takes a third of a tiny training's time: only tests marked `estimates_memory` do it."""
+    if request.node.get_closest_marker("estimates_memory") is None:
+        nothing = MemoryEstimate(strategy="", parameters=0, gradients=0, optimizer=0, activations=0, records=0)
+        monkeypatch.setattr("dp_flash_hf.training.session.estimate", lambda *args, **kwargs: [nothing] * 3)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: a collection of garbage, which every training of `Trainer` begins with, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
