@@ -11,7 +11,7 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,7 +31,7 @@ from dp_flash_hf.mechanisms.sampling import PoissonSampler
 from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training import dp_sgd as mechanism_module
 from dp_flash_hf.training.dp_sgd import DPSGD
-from tests.support import ROOT
+from tests.support.forks import exit_code, start
 from tests.support.models import Toy
 from tests.support.trainers import attached, texts, trainer_for
 from tests.training.test_dp_sgd import EXPECTED, N, dpsgd, started
@@ -164,25 +164,22 @@ def test_two_runs_cannot_write_one_record(path: Path) -> None:
     SpendLog(path).close()
 
 
+def killed_beside_a_worker(path: Path) -> None:
+    """Opens the log, forks as a data loader does, and is killed while the worker goes on."""
+    log = SpendLog(path)
+    if os.fork() == 0:
+        time.sleep(60)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+    log.close()  # kept open until here
+
+
 def test_a_worker_does_not_keep_the_lock_of_a_killed_run(path: Path) -> None:
     """Data loaders fork; their workers notice some seconds late that the run is gone."""
-    script = (
-        "import os, sys, time; from dp_flash_hf.accounting.spend_log import SpendLog\n"
-        "record = SpendLog(sys.argv[1])\n"
-        "if os.fork() == 0: time.sleep(60)\n"
-        "time.sleep(0.5); print('ready', flush=True); time.sleep(60)"
-    )
-    run = subprocess.Popen(
-        [sys.executable, "-c", script, str(path)],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )
+    run = start(killed_beside_a_worker, path)
     try:
-        assert run.stdout is not None
-        assert run.stdout.readline() == b"ready\n"
-        run.kill()
-        run.wait()
+        run.join()
+        assert run.exitcode == -signal.SIGKILL
         SpendLog(path).close()
     finally:
         os.killpg(run.pid, signal.SIGKILL)
@@ -273,25 +270,15 @@ def run(mechanism: DPSGD, optimizer: Any, steps: int) -> None:
     mechanism.account.close()
 
 
-KILL = """
-import os, signal, sys
-from dp_flash_hf.training import dp_sgd as module
-from dp_flash_hf.accounting.spend_log import SpendLog
-from tests.accounting.test_spend_log import kept
-mechanism, optimizer = kept(sys.argv[1])
-mechanism.release()
-optimizer.step()
-optimizer.zero_grad()
-module.add_gaussian_noise_ = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-mechanism.release()
-"""
+def killed_while_noise_is_drawn(path: Path) -> None:
+    mechanism, optimizer = kept(path)
+    step(mechanism, optimizer)
+    vars(mechanism_module)["add_gaussian_noise_"] = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+    mechanism.release()
 
 
 def test_a_step_is_on_disk_before_its_noise_is_drawn(path: Path) -> None:
-    code = subprocess.run(
-        [sys.executable, "-c", KILL, str(path)], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
-    ).returncode
-    assert code == -signal.SIGKILL
+    assert exit_code(killed_while_noise_is_drawn, path) == -signal.SIGKILL
     assert steps_in(path) == 2
     again, _ = kept(path)
     assert (again.account.steps, again.account.taken, again.report().lost_steps) == (2, 0, 2)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shlex
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,19 +16,10 @@ from dp_flash_hf.accounting.spend_log import FILE_NAME, SpendLog
 from dp_flash_hf.integrations import checkpoints
 from dp_flash_hf.mechanisms.sampling import PoissonSampler
 from dp_flash_hf.reporting.report import PrivacyReport
-from tests.support import ROOT
+from tests.support.forks import start
+from tests.support.ranks import environment_of, free_port
+from tests.support.storm import main as train
 
-ONE_PROCESS = (sys.executable,)
-# As torchrun starts them, but in one process group: torchrun's own workers would outlive it.
-TWO_RANKS = (
-    "bash",
-    "-c",
-    f"""export WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 PYTHON={shlex.quote(sys.executable)}
-    export MASTER_PORT=$($PYTHON -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    RANK=0 LOCAL_RANK=0 $PYTHON "$0" "$@" & first=$!
-    RANK=1 LOCAL_RANK=1 $PYTHON "$0" "$@" && wait $first""",
-)
-LAUNCHERS = {"one process": ONE_PROCESS, "two ranks": TWO_RANKS}
 MOST_SECONDS = 300.0  # of one start, which takes seconds: beyond, something hangs
 
 
@@ -39,21 +27,25 @@ def count(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def start(launcher: Sequence[str], folder: Path, steps: int) -> subprocess.Popen[bytes]:
-    """The training in a session of its own, so that all its processes can be killed at once."""
-    return subprocess.Popen(
-        [*launcher, str(ROOT / "tests" / "storm.py"), str(folder), str(steps)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "stderr").open("wb"),
-        start_new_session=True,
-    )
+def launch(folder: Path, steps: int, ranks: int) -> list[Any]:
+    """The training on so many ranks, each a process; what a rank printed last is in its file."""
+    port = free_port()
+    return [
+        start(
+            train,
+            folder,
+            steps,
+            environment=environment_of(rank, ranks, port) if ranks > 1 else {},
+            output=folder / f"rank {rank}",
+        )
+        for rank in range(ranks)
+    ]
 
 
-def wait(process: subprocess.Popen[bytes], until: Callable[[], bool]) -> bool:
-    """Whether it came to that while the process ran."""
+def wait(processes: list[Any], until: Callable[[], bool]) -> bool:
+    """Whether it came to that while all of them ran."""
     end = time.monotonic() + MOST_SECONDS
-    while process.poll() is None:
+    while all(process.is_alive() for process in processes):
         if until():
             return True
         assert time.monotonic() < end, "the training hangs"
@@ -61,12 +53,23 @@ def wait(process: subprocess.Popen[bytes], until: Callable[[], bool]) -> bool:
     return False
 
 
-def storm(folder: Path, *, kills: int, steps: int, launcher: Sequence[str] = ONE_PROCESS, seed: int = 0) -> int:
+def ended(processes: list[Any]) -> list[int]:
+    """Their exit codes; one that goes on after another has failed waits for it in vain."""
+    failed = False
+    for process in processes:
+        process.join(5.0 if failed else MOST_SECONDS)
+        failed |= process.exitcode != 0
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def storm(folder: Path, *, kills: int, steps: int, ranks: int, seed: int = 0) -> int:
     """Train for `steps` steps, and more if it gets there before all kills. Returns the steps it was given at last."""
     chance = random.Random(seed)
     killed = 0
     while True:
-        begun, moment, more = count(folder / "released"), time.monotonic() + chance.uniform(0.0, 10.0), chance.randint(1, 9)
+        begun, moment, more = count(folder / "released"), time.monotonic() + chance.uniform(0.0, 3.0), chance.randint(1, 9)
 
         def due(begun: int = begun, moment: float = moment, more: int = more, number: int = killed) -> bool:
             if number == kills:
@@ -75,19 +78,23 @@ def storm(folder: Path, *, kills: int, steps: int, launcher: Sequence[str] = ONE
                 return time.monotonic() > moment
             return count(folder / "released") >= begun + more  # while training, or saving
 
-        process = start(launcher, folder, steps)
+        processes = launch(folder, steps, ranks)
         try:
-            if wait(process, due):
+            if wait(processes, due):
                 time.sleep(chance.uniform(0.0, 0.05))
+                for process in processes:
+                    process.kill()
+            codes = ended(processes)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait()
-        assert code in (0, -signal.SIGKILL), (folder / "stderr").read_text()[-3000:]
-        if code == 0 and killed == kills:
-            return steps
-        if code == 0:  # before it could be killed: it goes on for longer
-            steps += 50
+            for process in processes:
+                process.kill()
+        assert set(codes) <= {0, -signal.SIGKILL}, "\n".join(
+            (folder / f"rank {rank}").read_text()[-3000:] for rank in range(ranks)
+        )
+        if set(codes) == {0}:
+            if killed == kills:
+                return steps
+            steps += 50  # it ended before it could be killed, and goes on for longer
         else:
             killed += 1
 
@@ -111,16 +118,16 @@ def check(folder: Path, steps: int) -> None:
     checkpoints.require_whole(newest, state["stateful_callbacks"]["DPCallback"]["attributes"]["files"])
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
-def test_a_few_kills(launcher: Sequence[str], tmp_path: Path) -> None:
-    check(tmp_path, storm(tmp_path, kills=2, steps=12, launcher=launcher))
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.complete)])
+def test_a_few_kills(ranks: int, tmp_path: Path) -> None:
+    check(tmp_path, storm(tmp_path, kills=2, steps=12, ranks=ranks))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
-def test_a_storm(launcher: Sequence[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_storm(ranks: int, tmp_path: Path) -> None:
     """At least 30 kills over at least 200 steps."""
-    steps = storm(tmp_path, kills=30, steps=200, launcher=launcher)
+    steps = storm(tmp_path, kills=30, steps=200, ranks=ranks)
     check(tmp_path, steps)
     print(f"{steps} steps in the weights, {count(tmp_path / 'released')} released")

@@ -38,6 +38,8 @@ from tests.support.models import tiny
 from tests.support.ranks import fresh, world
 from tests.support.trainers import Pad, config, texts, without_dropout
 
+pytestmark = pytest.mark.estimates_memory
+
 WORK = Work(device="cpu", autocast=False, layers=4, width=384, vocabulary=4096, batch=8, lengths=(192,), threads=1)
 LARGE_HEAD = replace(WORK, layers=6, width=256, vocabulary=16384, batch=4, lengths=(256,))
 

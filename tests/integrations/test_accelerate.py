@@ -77,6 +77,7 @@ def run(private: PrivateLoop, optimizer: Any) -> int:
 # Memory.
 
 
+@pytest.mark.estimates_memory
 @pytest.mark.parametrize("collate", [Pad(), hf.DataCollatorWithFlattening()])  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize(("free", "whole"), [(2**40, "bookkeeping"), (2**10, "two_pass")])
 def test_auto_chooses_by_memory_and_says_so(free: int, whole: str, collate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +128,7 @@ def test_the_widest_physical_batch() -> None:
         assert "pixels" not in wide or tuple(wide["pixels"].shape) == (shape[0], 3, 4)
 
 
+@pytest.mark.estimates_memory
 def test_auto_estimates_under_autocast_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_module, "free_memory", lambda device: 2**10)
     model = without_dropout(tiny("gpt2")).float()

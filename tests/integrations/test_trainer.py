@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.integrations.trainer import DPCallback
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.training.batches import PoissonBatches
-from tests.support import ROOT
+from tests.support.forks import exit_code
 from tests.support.models import loss_of, tiny
 from tests.support.oracle import clipped_sum, distance, unit_gradients
 from tests.support.trainers import Pad, attached, config, draws, texts, trainer_for, watch, without_dropout
@@ -379,27 +377,6 @@ def test_a_user_contributes_at_most_max_examples_per_unit(tmp_path: Path) -> Non
 
 # Stopping and going on.
 
-RUN = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from transformers import TrainerCallback
-from tests.integrations.test_trainer import budgeted
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-torch.set_num_threads(1)
-path, resume = Path(sys.argv[1]), sys.argv[2] == "resume"
-trainer, dp = budgeted(path)
-if not resume:
-    trainer.add_callback(Kill())
-trainer.train(resume_from_checkpoint=resume or None)
-(path / "report.json").write_text(dp.report().to_json())
-"""
-
 
 def budgeted(path: Path) -> tuple[Any, DPCallback]:
     trainer = trainer_for(
@@ -415,18 +392,29 @@ def budgeted(path: Path) -> tuple[Any, DPCallback]:
     return trainer, attached(trainer, target_epsilon=4.0, noise_multiplier=None)
 
 
-def process(path: Path, what: str) -> int:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", RUN, str(path), what], env=environment, capture_output=True, check=False
-    ).returncode
+class Kill(hf.TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(path: Path) -> None:
+    trainer, _ = budgeted(path)
+    trainer.add_callback(Kill())
+    trainer.train()
+
+
+def resumed_elsewhere(path: Path) -> None:
+    trainer, dp = budgeted(path)
+    trainer.train(resume_from_checkpoint=True)
+    (path / "report.json").write_text(dp.report().to_json())
 
 
 def test_a_killed_run_resumes_elsewhere_and_counts_the_step_it_lost(tmp_path: Path) -> None:
-    assert process(tmp_path, "start") == -signal.SIGKILL
+    assert exit_code(killed, tmp_path) == -signal.SIGKILL
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert not (tmp_path / "report.json").exists()
-    assert process(tmp_path, "resume") == 0
+    assert exit_code(resumed_elsewhere, tmp_path) == 0
     resumed = json.loads((tmp_path / "report.json").read_text())
     trainer, dp = budgeted(tmp_path / "uninterrupted")
     trainer.train()

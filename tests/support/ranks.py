@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import socket
 import traceback
@@ -13,29 +12,45 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils.dataclasses import DistributedType
+
+from tests.support.forks import CONTEXT, begin
 
 SECONDS = 300.0  # a rank that waits in vain for another is an error after that,
 AFTER_ANOTHER = 30.0  # sooner where another is done, because all end together,
 AFTER_AN_ERROR = 5.0  # and where another failed
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def environment_of(rank: int, size: int, port: int) -> dict[str, str]:
+    """What `torchrun` tells each process on one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 class World:
     """So many ranks that run functions of test modules: `world.run(function, *args)` -> what each rank returned."""
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["tests.support.trainers", "peft"])  # imported once for all ranks
         self.size = size
-        self._tasks = [context.Queue() for _ in range(size)]
-        self._results = context.Queue()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self._tasks: list[Any] = [CONTEXT.Queue() for _ in range(size)]
+        self._results: Any = CONTEXT.Queue()
+        port = free_port()
         self._processes = [
-            context.Process(target=_work, args=(rank, size, port, self._tasks[rank], self._results), daemon=True)
+            CONTEXT.Process(target=_work, args=(rank, size, port, self._tasks[rank], self._results), daemon=True)
             for rank in range(size)
         ]
         for process in self._processes:
@@ -73,15 +88,7 @@ class World:
 
 
 def _work(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
+    begin(environment_of(rank, size, port))
     dist.init_process_group("gloo", rank=rank, world_size=size)
     while True:
         function, args = tasks.get()

@@ -1,17 +1,15 @@
-"""A training to be killed: `LAUNCHER tests/storm.py FOLDER STEPS`. Started again, it goes on; see test_kill_storm.py.
+"""A training to be killed, again and again. Started anew, it goes on; see tests/end_to_end/test_kill_storm.py.
 
 It counts what is really released in FOLDER/released, and steps of the optimizer in FOLDER/stepped, one byte each, independently
-of the library's books. When it ends it writes FOLDER/report.json.
+of the library's own records. When it ends it writes FOLDER/report.json.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers as hf
 
 from dp_flash_hf.accounting.spend_log import FILE_NAME
@@ -38,7 +36,6 @@ def main(folder: Path, steps: int) -> None:
             if first:
                 os.write(stepped, b"s")
 
-    torch.set_num_threads(1)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     backend: dict[str, Any] = {"ddp_backend": "gloo"} if ranks > 1 else {}
     trainer = trainer_for(
@@ -53,7 +50,3 @@ def main(folder: Path, steps: int) -> None:
     assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
     if first:
         (folder / "report.json").write_text(dp.report().to_json())
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
