@@ -1,4 +1,4 @@
-"""Families whose attention is not told what it would have to refuse: packed rows, or that its weights are wanted."""
+"""Families whose attention does not learn what it would have to refuse: packed rows, or that its weights are wanted."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor
     explicit = pattern.softcap is not None or pattern.sinks is not None
     if causal and (explicit or bias is not None):
         mask, causal = causal_mask(key.shape[2], key.device), False
-    # Torch's fused kernels read shared key heads in place, but not together with a mask.
+    # Torch's fused kernels read shared key heads in place, but not under a mask.
     shared = mask is None and bias is None and not explicit and key.shape[-1] == value.shape[-1] <= 256
     if groups > 1 and not shared:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

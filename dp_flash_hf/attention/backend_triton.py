@@ -68,7 +68,7 @@ def lacks(query: Tensor, value: Tensor, segments: Segments | None, pattern: Patt
     if pattern.sinks is not None and type(pattern.sinks) not in (Tensor, nn.Parameter):
         return "trained sinks while their per-unit gradients are recorded"  # which happens in torch functions
     if segments is None:
-        return None if pattern.mask is None else "a mask of this form"
+        return None if pattern.mask is None else "such a mask"
     parts = _long_parts(segments)
     windows = {part.window for part in parts if part.window is not None}
     # Under one window, a segment that is no longer than it is just causal.
@@ -77,7 +77,7 @@ def lacks(query: Tensor, value: Tensor, segments: Segments | None, pattern: Patt
         and all(part.visibility == "causal" or part.window is not None for part in parts)
         and all(part.queries <= window for part in parts if part.window is None for window in windows)
     )
-    return None if fits else "a mask of this form"
+    return None if fits else "such a mask"
 
 
 def _long_parts(segments: Segments) -> list[Segment]:

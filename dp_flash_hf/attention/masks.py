@@ -1,4 +1,4 @@
-"""Attention masks: those that Transformers makes for this attention, and the one that the arguments of a call mean together."""
+"""Attention masks: those that Transformers makes for this attention, and the one that the arguments of a call add up to."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def causal_mask(size: int, device: torch.device, window: int | None = None) -> T
 def mask_of_call(
     layer: str, query: Tensor, key: Tensor, given: Tensor | None, *, causal: bool, window: int | None, picked: Tensor | None
 ) -> Tensor | None:
-    """The 4-D mask that the arguments of an attention call mean together; None where causality says it all.
+    """The one 4-D mask that the arguments of an attention call add up to; None where causality says it all.
 
     Args:
         layer: The calling layer, for messages.

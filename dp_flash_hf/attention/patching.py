@@ -72,7 +72,7 @@ def register_attention(*names: str) -> Callable[[_C], _C]:
 def register_guard(*model_types: str) -> Callable[[_F], _F]:
     """Function decorator: a forward pre-hook of the patched models of these types.
 
-    For families whose attention is not told what it would need to know: that a row is packed, say. The guard is called as
+    For families whose attention does not learn what it would need to know: that a row is packed, say. The guard is called as
     ``guard(model, args, kwargs)`` before every forward. It raises UnsupportedError, or returns other ``(args, kwargs)``, or
     None to leave them as they are.
 

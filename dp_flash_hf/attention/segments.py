@@ -16,8 +16,8 @@ from dp_flash_hf.units import restarts
 def is_packed(position_ids: Tensor | None, attention_mask: Tensor | None = None) -> bool:
     """Whether positions say that a row holds several texts, which the mask does not keep apart.
 
-    For guards of families whose attention is not told of packed rows. Where the token before is padding, a position that starts
-    again is just that, and a 4-D mask says everything.
+    For guards of families whose attention does not learn of packed rows. Where the token before is padding, a position that
+    starts again is just that, and a 4-D mask says everything.
 
     >>> is_packed(torch.tensor([[0, 1, 2, 0, 1]])), is_packed(torch.tensor([[0, 1, 2, 3, 4]]))
     (True, False)

@@ -1,4 +1,4 @@
-"""Who sees whom in a call of attention: what its mask, boundaries and positions say together."""
+"""Who sees whom in a call of attention: what its mask, boundaries and positions say in sum."""
 
 from __future__ import annotations
 
@@ -166,5 +166,5 @@ def _segments_of_positions(asked: Arguments, mask: Tensor | None) -> Segments | 
 
 
 def _to_list(tensor: Tensor) -> list[int]:
-    numbers: list[int] = tensor.tolist()
-    return numbers
+    ends: list[int] = tensor.tolist()
+    return ends

@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from dp_accounting import get_epsilon_gaussian, get_sigma_gaussian
 from torch import Tensor
 
 from dp_flash_hf import validation
@@ -56,13 +55,13 @@ def calibrations(epsilon: float, delta: float) -> Calibration:
     """
     validation.positive("epsilon", epsilon, remedy="give the epsilon of one release")
     validation.delta("delta", delta)
-    analytic, classic = float(get_sigma_gaussian(epsilon, delta)), math.sqrt(2 * math.log(1.25 / delta)) / epsilon
+    analytic, classic = _least_sigma(epsilon, delta), math.sqrt(2 * math.log(1.25 / delta)) / epsilon
     return Calibration(analytic, classic, epsilon <= 1, classic / analytic)
 
 
 @lru_cache(maxsize=64)
 def calibrated_noise(epsilon: float, delta: float, passes: int, sampling_rate: float) -> float:
-    """Noise std / sensitivity of a pass, such that all passes together are (epsilon, delta)-private.
+    """Noise std / sensitivity of a pass, such that all passes in sum are (epsilon, delta)-private.
 
     Args:
         epsilon: Of all passes, finite and above 0.
@@ -73,7 +72,7 @@ def calibrated_noise(epsilon: float, delta: float, passes: int, sampling_rate: f
     Raises:
         ValueError: Sampling alone would meet the target: without noise, it is those who are drawn who pay.
     """
-    sigma = float(get_sigma_gaussian(epsilon, delta)) * math.sqrt(passes)  # enough if a unit takes part in every pass
+    sigma = _least_sigma(epsilon, delta) * math.sqrt(passes)  # enough if a unit takes part in every pass
     if sampling_rate < 1:
         taking_part = 1 - (1 - sampling_rate) ** passes
         if taking_part <= delta:
@@ -114,7 +113,18 @@ def gaussian_delta(epsilon: float, mu: Tensor) -> Tensor:
 
 def gaussian_epsilon(squared_mu: float, delta: float) -> float:
     """The epsilon at delta of Gaussian mechanisms whose mu^2 add up to `squared_mu`; 0 where nothing was released."""
-    return float(get_epsilon_gaussian(1 / math.sqrt(squared_mu), delta)) if squared_mu > 0 else 0.0
+    if squared_mu == 0:
+        return 0.0
+    import dp_accounting  # slow to import, and not needed to write a configuration
+
+    return float(dp_accounting.get_epsilon_gaussian(1 / math.sqrt(squared_mu), delta))
+
+
+def _least_sigma(epsilon: float, delta: float) -> float:
+    """1 / mu of the least noise that is (epsilon, delta)-private."""
+    import dp_accounting
+
+    return float(dp_accounting.get_sigma_gaussian(epsilon, delta))
 
 
 def sampled_delta(epsilon: float, *, squared_mu: float, sampling_rate: float, passes: int, certain: float = 0.0) -> float:

@@ -83,7 +83,7 @@ def check_fits(privacy: AttentionPrivacy, placement: Placement, places: dict[str
             )
         return
     if privacy.unit == "token":
-        raise UnsupportedError('placement "residual" clips a sequence\'s hidden states together: only unit="sequence"')
+        raise UnsupportedError('placement "residual" clips a sequence\'s hidden states as a whole: only unit="sequence"')
     ignored = {name: getattr(privacy, name) for name in ("max_length", "logit_cap", "head_shares")}
     ignored["clip_norm"] = privacy.clip_norm if isinstance(privacy.clip_norm, tuple) else None
     for name, given in ignored.items():

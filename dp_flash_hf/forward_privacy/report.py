@@ -1,11 +1,11 @@
-"""forward_privacy.report."""
+"""What privatised calls guarantee, for the person who decides whether that is enough."""
 
 from __future__ import annotations
 
 import json
-import math
-import textwrap
 from dataclasses import asdict, dataclass
+
+from dp_flash_hf.reporting import text
 
 ADJACENCY = {
     "sequence": "replace one sequence by another of the same length",
@@ -23,7 +23,29 @@ NOT_COVERED = (
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPrivacyReport:
-    """What the privatised calls so far guarantee: their outputs, and what is computed of them, are (epsilon, delta)-private."""
+    """What the privatised calls so far guarantee: their outputs, and what is computed of them, are (epsilon, delta)-private.
+
+    Made by `Privatized.report`, once `verify_cut` has passed. The guarantee is that of the unit that the calls cost most.
+
+    Attributes:
+        epsilon: Of all calls so far.
+        delta: At which epsilon holds.
+        rho: The same in zero-concentrated differential privacy, which needs no delta; 0 with epsilon 0.
+        target_epsilon: For which the noise was calibrated, or None.
+        adjacency: What may be replaced between neighbouring inputs.
+        placement: "attention" or "residual".
+        places: Names of the modules with noise.
+        calls: How many releases there were.
+        clip_norm: C, or one for each key/value head.
+        noise_multiplier: Noise std / sensitivity of one place.
+        max_length: Rows of a unit that the noise is made for, or None.
+        logit_cap: Bound on the logits, or None.
+        generator: Where the noise comes from.
+        private_inputs: Names of the protected inputs.
+        public_inputs: Names of the other tensors that the model was given.
+        released: Names of the outputs that may leave the model.
+        not_covered: What the guarantee does not say, in sentences.
+    """
 
     epsilon: float
     delta: float
@@ -48,13 +70,13 @@ class AttentionPrivacyReport:
         return json.dumps(asdict(self), indent=2)
 
     def to_text(self) -> str:
-        """The report for a reviewer, at most 100 columns."""
+        """The report for a reviewer, at most 100 columns; epsilon is rounded up."""
         target = "" if self.target_epsilon is None else f" (calibrated for epsilon = {self.target_epsilon:g})"
-        epsilon = math.ceil(self.epsilon * 1000) / 1000 if self.epsilon < math.inf else self.epsilon
         length = "" if self.max_length is None else f", for at most {self.max_length} rows of a unit"
         cap = "" if self.logit_cap is None else f"; logits capped at {self.logit_cap:g}"
+        epsilon = text.rounded_up(self.epsilon)
         rows = [
-            ("guarantee", f"epsilon <= {epsilon:g} at delta = {self.delta:g}, rho = {self.rho:.6g} in zCDP{target}"),
+            ("guarantee", f"epsilon <= {epsilon} at delta = {self.delta:g}, rho = {self.rho:.6g} in zCDP{target}"),
             ("adjacency", self.adjacency),
             ("placement", f"{self.placement}: {', '.join(self.places)}"),
             ("clipping", f"C = {self.clip_norm}{cap}"),
@@ -64,13 +86,7 @@ class AttentionPrivacyReport:
             ("public", ", ".join(self.public_inputs) or "nothing else was given"),
             ("released", ", ".join(self.released)),
         ]
-        lines = ["Privacy report of privatised attention"]
-        for name, value in rows:
-            lines += textwrap.wrap(value, 100, initial_indent=f"  {name:<10} ", subsequent_indent=" " * 13)
-        lines.append("Not covered")
-        for sentence in self.not_covered:
-            lines += textwrap.wrap(sentence, 100, initial_indent="  - ", subsequent_indent="    ")
-        return "\n".join(lines)
+        return text.page("Privacy report of privatised attention", rows, self.not_covered)
 
     def __str__(self) -> str:
         return self.to_text()

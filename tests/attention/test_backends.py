@@ -91,7 +91,7 @@ def test_triton(case: str, name: str, device: str) -> None:
     [
         ({"position_bias": torch.zeros(1, H, S, S)}, "added to the logits"),
         ({"mask": torch.zeros(1, 1, S, S)}, "added to the logits"),
-        ({"mask": torch.arange(S * S).view(1, 1, S, S) % 3 > 0}, "mask of this form"),
+        ({"mask": torch.arange(S * S).view(1, 1, S, S) % 3 > 0}, "such a mask"),
     ],
     ids=["bias", "float mask", "holes"],
 )

@@ -44,7 +44,7 @@ def test_padded(extra: dict[str, Any], side: str) -> None:
     mask = causal_mask(S) & real[:, None, None, :] & real[:, None, :, None]
     oracle = reference.attention(*qkv, mask=mask, **for_oracle(extra))
     assert_same(run(qkv, mask, **extra), oracle, trainable(qkv, extra))
-    assert_same(run(qkv, real, **extra), oracle, trainable(qkv, extra))  # the 2-D form of the same mask
+    assert_same(run(qkv, real, **extra), oracle, trainable(qkv, extra))  # the same mask in 2-D
     if side == "right":
         assert_same(run(qkv, mask, **extra), reference.attention(*qkv, causal=True, lengths=[5, S], **for_oracle(extra)), qkv)
 
@@ -187,7 +187,7 @@ def test_padded_units_are_isolated(extra: dict[str, Any], where: str, side: str)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_reaches_nobody(extra: dict[str, Any], side: str) -> None:
+def test_padding_reaches_no_token(extra: dict[str, Any], side: str) -> None:
     real = padding([5, S], side)
 
     def once(poison: bool) -> tuple[Tensor, list[Tensor]]:
@@ -201,7 +201,7 @@ def test_padding_reaches_nobody(extra: dict[str, Any], side: str) -> None:
     torch.testing.assert_close(once(poison=True), once(poison=False), rtol=0, atol=0)
 
 
-def test_cross_attention_padding_reaches_nobody() -> None:
+def test_cross_attention_padding_reaches_no_token() -> None:
     real = padding([7, 3], size=7)[:, None, None, :]
     qkv = tensors(q=4, k=7)
     clean = run(qkv, real, causal=False)

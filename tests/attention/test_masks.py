@@ -1,4 +1,4 @@
-"""Masks and windows: what the arguments of a call mean together."""
+"""Masks and windows: the one mask that the arguments of a call add up to."""
 
 from __future__ import annotations
 

@@ -455,7 +455,7 @@ def test_a_packed_row_is_refused_where_units_would_see_each_other(name: str) -> 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", [n for n in GENERATING if n != "trocr"] + ["rembert encoder", "mpnet", "squeezebert", "xlm"])
-def test_rows_and_padding_reach_nobody(name: str, side: str) -> None:
+def test_rows_and_padding_reach_no_other_token(name: str, side: str) -> None:
     model = build(CASES[name])
     real, inputs = padded(side)
     causal = CASES[name].auto is AutoModelForCausalLM

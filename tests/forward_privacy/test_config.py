@@ -44,7 +44,7 @@ def test_settings_outside_their_range_are_refused(name: str, changed: dict[str, 
 
 
 @pytest.mark.parametrize(("passes", "rate"), [(1, 1.0), (7, 1.0), (40, 0.1)])
-def test_a_target_is_met_by_all_places_and_passes_together(passes: int, rate: float) -> None:
+def test_a_target_holds_for_all_places_and_passes_in_sum(passes: int, rate: float) -> None:
     privacy = AttentionPrivacy(**{**GOOD, **TARGET, "passes": passes, "sampling_rate": rate})
     places, ledger = 3, AttentionLedger()
     for _ in range(passes):

@@ -91,7 +91,7 @@ def test_a_token_of_a_packed_or_padded_row_costs_what_its_own_text_lets_it_move(
 
 
 def test_the_ledger_agrees_with_pld_composition() -> None:
-    # dp-accounting doubles the sensitivity when it is told that one is replaced; here it is that of replacing one already.
+    # dp-accounting doubles the sensitivity where one is replaced; here it is that of replacing one already.
     ledger, accountant = AttentionLedger(), PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     for place, mu in (("0", 0.3), ("1", 0.5), ("0", 0.2), ("0", 0.3)):
         ledger.record(place, [mu**2])
@@ -129,7 +129,7 @@ def test_a_call_is_counted_in_one_way() -> None:
     assert not ledger.knows_units
 
 
-def test_a_thread_of_its_own_is_in_nobody_elses_context() -> None:
+def test_a_thread_is_in_no_context_of_another_thread() -> None:
     module, ledger = private_layer(AttentionPrivacy(**GOOD), rows=1)
     with ledger.units(["a"]), ThreadPoolExecutor(1) as pool, pytest.raises(PrivacyError, match="another thread"):
         pool.submit(call, module, random_qkv(1, 1, 1, 3)).result()

@@ -127,7 +127,7 @@ def test_so_does_a_token_in_the_kernels(which: int, device: str) -> None:
     assert moved <= token_sensitivity(30, [1.0], 0.1)
 
 
-def test_numbers_added_to_the_logits_cannot_make_a_row_infinite() -> None:
+def test_a_bias_added_to_the_logits_cannot_make_a_row_infinite() -> None:
     module, _ = private_layer(AttentionPrivacy(**{**GOOD, "noise_multiplier": SILENT}))
     bias = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     bias[0, 0, 1, 0], bias[0, 0, 2, 0] = math.nan, math.inf

@@ -43,7 +43,7 @@ def run(qkv: list[Tensor], mask: Tensor | None = None, causal: bool = True, **kw
 
 
 def assert_same(ours: Tensor, oracle: Tensor, inputs: list[Tensor], eps: float = EPS64) -> None:
-    """Equal outputs and gradients. Errors are those of sums of at most 64 products of numbers below 8, one after another."""
+    """Equal outputs and gradients. Errors are those of sums of at most 64 products of values below 8, one after another."""
     atol = 64 * 8 * eps
     torch.testing.assert_close(ours, oracle, rtol=0, atol=atol)
     seed = torch.randn(ours.shape, dtype=ours.dtype)
@@ -150,7 +150,7 @@ def logits_and_gradients(model: Any, real: Tensor, inputs: dict[str, Any]) -> li
 
 
 def assert_models_agree(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype = torch.float32) -> None:
-    """Two orders of the same sums: a few hundred roundings of numbers up to the largest one in each tensor."""
+    """Two orders of the same sums: a few hundred roundings of values up to the largest one in each tensor."""
     largest = max(x.abs().max().item() for x in theirs[1:])
     for a, b in zip(ours, theirs, strict=True):
         scale = max(b.abs().max().item(), 1e-3 * largest)
