@@ -1,38 +1,19 @@
-"""The only door through which a gradient reaches the optimizer."""
+"""The only way a gradient reaches the optimizer."""
 
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dp_flash_hf.accounting.ledger import Ledger
-from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
-from dp_flash_hf.training.dp_sgd import DPSGD
+from tests.support.gates import EXPECTED, STEPS, dpsgd, started
 from tests.support.models import Toy, toy_batch, toy_loss
 from tests.support.oracle import clipped_sum, each_row, unit_gradients
-from tests.support.trainers import config
-
-N, EXPECTED, STEPS = 50, 5, 3
-
-
-def dpsgd(steps: int = STEPS, n: int = N, expected: int = EXPECTED, **changes: Any) -> DPSGD:
-    chosen = config(**changes)
-    return DPSGD(chosen, PrivacyPlan.from_config(chosen, n_units=n, expected_batch_size=expected, steps=steps))
-
-
-def started(model: nn.Module, optimizer: Any = None, **changes: Any) -> tuple[DPSGD, ClippingEngine, Any]:
-    mechanism = dpsgd(**changes)
-    engine = ClippingEngine(model, max_grad_norm=mechanism.config.max_grad_norm)
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
-    mechanism.start(engine, optimizer)
-    return mechanism, engine, optimizer
 
 
 def test_released_gradients_are_the_clipped_sum_over_the_expected_batch_size() -> None:
@@ -141,164 +122,6 @@ def test_gradients_of_parameters_added_later_are_refused() -> None:
     mechanism.stop()
     optimizer.step()
     assert not torch.equal(late, torch.zeros(2))  # what the guard prevents
-
-
-def test_state_is_public_json_and_continues() -> None:
-    mechanism, _, optimizer = started(Toy())
-    mechanism.release()
-    optimizer.step()
-    state = json.loads(json.dumps(mechanism.state_dict()))
-    assert state.keys() == {"config", "sampler", "noise_multiplier", "steps", "ledgers", "taken", "checksum"}
-    again = dpsgd()
-    again.load_state_dict(state)
-    assert (again.account.steps, again.account.steps_left, again.epsilon()) == (1, STEPS - 1, mechanism.epsilon())
-
-
-def test_loading_never_forgets_what_was_spent() -> None:
-    mechanism, _, optimizer = started(Toy())
-    state = mechanism.state_dict()
-    mechanism.release()
-    optimizer.step()
-    mechanism.load_state_dict(state)  # going back to an earlier checkpoint does not take a step back
-    assert mechanism.account.steps == 1
-
-
-def test_a_calibrated_plan_is_continued_with_its_own_noise() -> None:
-    """Resumed with more steps, a run would otherwise be calibrated anew, and the two parts together exceed the budget."""
-    first = dpsgd(target_epsilon=2.0, noise_multiplier=None)
-    again = dpsgd(steps=5 * STEPS, target_epsilon=2.0, noise_multiplier=None)
-    assert again.account.plan.noise_multiplier > 1.1 * first.account.plan.noise_multiplier
-    again.load_state_dict(first.state_dict())
-    assert (again.account.plan.noise_multiplier, again.account.plan.steps) == (first.account.plan.noise_multiplier, STEPS)
-    assert again.account.plan.epsilon() <= 2.0
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"n": 60}, "n_units: 50 in the checkpoint, 60 now"),
-        ({"sampling": "truncated_poisson", "max_batch_size": 20}, "cannot add up steps of .*truncated.*set accountant='pld'"),
-        ({"privacy_unit": "user", "max_examples_per_unit": 2}, "privacy_unit: None in the checkpoint, 'user' now"),
-        ({"seed": 1}, "seed: None in the checkpoint, 1 now"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_added_up_is_refused(changes: dict[str, Any], match: str) -> None:
-    with pytest.raises(PrivacyError, match=match):
-        dpsgd(**changes).load_state_dict(taken(dpsgd(), 1).state_dict())
-
-
-def taken(mechanism: DPSGD, steps: int) -> DPSGD:
-    """The same after so many steps."""
-    model = Toy()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    mechanism.start(ClippingEngine(model, max_grad_norm=mechanism.config.max_grad_norm), optimizer)
-    for _ in range(steps):
-        mechanism.release()
-        optimizer.step()
-        optimizer.zero_grad()
-    return mechanism
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"expected": 6},
-        {"noise_multiplier": 2.0},
-        {"max_grad_norm": 3.0},
-        {"unit_loss": "sum"},
-        {"target_delta": 1e-4},
-        {"sampling": "truncated_poisson", "max_batch_size": 20},
-    ],
-    ids=str,
-)
-def test_steps_of_other_kinds_are_added_up(changes: dict[str, Any]) -> None:
-    """Both parts of a training count, and it goes on for the steps that were wanted."""
-    first = taken(dpsgd(accountant="pld"), 2)
-    again = dpsgd(steps=5, accountant="pld", **changes)
-    delta = again.config.target_delta
-    alone = again.account.plan.epsilon(3)
-    again.load_state_dict(first.state_dict())
-    assert (again.account.steps, again.account.steps_left) == (2, 3)
-    assert again.epsilon() == first.account.ledger.epsilon(delta)
-    report = taken(again, 3).report()
-    assert (report.steps, report.planned_steps, report.lost_steps) == (5, 5, 0)
-    by_hand = Ledger.total([first.account.ledger], "pld")
-    by_hand.record(again.account.plan.sampler, again.account.plan.noise_multiplier, 3)
-    assert (
-        report.epsilon
-        == by_hand.epsilon(delta)
-        == again.account.plan.epsilon()
-        > max(alone, first.account.ledger.epsilon(delta))
-    )
-    with pytest.raises(PrivacyError, match="planned steps are spent"):
-        again.release()
-
-
-def test_the_noise_of_the_rest_keeps_a_changed_budget() -> None:
-    first = taken(dpsgd(target_epsilon=2.0, noise_multiplier=None), 2)
-    more = dpsgd(steps=10, target_epsilon=2.5, noise_multiplier=None)
-    alone = more.account.plan.noise_multiplier
-    more.load_state_dict(first.state_dict())
-    assert more.account.steps_left == 8
-    assert more.account.plan.noise_multiplier > alone
-    assert 0.999 * 2.5 <= taken(more, 8).epsilon() <= 2.5
-    less = dpsgd(steps=10, target_epsilon=0.9 * first.epsilon(), noise_multiplier=None)
-    with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise keeps"):
-        less.load_state_dict(first.state_dict())
-    assert (less.account.steps, less.account.steps_left) == (2, 0)  # what was spent counts, and nothing may follow
-
-
-@pytest.mark.parametrize("changes", [{"noise_multiplier": 2.0}, {"target_epsilon": 50.0, "noise_multiplier": None}])
-def test_a_training_that_is_done_is_not_planned_anew(changes: dict[str, Any]) -> None:
-    done = taken(dpsgd(), STEPS)
-    again = dpsgd(**changes)
-    again.load_state_dict(done.state_dict())
-    assert (again.account.steps_left, again.epsilon()) == (0, done.epsilon())
-    with pytest.raises(PrivacyError, match="planned steps are spent"):
-        taken(again, 1)
-
-
-def test_books_of_several_origins_are_put_together_once() -> None:
-    """A checkpoint that is loaded twice does not count twice; steps taken since, and elsewhere, are not forgotten."""
-    first = taken(dpsgd(steps=20), 2)
-    early = first.state_dict()
-    late = taken(first, 1).state_dict()
-    other = taken(dpsgd(steps=20), 4)
-    for state in (late, early, late):
-        other.load_state_dict(state)
-    assert other.account.steps == 4 + 3
-    assert other.account.taken == 3
-    assert other.report().lost_steps == 4
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("taken", 7),
-        ("taken", "x"),
-        ("steps", 0),
-        ("noise_multiplier", -1.0),
-        ("sampler", {"kind": "other"}),
-        ("config", {}),
-        ("ledgers", [1]),
-        ("checksum", 5),
-    ],
-)
-def test_damaged_state_is_refused_and_nothing_changed(key: str, value: Any) -> None:
-    mechanism = taken(dpsgd(), 1)
-    before = mechanism.state_dict()
-    with pytest.raises(PrivacyError, match=r"damaged.*resume an older checkpoint"):
-        mechanism.load_state_dict({**taken(dpsgd(), 2).state_dict(), key: value})
-    assert mechanism.state_dict() == before
-
-
-@pytest.mark.parametrize("missing", ["config", "sampler", "noise_multiplier", "steps", "ledgers", "taken", "checksum"])
-def test_incomplete_state_is_refused(missing: str) -> None:
-    state = dpsgd().state_dict()
-    del state[missing]
-    with pytest.raises(PrivacyError, match=rf"lacks \['{missing}'\].*start afresh"):
-        dpsgd().load_state_dict(state)
 
 
 @pytest.mark.parametrize("spoil", ["backward", "exchange", "fill"])

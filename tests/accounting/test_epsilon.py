@@ -1,0 +1,134 @@
+"""Epsilon is what the accountants say, and what the definition allows."""
+
+from __future__ import annotations
+
+import math
+import sys
+from itertools import combinations
+from typing import Any
+
+import dp_accounting
+import numpy as np
+import pytest
+from scipy import stats
+
+from dp_flash_hf.accounting.ledger import Ledger
+from dp_flash_hf.errors import UnsupportedError
+from dp_flash_hf.mechanisms.config import AccountantName
+from dp_flash_hf.mechanisms.sampling import PoissonSampler, TruncatedPoissonSampler
+from tests.support.accounts import RUNS, plan_of, pld_epsilon, poisson_event
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_epsilon_is_dp_accountings_and_within_one_percent_of_prv(run: tuple[int, int, float, int, float]) -> None:
+    from opacus.accountants import PRVAccountant
+
+    units, batch, sigma, steps, delta = run
+    ours = plan_of(run).epsilon()
+    assert ours == pytest.approx(pld_epsilon([(poisson_event(batch / units, sigma), steps)], delta), rel=1e-12)
+    prv = PRVAccountant()
+    prv.history = [(sigma, batch / units, steps)]
+    assert ours == pytest.approx(prv.get_epsilon(delta), rel=0.01)
+    assert plan_of(run, "prv").epsilon() == prv.get_epsilon(delta)
+
+
+def test_epsilon_of_the_published_example() -> None:
+    # The figure the design quotes for Poisson sampling: SST-2's size, sigma 0.6, three epochs.
+    assert plan_of(RUNS[0]).epsilon() == pytest.approx(5.85, abs=0.01)
+
+
+def test_rdp_is_opacus_and_an_upper_bound() -> None:
+    from opacus.accountants import RDPAccountant
+
+    for run in RUNS[1:3]:
+        units, batch, sigma, steps, delta = run
+        rdp = RDPAccountant()
+        rdp.history = [(sigma, batch / units, steps)]
+        assert plan_of(run, "rdp").epsilon() == rdp.get_epsilon(delta) > plan_of(run).epsilon()
+
+
+def true_delta(epsilon: float, *, larger: int, others: int, q: float, most: int, sigma: float) -> float:
+    """Exact delta of one step on a pair of neighbours: `larger` units, of which one adds +1 to the sum and the rest `others`.
+
+    Straight from the definition: every subset of units, every way to truncate it to `most`, both directions of adding one unit.
+    """
+    y = np.linspace(-larger - 12 * sigma, larger + 12 * sigma, 20_001)
+
+    def density(values: list[int]) -> Any:
+        total = np.zeros_like(y)
+        for size in range(len(values) + 1):
+            for included in combinations(values, size):
+                kept = list(combinations(included, min(size, most)))
+                for subset in kept:
+                    weight = q**size * (1 - q) ** (len(values) - size) / len(kept)
+                    total += weight * stats.norm.pdf(y, sum(subset), sigma)
+        return total
+
+    pair = density([others] * (larger - 1)), density([others] * (larger - 1) + [1])
+    return max(float(np.trapezoid(np.maximum(0, a - math.exp(epsilon) * b), y)) for a, b in (pair, pair[::-1]))
+
+
+@pytest.mark.parametrize(("n", "batch", "most"), [(4, 2, 2), (5, 1, 2), (3, 2, 2)])
+def test_truncated_poisson_is_accounted_for_both_neighbours(n: int, batch: int, most: int) -> None:
+    q, delta, sigma = batch / n, 1e-3, 3.0
+    rounding = 1e-7  # of the integral: h^2 / 8 * |slope| at its kink, with h < 0.005 and slope < 0.25 / sigma^2
+    truncated, poisson = Ledger(), Ledger()
+    truncated.record(TruncatedPoissonSampler(n, batch, most), sigma)
+    poisson.record(PoissonSampler(n, batch), sigma)
+    for larger in (n, n + 1):
+        for others in (-1, 0, 1):
+            spent = true_delta(truncated.epsilon(delta), larger=larger, others=others, q=q, most=most, sigma=sigma)
+            assert spent <= delta + rounding
+    # The check has teeth: what Poisson accounting claims is true of Poisson draws, and untrue of truncated ones.
+    claim = poisson.epsilon(delta)
+    assert 0.98 * delta < true_delta(claim, larger=n, others=0, q=q, most=n, sigma=sigma) <= delta + rounding
+    assert true_delta(claim, larger=n + 1, others=-1, q=q, most=most, sigma=sigma) > 1.2 * delta
+
+
+def test_truncated_poisson_takes_the_worse_neighbour() -> None:
+    # Which neighbour is worse depends on the run; dataset_size is the size of the larger of the two datasets.
+    for sampler, sigma, worse in (
+        (TruncatedPoissonSampler(4, 1, 1), 5.0, 4),
+        (TruncatedPoissonSampler(1000, 50, 60), 4.0, 1001),
+    ):
+        ledger = Ledger()
+        ledger.record(sampler, sigma, 50)
+        direct = {
+            size: pld_epsilon(
+                [
+                    (
+                        dp_accounting.TruncatedSubsampledGaussianDpEvent(
+                            size, sampler.sampling_rate, sampler.max_batch_size, sigma
+                        ),
+                        50,
+                    )
+                ],
+                1e-5,
+            )
+            for size in (sampler.n_units, sampler.n_units + 1)
+        }
+        assert max(direct, key=direct.__getitem__) == worse
+        assert ledger.epsilon(1e-5) == pytest.approx(direct[worse], rel=1e-12)
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_truncated_sampling_needs_pld(accountant: AccountantName) -> None:
+    ledger = Ledger(accountant)
+    ledger.record(TruncatedPoissonSampler(100, 5, 9), 1.0)
+    with pytest.raises(UnsupportedError, match="pld"):
+        ledger.epsilon(1e-3)
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_missing_opacus_names_the_extra(accountant: AccountantName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opacus.accountants", None)
+    plan = plan_of((321, 4, 1.0, 2, 1e-3), accountant)
+    with pytest.raises(UnsupportedError, match=r"pip install dp-flash-hf\[opacus\]"):
+        plan.epsilon()
+
+
+@pytest.mark.parametrize("accountant", ["pld", "prv"])
+def test_hopelessly_little_noise_is_no_privacy_rather_than_no_memory(accountant: AccountantName) -> None:
+    for sigma in (1e-200, 1e-3, 0.05):
+        assert plan_of((1000, 100, sigma, 1000, 1e-4), accountant).epsilon() == math.inf
+    assert plan_of((1000, 100, 1e-3, 1000, 1e-4), "rdp").epsilon() > 1e6

@@ -1,0 +1,398 @@
+"""What was spent is never forgotten, counted once, and decides what may follow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dp_flash_hf.accounting.ledger import Ledger
+from dp_flash_hf.accounting.plan import PrivacyPlan
+from dp_flash_hf.accounting.spend_log import SpendLog
+from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.reporting.report import PrivacyReport
+from tests.support.gates import STEPS, dpsgd, logged, read, run, started, step, steps_in, taken
+from tests.support.models import Toy
+from tests.support.trainers import attached, trainer_for
+
+
+def test_state_is_public_json_and_continues() -> None:
+    mechanism, _, optimizer = started(Toy())
+    mechanism.release()
+    optimizer.step()
+    state = json.loads(json.dumps(mechanism.state_dict()))
+    assert state.keys() == {"config", "sampler", "noise_multiplier", "steps", "ledgers", "taken", "checksum"}
+    again = dpsgd()
+    again.load_state_dict(state)
+    assert (again.account.steps, again.account.steps_left, again.epsilon()) == (1, STEPS - 1, mechanism.epsilon())
+
+
+def test_loading_never_forgets_what_was_spent() -> None:
+    mechanism, _, optimizer = started(Toy())
+    state = mechanism.state_dict()
+    mechanism.release()
+    optimizer.step()
+    mechanism.load_state_dict(state)  # going back to an earlier checkpoint does not take a step back
+    assert mechanism.account.steps == 1
+
+
+def test_a_calibrated_plan_is_continued_with_its_own_noise() -> None:
+    """Resumed with more steps, a run would otherwise be calibrated anew, and the two parts exceed the budget in all."""
+    first = dpsgd(target_epsilon=2.0, noise_multiplier=None)
+    again = dpsgd(steps=5 * STEPS, target_epsilon=2.0, noise_multiplier=None)
+    assert again.account.plan.noise_multiplier > 1.1 * first.account.plan.noise_multiplier
+    again.load_state_dict(first.state_dict())
+    assert (again.account.plan.noise_multiplier, again.account.plan.steps) == (first.account.plan.noise_multiplier, STEPS)
+    assert again.account.plan.epsilon() <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"n": 60}, "n_units: 50 in the checkpoint, 60 now"),
+        ({"sampling": "truncated_poisson", "max_batch_size": 20}, "cannot add up steps of .*truncated.*set accountant='pld'"),
+        ({"privacy_unit": "user", "max_examples_per_unit": 2}, "privacy_unit: None in the checkpoint, 'user' now"),
+        ({"seed": 1}, "seed: None in the checkpoint, 1 now"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_added_up_is_refused(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(PrivacyError, match=match):
+        dpsgd(**changes).load_state_dict(taken(dpsgd(), 1).state_dict())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expected": 6},
+        {"noise_multiplier": 2.0},
+        {"max_grad_norm": 3.0},
+        {"unit_loss": "sum"},
+        {"target_delta": 1e-4},
+        {"sampling": "truncated_poisson", "max_batch_size": 20},
+    ],
+    ids=str,
+)
+def test_steps_of_other_kinds_are_added_up(changes: dict[str, Any]) -> None:
+    """Both parts of a training count, and it goes on for the steps that were wanted."""
+    first = taken(dpsgd(accountant="pld"), 2)
+    again = dpsgd(steps=5, accountant="pld", **changes)
+    delta = again.config.target_delta
+    alone = again.account.plan.epsilon(3)
+    again.load_state_dict(first.state_dict())
+    assert (again.account.steps, again.account.steps_left) == (2, 3)
+    assert again.epsilon() == first.account.ledger.epsilon(delta)
+    report = taken(again, 3).report()
+    assert (report.steps, report.planned_steps, report.lost_steps) == (5, 5, 0)
+    by_hand = Ledger.total([first.account.ledger], "pld")
+    by_hand.record(again.account.plan.sampler, again.account.plan.noise_multiplier, 3)
+    assert (
+        report.epsilon
+        == by_hand.epsilon(delta)
+        == again.account.plan.epsilon()
+        > max(alone, first.account.ledger.epsilon(delta))
+    )
+    with pytest.raises(PrivacyError, match="planned steps are spent"):
+        again.release()
+
+
+def test_the_noise_of_the_rest_keeps_a_changed_budget() -> None:
+    first = taken(dpsgd(target_epsilon=2.0, noise_multiplier=None), 2)
+    more = dpsgd(steps=10, target_epsilon=2.5, noise_multiplier=None)
+    alone = more.account.plan.noise_multiplier
+    more.load_state_dict(first.state_dict())
+    assert more.account.steps_left == 8
+    assert more.account.plan.noise_multiplier > alone
+    assert 0.999 * 2.5 <= taken(more, 8).epsilon() <= 2.5
+    less = dpsgd(steps=10, target_epsilon=0.9 * first.epsilon(), noise_multiplier=None)
+    with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise keeps"):
+        less.load_state_dict(first.state_dict())
+    assert (less.account.steps, less.account.steps_left) == (2, 0)  # what was spent counts, and nothing may follow
+
+
+@pytest.mark.parametrize("changes", [{"noise_multiplier": 2.0}, {"target_epsilon": 50.0, "noise_multiplier": None}])
+def test_a_training_that_is_done_is_not_planned_anew(changes: dict[str, Any]) -> None:
+    done = taken(dpsgd(), STEPS)
+    again = dpsgd(**changes)
+    again.load_state_dict(done.state_dict())
+    assert (again.account.steps_left, again.epsilon()) == (0, done.epsilon())
+    with pytest.raises(PrivacyError, match="planned steps are spent"):
+        taken(again, 1)
+
+
+def test_ledgers_of_several_origins_are_merged_once() -> None:
+    """A checkpoint that is loaded twice does not count twice; steps taken since, and in other runs, are not forgotten."""
+    first = taken(dpsgd(steps=20), 2)
+    early = first.state_dict()
+    late = taken(first, 1).state_dict()
+    other = taken(dpsgd(steps=20), 4)
+    for state in (late, early, late):
+        other.load_state_dict(state)
+    assert other.account.steps == 4 + 3
+    assert other.account.taken == 3
+    assert other.report().lost_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("taken", 7),
+        ("taken", "x"),
+        ("steps", 0),
+        ("noise_multiplier", -1.0),
+        ("sampler", {"kind": "other"}),
+        ("config", {}),
+        ("ledgers", [1]),
+        ("checksum", 5),
+    ],
+)
+def test_damaged_state_is_refused_and_nothing_changed(key: str, value: Any) -> None:
+    mechanism = taken(dpsgd(), 1)
+    before = mechanism.state_dict()
+    with pytest.raises(PrivacyError, match=r"damaged.*resume an older checkpoint"):
+        mechanism.load_state_dict({**taken(dpsgd(), 2).state_dict(), key: value})
+    assert mechanism.state_dict() == before
+
+
+@pytest.mark.parametrize("missing", ["config", "sampler", "noise_multiplier", "steps", "ledgers", "taken", "checksum"])
+def test_incomplete_state_is_refused(missing: str) -> None:
+    state = dpsgd().state_dict()
+    del state[missing]
+    with pytest.raises(PrivacyError, match=rf"lacks \['{missing}'\].*start afresh"):
+        dpsgd().load_state_dict(state)
+
+
+def test_a_fresh_start_continues_the_spend_log(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With noise given, all steps that are wanted are taken, and epsilon is that of all."""
+    mechanism, optimizer = logged(path)
+    run(mechanism, optimizer, 2)
+    again, optimizer = logged(path)
+    assert again.account.steps_left == 3
+    run(again, optimizer, 3)
+    report = again.report()
+    assert (report.steps, report.lost_steps, report.planned_steps) == (5, 2, 5)
+    assert report.epsilon == again.account.plan.epsilon(5) > mechanism.account.plan.epsilon(3)
+    assert not any("lost in a crash" in gap.lower() for gap in report.not_covered)
+    assert any("lost in a crash" in gap for gap in dpsgd().report().not_covered)
+
+
+def test_with_a_budget_lost_steps_are_not_taken_again(path: Path) -> None:
+    budget: dict[str, Any] = {"target_epsilon": 2.0, "noise_multiplier": None}
+    mechanism, optimizer = logged(path, steps=8, **budget)
+    run(mechanism, optimizer, 5)
+    again, optimizer = logged(path, steps=8, **budget)
+    assert again.account.plan == mechanism.account.plan
+    assert again.account.steps_left == 3
+    run(again, optimizer, 3)
+    assert again.epsilon() == mechanism.account.plan.epsilon() <= 2.0
+    with pytest.raises(PrivacyError, match="planned steps are spent"):
+        again.release()
+
+
+def test_a_checkpoint_does_not_count_twice_beside_its_spend_log(path: Path) -> None:
+    mechanism, optimizer = logged(path, steps=20)
+    run(mechanism, optimizer, 2)
+    early = mechanism.state_dict()
+    again, optimizer = logged(path, steps=20)
+    again.load_state_dict(early)
+    assert (again.account.steps, again.account.taken) == (2, 2)
+    run(again, optimizer, 3)
+    late, optimizer = logged(path, steps=20)
+    late.load_state_dict(early)
+    assert (late.account.steps, late.account.taken, late.report().lost_steps) == (5, 2, 3)
+    run(late, optimizer, 0)
+
+
+def test_steps_of_another_folder_are_carried_over(path: Path, tmp_path: Path) -> None:
+    """Resumed in another folder, its spend log knows what came before, also when all that followed is lost."""
+    mechanism, optimizer = logged(path, steps=20)
+    run(mechanism, optimizer, 4)
+    other_folder = tmp_path / "other"
+    moved, optimizer = logged(other_folder, steps=20)
+    moved.load_state_dict(mechanism.state_dict())
+    run(moved, optimizer, 3)
+    fresh, optimizer = logged(other_folder, steps=20)
+    assert fresh.account.steps == 7
+    fresh.load_state_dict(mechanism.state_dict())
+    assert fresh.account.steps == 7
+    run(fresh, optimizer, 1)
+    assert steps_in(other_folder) == 8
+    assert steps_in(path) == 4
+
+
+def test_an_older_copy_of_the_spend_log_does_not_hide_steps_of_a_checkpoint(path: Path) -> None:
+    mechanism, optimizer = logged(path, steps=20)
+    run(mechanism, optimizer, 2)
+    old = path.read_bytes()
+    again, optimizer = logged(path, steps=20)
+    run(again, optimizer, 3)
+    path.write_bytes(old)
+    restored, optimizer = logged(path, steps=20)
+    restored.load_state_dict(again.state_dict())
+    assert restored.account.steps == 5
+    run(restored, optimizer, 1)
+    assert steps_in(path) == 6
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_copies_of_a_folder_that_both_went_on_are_merged(alive: bool, path: Path) -> None:
+    """Both began with the same steps, and took others then: all of them count, whichever checkpoint is resumed where."""
+    first, first_optimizer = logged(path, steps=30)
+    for _ in range(4):
+        step(first, first_optimizer)
+    if not alive:
+        run(first, first_optimizer, 0)
+    copy = path.parent.with_name("copy") / path.name
+    shutil.copytree(path.parent, copy.parent)
+    if alive:
+        here = first
+        run(here, first_optimizer, 3)
+    else:
+        here, optimizer = logged(path, steps=30)
+        here.load_state_dict(first.state_dict())
+        run(here, optimizer, 3)
+    there, optimizer = logged(copy, steps=30)
+    run(there, optimizer, 2)
+    assert (here.account.steps, there.account.steps) == (4 + 3, 4 + 2)
+
+    for place, brought in ((path, there), (copy, here)):
+        merged, optimizer = logged(place, steps=30)
+        merged.load_state_dict(brought.state_dict())
+        assert merged.account.steps == 4 + 3 + 2
+        run(merged, optimizer, 1)
+        assert steps_in(place) == 4 + 3 + 2 + 1
+        assert merged.report().parts == (
+            {"steps": 10, "sampler": merged.account.plan.sampler.to_dict(), "noise_multiplier": 1.0},
+        )
+
+
+def test_a_checkpoint_of_a_copied_output_folder(tmp_path: Path) -> None:
+    """As `Trainer` resumes it: 2 steps in both folders, 2 more here, 1 more there, and then 1."""
+
+    def trained(folder: Path, steps: int, resume: Path | None) -> PrivacyReport:
+        trainer = trainer_for("gpt2", folder, max_steps=steps, save_strategy="steps", save_steps=1)
+        dp = attached(trainer)
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return dp.report()
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    trained(here, 2, None)
+    shutil.copytree(here, there)
+    assert trained(here, 4, here / "checkpoint-2").steps == 4
+    assert trained(there, 3, there / "checkpoint-2").steps == 3
+    report = trained(there, 5, here / "checkpoint-4")
+    assert (report.steps, report.lost_steps) == (2 + 2 + 1 + 1, 1)
+
+
+def test_what_a_copy_took_is_not_on_record_here(path: Path) -> None:
+    """What it lost after its checkpoint is not known, also where its run began in this folder."""
+    first, optimizer = logged(path, steps=30)
+    step(first, optimizer)
+    copy = path.parent.with_name("copy") / path.name
+    shutil.copytree(path.parent, copy.parent)
+    run(first, optimizer, 1)
+    there, optimizer = logged(copy, steps=30)
+    assert (there.account.steps, there.account.recorded) == (1, True)
+    there.load_state_dict(first.state_dict())
+    assert (there.account.steps, there.account.recorded) == (2, False)
+    run(there, optimizer, 1)
+    later, _ = logged(copy, steps=30)  # which the spend log carries over
+    assert (later.account.steps, later.account.recorded) == (3, False)
+    here, _ = logged(path, steps=30)
+    assert (here.account.steps, here.account.recorded) == (2, True)
+    here.load_state_dict(there.state_dict())
+    assert (here.account.steps, here.account.recorded) == (3, False)
+
+
+def test_ledgers_grow_by_one_name_for_each_run_that_took_a_step(path: Path) -> None:
+    mechanism, optimizer = logged(path, steps=30)
+    for runs in range(1, 4):
+        run(mechanism, optimizer, 2)
+        state = mechanism.state_dict()
+        assert len(state["ledgers"]) == runs
+        mechanism, optimizer = logged(path, steps=30)
+        mechanism.load_state_dict(state)
+        assert mechanism.state_dict()["ledgers"] == state["ledgers"]
+        assert mechanism.account.recorded
+    assert not any(json.loads(line).get("others") for line in path.read_text().splitlines())
+
+
+def test_kinds_of_step_are_kept_apart(path: Path) -> None:
+    mechanism, optimizer = logged(path)
+    run(mechanism, optimizer, 2)
+    again, optimizer = logged(path, noise_multiplier=2.0)
+    run(again, optimizer, 3)
+    ledger = Ledger.total(read(path).ledgers.values(), "rdp")
+    assert {sigma: steps for (_, sigma), steps in ledger.entries} == {1.0: 2, 2.0: 3}
+    assert again.epsilon() == ledger.epsilon(1e-3)
+    with pytest.raises(PrivacyError, match=r"seed: None in earlier runs of .*spend.jsonl, 1 now.*another folder"):
+        logged(path, seed=1)
+
+
+# A training that begins: with a spend log, and perhaps a checkpoint.
+
+
+def spent_with_other_noise(path: Path) -> dict[str, Any]:
+    """The state after all steps that were wanted, which the log holds too."""
+    done, optimizer = logged(path)
+    run(done, optimizer, STEPS)
+    return done.state_dict()
+
+
+def test_a_checkpoint_explains_what_the_log_alone_would_forbid(path: Path) -> None:
+    """The log alone leaves no budget for the steps that are wanted; by the checkpoint, all of them are in the weights."""
+    state = spent_with_other_noise(path)
+    tight: dict[str, Any] = {"target_epsilon": 0.5 * dpsgd().account.plan.epsilon(), "noise_multiplier": None}
+    alone = dpsgd(**tight).account
+    log = SpendLog(path)
+    with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise keeps"):
+        alone.begin(log)
+    assert (alone.steps, alone.steps_left) == (STEPS, 0)  # what was spent counts, and nothing may follow
+    both = dpsgd(**tight).account
+    both.begin(log, state)
+    assert (both.steps, both.taken, both.lost_steps, both.steps_left) == (STEPS, STEPS, 0, 0)
+    log.close()
+
+
+def test_a_training_that_begins_is_planned_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = spent_with_other_noise(path)
+    account = dpsgd(steps=10, target_epsilon=20.0, noise_multiplier=None).account
+    calibrated: list[Any] = []
+    calibrate = PrivacyPlan.from_config
+    monkeypatch.setattr(
+        PrivacyPlan, "from_config", lambda *args, **kwargs: calibrated.append(kwargs) or calibrate(*args, **kwargs)
+    )
+    log = SpendLog(path)
+    account.begin(log, state)
+    log.close()
+    assert [made["steps"] for made in calibrated] == [10 - STEPS]
+    assert account.plan is account.plan
+    assert (account.plan.steps, account.steps_left, account.epsilon()) == (7, 7, account.plan.epsilon(0))
+    assert len(calibrated) == 1
+
+
+def test_a_training_that_begins_anew_has_no_steps_in_its_weights(path: Path) -> None:
+    spent_with_other_noise(path)
+    account = taken(dpsgd(steps=9), 2).account
+    assert (account.taken, account.lost_steps) == (2, 0)
+    log = SpendLog(path)
+    account.begin(log)
+    log.close()
+    assert (account.taken, account.lost_steps, account.steps) == (0, 2 + STEPS, 2 + STEPS)
+    assert account.steps_left == 9
+
+
+def test_a_training_that_cannot_begin_changes_nothing(path: Path) -> None:
+    state = spent_with_other_noise(path)
+    account = taken(dpsgd(steps=9), 2).account
+    before, plan = account.state_dict(), account.plan
+    log = SpendLog(path)
+    for damaged in ({**state, "taken": 7}, {}):
+        with pytest.raises(PrivacyError, match="privacy state"):
+            account.begin(log, damaged)
+    assert (account.state_dict(), account.spend_log) == (before, None)
+    assert account.plan is plan
+    log.close()
