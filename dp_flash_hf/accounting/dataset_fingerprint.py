@@ -57,14 +57,14 @@ def _encoded(value: Any) -> bytes:
         body = b"{" + b"".join(_encoded(str(name)) + _encoded(value[name]) for name in sorted(value, key=str))
     elif isinstance(value, (str, bytes)):
         body = b"s" + (value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value)
-    elif isinstance(value, (bool, int, float, np.generic, np.ndarray, Tensor)) or _numbers(value):
-        body = _encoded_numbers(value)
+    elif isinstance(value, (bool, int, float, np.generic, np.ndarray, Tensor)) or _is_plain_list(value):
+        body = _encoded_values(value)
     elif isinstance(value, Sequence):
         body = b"[" + b"".join(map(_encoded, value))
     elif value is None:
         body = b"0"
     elif hasattr(value, "__array_interface__"):  # pictures
-        body = _encoded_numbers(np.asarray(value))
+        body = _encoded_values(np.asarray(value))
     elif dataclasses.is_dataclass(value):
         body = _encoded({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     else:
@@ -72,14 +72,14 @@ def _encoded(value: Any) -> bytes:
     return len(body).to_bytes(8, "little") + body
 
 
-def _numbers(value: Any) -> bool:
-    """Whether this is a list of plain numbers, which can be hashed at once."""
+def _is_plain_list(value: Any) -> bool:
+    """Whether this is a list of Python's own floats or ints, which can be hashed at once."""
     if not isinstance(value, (list, tuple)) or not value:
         return False
     return all(type(item) is float for item in value) or all(type(item) is int and abs(item) < 2**63 for item in value)
 
 
-def _encoded_numbers(value: Any) -> bytes:
+def _encoded_values(value: Any) -> bytes:
     if isinstance(value, Tensor):
         value = value.detach().to("cpu", torch.float64 if value.is_floating_point() else value.dtype).numpy()
     array = np.asarray(value)

@@ -19,7 +19,7 @@ _MOST_DIVERGENCE = 3000  # Rényi, order 2: epsilon is then in the hundreds, and
 
 @lru_cache(maxsize=256)
 def epsilon_of(accountant: AccountantName, entries: tuple[Entry, ...], delta: float) -> float:
-    """The epsilon of all these steps together, at `delta`, for neighbours that differ by one unit added or removed.
+    """The epsilon of all these steps, at `delta`, for neighbours that differ by one unit added or removed.
 
     - ``pld``: privacy loss distributions of dp-accounting (Koskela et al. 2020, arXiv 1906.03049; discretised as in Doroshenko
       et al. 2022, arXiv 2207.04380), an upper bound that is tight to about 1e-4.

@@ -16,13 +16,13 @@ STABILITY = 0.01  # gamma of automatic clipping (Bu et al. 2023, arXiv 2206.0713
 def clip_factors(squared_norms: Tensor, max_grad_norm: float, clipping: Clipping) -> Tensor:
     """Factor of each unit (and group of parameters) by which its gradient is multiplied before units are summed.
 
-    - ``flat``: min(1, C / n) over all groups together (Abadi et al. 2016, arXiv 1607.00133)
-    - ``automatic``: C / (n + gamma) over all groups together, gamma = `STABILITY` (Bu et al. 2023, arXiv 2206.07136)
+    - ``flat``: min(1, C / n), with n the norm over all groups (Abadi et al. 2016, arXiv 1607.00133)
+    - ``automatic``: C / (n + gamma), with the same n and gamma = `STABILITY` (Bu et al. 2023, arXiv 2206.07136)
     - ``per_layer``: min(1, C_l / n_l) in each group by itself, with C_l = C / sqrt(groups), so that sum C_l^2 = C^2
 
     Formal guarantees:
 
-    - The clipped gradient of a unit, over all groups together, has L2 norm at most C, up to the rounding of its dtype: adding
+    - The clipped gradient of a unit, over all groups, has L2 norm at most C, up to the rounding of its dtype: adding
       or removing one unit moves the sum over units by at most C.
     - The factors of a unit depend on that unit alone.
 
@@ -80,5 +80,5 @@ def groups_of(model: nn.Module, parameters: Mapping[nn.Parameter, str], clipping
         for parameter in module.parameters(recurse=False):
             if parameter in parameters:
                 owners.setdefault(parameter, number)
-    numbers = {owner: group for group, owner in enumerate(dict.fromkeys(owners.values()))}
-    return {parameter: numbers[owner] for parameter, owner in owners.items()}
+    group_of = {owner: group for group, owner in enumerate(dict.fromkeys(owners.values()))}
+    return {parameter: group_of[owner] for parameter, owner in owners.items()}

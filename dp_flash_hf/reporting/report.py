@@ -35,7 +35,7 @@ class PrivacyReport:
 
     All fields are public. How many units were dropped for NaN or Inf gradients is deliberately absent: such a count is computed
     from the private data without noise. The guarantee holds under the assumptions that the report states: the sampling, the
-    clipping norm and the noise are those named, and what `not_covered` lists is kept out of sight or protected otherwise.
+    clipping norm and the noise are those named, and what `not_covered` lists is not published, or protected in another way.
 
     Attributes:
         private: False when a seed was fixed: then nothing is guaranteed.

@@ -1,4 +1,4 @@
-"""A dataset is known again by its values, and told from any other."""
+"""A dataset is known again by its values, and distinguished from any other."""
 
 from __future__ import annotations
 

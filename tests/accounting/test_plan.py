@@ -88,9 +88,9 @@ def test_noise_is_calibrated_to_what_is_left_of_a_budget(accountant: AccountantN
     rest, alone = PrivacyPlan.from_config(config, **units, spent=spent), PrivacyPlan.from_config(config, **units)
     assert rest.noise_multiplier > alone.noise_multiplier
     assert (rest.steps, rest.spent) == (100, spent.entries)
-    together = Ledger.total([spent], accountant)
-    together.record(rest.sampler, rest.noise_multiplier, 100)
-    assert 0.999 * 3.0 <= rest.epsilon() == together.epsilon(1e-5) <= 3.0
+    in_all = Ledger.total([spent], accountant)
+    in_all.record(rest.sampler, rest.noise_multiplier, 100)
+    assert 0.999 * 3.0 <= rest.epsilon() == in_all.epsilon(1e-5) <= 3.0
     assert rest.epsilon(0) == spent.epsilon(1e-5)
     with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise keeps"):
         PrivacyPlan.from_config(replace(config, target_epsilon=0.9 * spent.epsilon(1e-5)), **units, spent=spent)

@@ -50,7 +50,7 @@ def test_shapes_and_dtypes(clipping: Any) -> None:
     clipping=st.sampled_from(CLIPPINGS),
 )
 def test_a_clipped_unit_is_never_longer_than_the_bound(norms: list[float], C: float, clipping: Any) -> None:
-    """|factor * gradient| over all groups together, also where float32 squares underflow or overflow."""
+    """|factor * gradient| over all groups, also where float32 squares underflow or overflow."""
     norms = torch.tensor(norms).tolist()
     squared = torch.tensor([norms]).square()
     factors = clip_factors(squared, C, clipping)

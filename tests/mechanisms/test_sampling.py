@@ -93,7 +93,7 @@ def test_inclusion_is_uniform_and_independent_between_units_and_steps() -> None:
         assert stats.norm.sf(float(sums.abs().max())) * 2 * sums.numel() > SURPRISE  # Bonferroni
 
 
-def test_truncation_favours_nobody() -> None:
+def test_truncation_favours_no_unit() -> None:
     n, expected, most, total = 50, 20, 21, 6000
     drawn = draws(TruncatedPoissonSampler(n, expected, most), total)
     sizes = stats.binom.pmf(range(n + 1), n, expected / n)
