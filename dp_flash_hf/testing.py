@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dp_flash_hf.engine.clipping_engine import ClippingEngine, Strategy
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.layout_probing import training_mode
+from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.units import Batch, Units, leading_shape, select_unit
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dp_flash_hf.engine.clipping_engine import ClippingEngine, Strategy
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
+from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.kernels.ghost_norm import embedding_squared_norms, linear_squared_norms
 from dp_flash_hf.layers.recorder import MAX_LOGIT_BYTES
 from dp_flash_hf.units import IGNORED

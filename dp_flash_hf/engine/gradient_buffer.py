@@ -60,6 +60,11 @@ class GradientBuffer:
         """Whether there are sums that `take` did not hand over yet."""
         return bool(self._sums)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether some trained parameter has a `.grad`."""
+        return any(parameter.grad is not None for parameter in self._parameters)
+
     # What is there.
 
     @torch.no_grad()

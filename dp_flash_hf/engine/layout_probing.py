@@ -67,6 +67,10 @@ class LayoutProbe:
             self._probe(forward, here, selector(their_units), their_units)
         self.knows(batch, units)
 
+    def forget(self) -> None:
+        """Learn anew from the next batch: the last one came in shapes whose layout is not proven."""
+        self._recorder.layouts.forget()
+
     def _probe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
         if units.is_single:
             return

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dp_flash_hf.distributed import Ranks
-from dp_flash_hf.engine.clipping_engine import Strategy
+from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.reporting.report import PrivacyReport

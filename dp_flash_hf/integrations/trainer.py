@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from dp_flash_hf.accounting.spend_log import FILE_NAME
 from dp_flash_hf.distributed import Ranks
-from dp_flash_hf.engine.clipping_engine import ClippingEngine, Strategy
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
+from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.integrations import checkpoints
 from dp_flash_hf.integrations import trl as trl_trainers

@@ -6,7 +6,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from transformers.utils import logging
 from dp_flash_hf.accounting.dataset_fingerprint import fingerprint_of
 from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.accounting.spend_log import SpendLog
-from dp_flash_hf.distributed import Ranks, device_of, local
-from dp_flash_hf.engine.clipping_engine import ClippingEngine, Strategy
-from dp_flash_hf.engine.memory import GIB, estimate, free_memory, moments_of
+from dp_flash_hf.distributed import Ranks, local
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
+from dp_flash_hf.engine.memory import choose_by_memory, moments_of
+from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.mechanisms.config import PrivacyConfig
@@ -39,14 +40,11 @@ from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.losses import ModelLoss, UnitLoss
 from dp_flash_hf.training.preflight import choose_units, preflight
 from dp_flash_hf.training.refusals import _refuse_data
-from dp_flash_hf.units import Batch, Units, leading_shape
+from dp_flash_hf.units import Batch, Units
 
 logger = logging.get_logger(__name__)
 
 Move = Callable[[dict[str, Any]], Mapping[str, Any]]  # a collated batch -> the same on the model's device
-
-# Estimates of book-keeping on models that FSDP2 splits up were up to 9 % low, and out of memory ends training there.
-_MARGIN_OF_SPLIT = 1.15
 
 
 class PrivateTraining:
@@ -227,44 +225,20 @@ class PrivateTraining:
         )
 
     def _choose_by_memory(self, batch: dict[str, Any], units: Units, autocast: torch.dtype | None) -> None:
-        """Book-keeping if its estimate fits in free memory, else two passes; says so. batch: of one unit, a long one.
-
-        Ranks that compute together choose the same: two passes if any of them must.
-        """
+        """Set what strategy="auto" does, and say so. batch: of one unit, a long one."""
         assert self.engine is not None
-        choice = self._choice_by_memory(batch, units, autocast)
-        if self.engine.sharded:
-            choice = next((other for other in Ranks().gathered(choice) if other[0] == "two_pass"), choice)
-        strategy, because = choice
+        strategy, because = choose_by_memory(
+            self.engine,
+            batch,
+            units,
+            loss_fn=model_loss_of,
+            max_rows=self.max_examples * self.rows_per_example,
+            max_tokens=self.max_tokens,
+            moments=self._moments,
+            autocast=autocast,
+        )
         self.engine.choose(strategy)
         logger.warning(f"strategy='auto' chose {strategy}: {because}")
-
-    def _choice_by_memory(
-        self, batch: dict[str, Any], units: Units, autocast: torch.dtype | None
-    ) -> tuple[Literal["bookkeeping", "two_pass"], str]:
-        """What this rank would choose, and why; it raises nothing, for other ranks may wait for the answer."""
-        assert self.engine is not None
-        try:
-            wide, n_units = widest(batch, units, max_rows=self.max_examples * self.rows_per_example, max_tokens=self.max_tokens)
-            _, *private = estimate(
-                self.engine.model, wide, n_units, loss_fn=model_loss_of, moments=self._moments, autocast=autocast
-            )
-            parameter = next(iter(self.engine.parameters))
-            device = device_of(parameter)
-            # Where parameters are kept elsewhere meanwhile, so are their sums and the optimizer's state.
-            here = device.type == parameter.device.type
-            books, passes = (e.activations + e.records + here * (e.gradients + e.optimizer) for e in private)
-            free = free_memory(device)
-        except Exception as error:  # what cannot be estimated can still be trained; split up, it could not be tried in halves
-            return "two_pass" if self.engine.sharded else "bookkeeping", " ".join(str(error).split())
-        margin, beside, each = 1.0, "the model", ""
-        if self.engine.sharded:
-            margin, beside = _MARGIN_OF_SPLIT, "its part of the model"
-            each = f" on every rank (book-keeping has to fit with {margin - 1:.0%} to spare)"
-        return "bookkeeping" if books * margin <= free else "two_pass", (
-            f"beside {beside}, a step needs about {books / GIB:.2f} GiB with bookkeeping and {passes / GIB:.2f} GiB with "
-            f"two_pass{each}, and {free / GIB:.2f} GiB are free on {device}"
-        )
 
     def add(self, inputs: Mapping[str, Any]) -> Tensor:
         """Add the clipped gradients of one part of a draw, and return its mean loss per label, for display only."""
@@ -324,23 +298,6 @@ def model_loss_of(model: Any, batch: Batch) -> Tensor:
     """What a Transformers model computes itself."""
     loss: Tensor = model(**batch).loss
     return loss
-
-
-def widest(batch: Mapping[str, Any], units: Units, *, max_rows: int, max_tokens: int | None) -> tuple[dict[str, Any], int]:
-    """The largest physical batch of units like this one, in tensors without numbers, and how many units it has."""
-    rows = units.n_items if units.kind == "rows" else 1
-    length = rows * math.prod(leading_shape(batch)[1:])
-    times = max(1, max_rows // rows if max_tokens is None else max_tokens // max(1, length))
-    out: dict[str, Any] = {}
-    for name, value in batch.items():
-        if name.startswith(("cu_seq_lens", "max_length")):
-            continue  # where texts end, of which there are others then
-        out[name] = value
-        if isinstance(value, Tensor) and units.kind == "rows" and value.dim() > 0 and len(value) == units.n_items:
-            out[name] = value.new_empty(len(value) * times, *value.shape[1:], device="meta")
-        elif isinstance(value, Tensor) and units.kind == "tokens" and tuple(value.shape[:2]) == units.shape:
-            out[name] = value.new_empty(1, value.shape[1] * times, *value.shape[2:], device="meta")
-    return out, times
 
 
 def unwrapped(model: Any) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dp_flash_hf.distributed import Ranks
-from dp_flash_hf.engine.clipping_engine import Strategy
+from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.integrations.accelerate import make_private
 from dp_flash_hf.integrations.trainer import DPCallback
 from tests.support import ROOT

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor
 
-from dp_flash_hf.engine.clipping_engine import ClippingEngine, Strategy
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
+from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError
 from tests.support.models import BUILDERS, Batch, Loss, batch_of, loss_of, packed_batch, tiny
 from tests.support.oracle import clipped_sum, distance, each_row, grads, rows_of, unit_gradients

@@ -27,12 +27,13 @@ from dp_flash_hf.benchmarks import methods as bench
 from dp_flash_hf.benchmarks.methods import Work
 from dp_flash_hf.benchmarks.timing import resident_peak
 from dp_flash_hf.distributed import Ranks
-from dp_flash_hf.engine import memory
+from dp_flash_hf.engine import fsdp_memory, memory
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
-from dp_flash_hf.engine.memory import NON_PRIVATE, MemoryEstimate, _left_in_container, estimate, free_memory, moments_of
+from dp_flash_hf.engine.memory import NON_PRIVATE, MemoryEstimate, _left_in_container, estimate, free_memory, moments_of, widest
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.integrations.accelerate import make_private
 from dp_flash_hf.training import session as training
+from dp_flash_hf.units import Units
 from tests.support import ROOT
 from tests.support.models import tiny
 from tests.support.ranks import fresh, world
@@ -312,7 +313,7 @@ def wrapped(model: Any, kind: str = "fsdp", **settings: Any) -> Any:
     mesh = init_device_mesh(
         "cpu", (2, size // 2) if kind == "hsdp" else (size,), mesh_dim_names=("replica", "shard")[-1 - (kind == "hsdp") :]
     )
-    for modules, stays in memory._to_be_wrapped(model):
+    for modules, stays in fsdp_memory.modules_to_wrap(model):
         if model not in modules:
             settings["reshard_after_forward"] = not stays
         else:
@@ -393,6 +394,32 @@ def test_settings_of_fsdp2_count(variant: str) -> None:
             assert held < 0.9 * before if variant == "bf16" else held > before
 
 
+def test_the_widest_physical_batch() -> None:
+    """As many units like this one as fit: of rows, of padded tokens, of tokens without padding."""
+    padded = {
+        "input_ids": torch.ones(2, 7, dtype=torch.long),
+        "attention_mask": torch.ones(2, 7),
+        "pixels": torch.ones(2, 3, 4),
+    }
+    of_two = Units.of(torch.zeros(2, dtype=torch.long), (2, 7))
+    flat = {"input_ids": torch.ones(1, 7, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 7])}
+    one_text = Units.of(torch.zeros(1, 7, dtype=torch.long), (1, 7))
+    for batch, units, most, n_units, shape in (
+        (padded, of_two, (9, None), 4, (8, 7)),
+        (padded, of_two, (1, None), 1, (2, 7)),
+        (padded, of_two, (9, 30), 2, (4, 7)),
+        (flat, one_text, (9, None), 9, (1, 63)),
+        (flat, one_text, (9, 30), 4, (1, 28)),
+    ):
+        wide, times = widest(batch, units, max_rows=most[0], max_tokens=most[1])
+        assert times == n_units
+        assert {name: tuple(x.shape[:2]) for name, x in wide.items() if x.dim() == 2} == dict.fromkeys(
+            {"input_ids", "attention_mask"} & batch.keys(), shape
+        )
+        assert "cu_seq_lens_q" not in wide
+        assert "pixels" not in wide or tuple(wide["pixels"].shape) == (shape[0], 3, 4)
+
+
 def chosen(free: list[int], broken: list[bool]) -> tuple[str, list[str], int]:
     """What strategy="auto" chooses where so much is free on each rank, or it cannot be estimated; what is said, steps taken."""
     fresh()
@@ -403,10 +430,10 @@ def chosen(free: list[int], broken: list[bool]) -> tuple[str, list[str], int]:
         raise UnsupportedError("memory cannot be told")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "free_memory", lambda device: free[rank])
+        patch.setattr(memory, "free_memory", lambda device: free[rank])
         patch.setattr(training.logger, "warning", said.append)
         if broken[rank]:
-            patch.setattr(training, "estimate", fails)
+            patch.setattr(memory, "estimate", fails)
         model = wrapped(without_dropout(tiny("llama", torch.float32)))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         private = make_private(

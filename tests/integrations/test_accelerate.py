@@ -21,6 +21,7 @@ from accelerate.utils.dataclasses import DistributedType
 from torch import Tensor, nn
 
 from dp_flash_hf import PrivacyConfig, make_private
+from dp_flash_hf.engine import memory
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.integrations.accelerate import PrivateLoop
@@ -28,7 +29,6 @@ from dp_flash_hf.training import dp_sgd as mechanism_module
 from dp_flash_hf.training import session as training_module
 from dp_flash_hf.training.batches import UNITS
 from dp_flash_hf.training.refusals import accelerator_refusals
-from dp_flash_hf.units import Units
 from tests.support.models import tiny
 from tests.support.oracle import distance, total_norm
 from tests.support.trainers import Pad, Seen, attached, config, draws, texts, trainer_for, watch, without_dropout
@@ -83,7 +83,7 @@ def run(private: PrivateLoop, optimizer: Any) -> int:
 def test_auto_chooses_by_memory_and_says_so(free: int, whole: str, collate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both train alike; what is printed once names the choice, both estimates and what is free."""
     said: list[str] = []
-    monkeypatch.setattr(training_module, "free_memory", lambda device: free)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
     monkeypatch.setattr(training_module.logger, "warning", said.append)
     weights = []
     for strategy in ("auto", whole):
@@ -102,35 +102,9 @@ def test_auto_chooses_by_memory_and_says_so(free: int, whole: str, collate: Any,
     assert distance(*weights) < 1e-6
 
 
-def test_the_widest_physical_batch() -> None:
-    """As many units like this one as fit: of rows, of padded tokens, of tokens without padding."""
-    padded = {
-        "input_ids": torch.ones(2, 7, dtype=torch.long),
-        "attention_mask": torch.ones(2, 7),
-        "pixels": torch.ones(2, 3, 4),
-    }
-    of_two = Units.of(torch.zeros(2, dtype=torch.long), (2, 7))
-    flat = {"input_ids": torch.ones(1, 7, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 7])}
-    one_text = Units.of(torch.zeros(1, 7, dtype=torch.long), (1, 7))
-    for batch, units, most, n_units, shape in (
-        (padded, of_two, (9, None), 4, (8, 7)),
-        (padded, of_two, (1, None), 1, (2, 7)),
-        (padded, of_two, (9, 30), 2, (4, 7)),
-        (flat, one_text, (9, None), 9, (1, 63)),
-        (flat, one_text, (9, 30), 4, (1, 28)),
-    ):
-        wide, times = training_module.widest(batch, units, max_rows=most[0], max_tokens=most[1])
-        assert times == n_units
-        assert {name: tuple(x.shape[:2]) for name, x in wide.items() if x.dim() == 2} == dict.fromkeys(
-            {"input_ids", "attention_mask"} & batch.keys(), shape
-        )
-        assert "cu_seq_lens_q" not in wide
-        assert "pixels" not in wide or tuple(wide["pixels"].shape) == (shape[0], 3, 4)
-
-
 @pytest.mark.estimates_memory
 def test_auto_estimates_under_autocast_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_module, "free_memory", lambda device: 2**10)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**10)
     model = without_dropout(tiny("gpt2")).float()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
@@ -149,7 +123,7 @@ def test_what_cannot_be_estimated_keeps_books_and_says_so(monkeypatch: pytest.Mo
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError("from shapes alone")
 
-    monkeypatch.setattr(training_module, "estimate", failing)
+    monkeypatch.setattr(memory, "estimate", failing)
     private, _, optimizer = loop(steps=1)
     assert run(private, optimizer) == 1
     assert said == ["strategy='auto' chose bookkeeping: from shapes alone"]
@@ -668,8 +642,7 @@ def test_a_compiled_model_gives_the_same_sums(monkeypatch: pytest.MonkeyPatch) -
             assert run(private, still) == 3
     engine = private._training.engine
     assert engine is not None
-    assert engine._is_compiled
-    assert engine._runs_compiled
+    assert engine.runs_compiled
     assert distance(seen[1].sums[0], seen[0].sums[0]) <= ROUNDING
     assert distance(seen[1].sums[2], seen[0].sums[2]) <= ROUNDING
 

@@ -158,12 +158,11 @@ def assert_exact(
     parts: Sequence[Batch] = each_row(batch)
     if owners is not None:
         parts = [rows_of(batch, (owners == unit).nonzero().flatten()) for unit in range(int(owners.max()) + 1)]
-    engine._recorder.stop()
     with engine.eagerly():
         gradients = unit_gradients(model, plain, parts)
-    engine.max_grad_norm = float(clipped_sum(gradients, 1.0)[1].median())
-    wanted, norms = clipped_sum(gradients, engine.max_grad_norm)
-    engine.backward(loss, batch, owners)
+    scale = [engine.max_grad_norm / float(clipped_sum(gradients, 1.0)[1].median())] * len(parts)
+    wanted, norms = clipped_sum(gradients, engine.max_grad_norm, scale=scale)
+    engine.backward(loss, batch, owners, torch.tensor(scale, dtype=torch.float64))
     torch.testing.assert_close(engine.norms.double(), norms, rtol=tolerance, atol=0.0)
     assert distance(grads(model), {name: wanted[name] for name in grads(model)}) < tolerance
     model.zero_grad()
@@ -191,7 +190,7 @@ def check_model(model: Any, name: str, *, backend: str, dtype: torch.dtype, stra
             batch = batch_of(name, rows, length, dtype, seed=number)
             assert_exact(engine, model, loss_of(name, compiled), loss_of(name, model), batch, tolerance)
             assert counters["stats"]["unique_graphs"] == 1, counters["graph_break"]
-    assert engine._runs_compiled
+    assert engine.runs_compiled
     assert not counters["graph_break"]
 
 
@@ -242,7 +241,7 @@ def test_a_small_model_compiled_by_inductor_equals_the_oracle() -> None:
     engine = ClippingEngine(compiled, max_grad_norm=1.0, strategy="bookkeeping")
     for rows, length in ((5, 7), (4, 9)):
         assert_exact(engine, model, squares(compiled), squares(model), ids_of(rows, length), 1e-11)
-    assert engine._runs_compiled
+    assert engine.runs_compiled
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -251,7 +250,7 @@ def test_a_subclass_keeps_its_own_forward() -> None:
     compiled = compile_whole(model)
     engine = ClippingEngine(compiled, max_grad_norm=1.0, strategy="bookkeeping")
     assert_exact(engine, model, squares(compiled), squares(model), ids_of(3, 2), 1e-11)
-    assert engine._runs_compiled
+    assert engine.runs_compiled
 
 
 def test_what_is_recorded_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +270,7 @@ def test_what_is_recorded_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     for strategy in ("bookkeeping", "two_pass"):
         engine = ClippingEngine(compiled, max_grad_norm=1.0, strategy=strategy)
         assert_exact(engine, model, squares(compiled), squares(model), ids_of(3, 2), 1e-11)
-        assert engine._runs_compiled
+        assert engine.runs_compiled
         assert engine.norm_methods()["hidden.weight"].startswith("ghost norm")
         engine.detach()
 
@@ -287,7 +286,7 @@ def test_units_of_several_rows_of_one_row_and_of_none(strategy: Any, frozen: tup
     for owners in (None, torch.tensor([1, 0, 1, 2, 0]), torch.tensor([0, 0, 0, 0, 0]), torch.tensor([1, -1, 0, 0, 1])):
         assert_exact(engine, model, squares(compiled), squares(model), ids_of(5, 7), 1e-11, owners)
     assert_exact(engine, model, squares(compiled), squares(model), ids_of(1, 7), 1e-11)
-    assert engine._runs_compiled
+    assert engine.runs_compiled
     assert counters["stats"]["unique_graphs"] == 2  # one row is compiled by itself
 
 
@@ -298,7 +297,7 @@ def test_what_compiled_code_does_not_show_is_found_and_runs_eagerly(kind: type[S
     engine = ClippingEngine(compiled, max_grad_norm=1.0, strategy="bookkeeping")
     with pytest.warns(UserWarning, match="runs eagerly from now on"):
         assert_exact(engine, model, squares(compiled), squares(model), ids_of(5, 7), 1e-11)
-    assert not engine._runs_compiled
+    assert not engine.runs_compiled
     graphs = counters["stats"]["unique_graphs"]
     assert_exact(engine, model, squares(compiled), squares(model), ids_of(4, 9), 1e-11)
     assert counters["stats"]["unique_graphs"] == graphs
@@ -311,7 +310,7 @@ def test_a_layer_whose_rows_stand_where_nobody_knows_is_not_recorded() -> None:
     engine = ClippingEngine(compiled, max_grad_norm=1.0)
     with pytest.warns(UserWarning, match="Every unit is now computed by itself"):
         assert_exact(engine, model, squares(compiled), squares(model), ids_of(5, 7), 1e-11)
-    assert engine._runs_compiled  # it may be known in the next batch
+    assert engine.runs_compiled  # it may be known in the next batch
 
 
 def compile_whole(model: Small) -> Any:
@@ -339,7 +338,7 @@ def test_a_norm_of_torch() -> None:
     compiled = compile_whole(model)
     engine = ClippingEngine(compiled, max_grad_norm=1.0, strategy="bookkeeping")
     assert_exact(engine, model, squares(compiled), squares(model), ids_of(5, 7), 1e-11)
-    assert engine._runs_compiled
+    assert engine.runs_compiled
 
 
 @pytest.mark.parametrize("compile_it", [compile_whole, compile_in_place, compile_parts, compile_forward])
@@ -351,7 +350,7 @@ def test_however_a_model_was_compiled(compile_it: Callable[[Small], Any]) -> Non
     engine = ClippingEngine(compiled, max_grad_norm=1.0, strategy="bookkeeping")
     for rows, length in ((5, 7), (4, 9)):
         assert_exact(engine, model, squares(compiled), squares(model), ids_of(rows, length), 1e-11)
-    assert engine._runs_compiled
+    assert engine.runs_compiled
     assert counters["stats"]["unique_graphs"] == (3 if compile_it is compile_parts else 1)
 
 
@@ -398,7 +397,7 @@ def test_outside_the_engine_a_compiled_model_is_what_it_was() -> None:
     assert_exact(engine, model, squares(compiled), squares(model), batch, 1e-11)
     assert_plain()
     assert_exact(engine, model, squares(compiled), squares(model), batch, 1e-11)
-    assert engine._runs_compiled
+    assert engine.runs_compiled
     assert not counters["graph_break"]
 
     forgotten: list[Tensor] = []
@@ -429,7 +428,7 @@ def test_dropout_is_repeated_in_the_second_pass() -> None:
         engine = ClippingEngine(compiled, max_grad_norm=0.5, strategy=strategy)
         torch.manual_seed(3)
         engine.backward(lambda batch: compiled(batch["x"]).square().sum(), {"x": x})
-        assert engine._runs_compiled
+        assert engine.runs_compiled
         found.append((engine.norms, grads(model)))
         model.zero_grad()
         engine.detach()

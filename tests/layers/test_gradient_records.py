@@ -50,7 +50,7 @@ def outcome(model: nn.Module, *batches: Batch, units: Tensor | None = None, part
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             engine.backward(squares(model), batch, units if last else None)
-        how = "unit by unit" if engine._uncovered or any("exact, but slower" in str(w.message) for w in caught) else "fast"
+        how = "unit by unit" if engine.uncovered or any("exact, but slower" in str(w.message) for w in caught) else "fast"
         if all(torch.isfinite(g).all() for unit in gradients for g in unit.values()):
             wanted, norms = clipped_sum(gradients, 0.5)
             assert distance(grads(model), wanted) < 1e-10

@@ -206,7 +206,7 @@ def test_users_with_several_rows(use: str) -> None:
     wanted, norms = clipped_sum(gradients, C)
     engine = ClippingEngine(model, max_grad_norm=C)
     engine.backward(loss, {"x": x, "weights": weights}, units)
-    assert not engine._uncovered
+    assert not engine.uncovered
     found = {**{name: torch.zeros_like(g) for name, g in wanted.items()}, **grads(model)}
     assert distance(found, wanted) < 1e-10
     torch.testing.assert_close(engine.norms.double(), norms)

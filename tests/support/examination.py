@@ -143,7 +143,7 @@ class _Candidate:
             warnings.simplefilter("always")
             self.engine.backward(self.loss, self.specimen.batch, None, self.scale)
         slow = [str(warning.message) for warning in said if "computed by itself" in str(warning.message)]
-        uncovered = [self.engine.parameters[parameter] for parameter in self.engine._uncovered]
+        uncovered = self.engine.uncovered
         found = grads(self.specimen.model), self.engine.norms.double(), _patterns(uncovered) or (slow or [""])[0]
         self.specimen.model.zero_grad()
         return found

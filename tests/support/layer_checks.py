@@ -37,7 +37,7 @@ def how(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine.backward(loss, batch)
-    out = "unit by unit" if engine._uncovered else "fast"
+    out = "unit by unit" if engine.uncovered else "fast"
     assert distance(grads(model), wanted) < tolerance
     torch.testing.assert_close(engine.norms.double(), norms, rtol=tolerance, atol=1e-12)
     engine.detach()
