@@ -1,7 +1,7 @@
 """Several processes that train one model: what they agree on, how they add up, and which part of a parameter each one holds.
 
 Every unit of a draw lies on one rank as a whole, so its gradient norm needs no communication. What is added up over ranks is
-the clipped sum: of parameters that every rank holds whole (DDP) once a step, of those that `fully_shard` (FSDP2) split up after
+the clipped sum: of parameters that every rank holds whole (DDP) once a step, of those that `fully_shard` (FSDP2) sharded after
 each physical batch, so that no rank keeps more of a sum than of the parameter. Noise is drawn from secrets that ranks share:
 holders of the same part draw the same noise, holders of different parts draw independently.
 """
@@ -30,12 +30,24 @@ _IN_FLIGHT = 2  # buckets on their way while the one before gets its noise
 
 
 class Ranks:
-    """The processes of the default process group, or this process alone; every method is called by all of them alike."""
+    """The processes of the default process group, or this process alone.
+
+    Every method that communicates has to be called by all ranks alike, or they wait for each other; with one process all of
+    them return at once.
+
+    >>> ranks = Ranks()
+    >>> ranks.size, ranks.rank, ranks.gathered("mine")
+    (1, 0, ['mine'])
+
+    Attributes:
+        size: number of processes.
+        rank: of this one, from 0.
+    """
 
     def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.size, self.rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
-        on_gpu = together and "nccl" in str(dist.get_backend())
+        several = dist.is_available() and dist.is_initialized()
+        self.size, self.rank = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)
+        on_gpu = several and "nccl" in str(dist.get_backend())
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     @property
@@ -57,7 +69,14 @@ class Ranks:
 
     @contextmanager
     def all_ranks_or_none(self) -> Iterator[None]:
-        """What is refused inside on one rank is refused on all; else the others would wait for it in vain."""
+        """What is refused inside on one rank is refused on all; else the others would wait for it in vain.
+
+        Communication inside has to come before anything that one rank alone may refuse: that rank would be missing from it.
+
+        Raises:
+            Exception: what was raised inside, on the rank where it was.
+            PrivacyError: on all other ranks.
+        """
         try:
             yield
         except Exception:
@@ -75,7 +94,15 @@ class Ranks:
         return values[0]
 
     def generator(self, device: torch.device | str = "cpu", *, stream: str) -> torch.Generator:
-        """A new generator from fresh entropy: the same on all ranks that name the same stream, and unrelated otherwise."""
+        """A new generator from fresh entropy: the same on all ranks that name the same stream, and unrelated otherwise.
+
+        Args:
+            device: of the generator.
+            stream: which numbers, by name; ranks that hold the same part of a parameter name the same.
+
+        Returns:
+            A generator seeded from 32 bytes of the first rank's operating system.
+        """
         if self.size == 1:
             return fresh_generator(device)
         secret = torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8).to(self._device)
@@ -85,7 +112,11 @@ class Ranks:
     def added_up(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Add up each tensor over all ranks, in place, and hand them out bucket by bucket while the next ones are on their way.
 
-        The same shapes and dtypes in the same order on every rank.
+        Args:
+            tensors: of the same shapes and dtypes in the same order on every rank.
+
+        Yields:
+            Some of the tensors, in their order, added up; each of them once.
         """
         if self.size == 1:
             yield list(tensors)
@@ -107,7 +138,15 @@ class Ranks:
                 dist.broadcast(parameter.data, src=0)
 
     def require_equal(self, tensors: Sequence[tuple[str, Tensor]], what: str) -> None:
-        """Raise PrivacyError unless all ranks that hold the same part hold the same bits. tensors: (part, numbers)."""
+        """Compare ranks by checksums.
+
+        Args:
+            tensors: (part, what this rank holds of it): see `part_of`.
+            what: these are, in words.
+
+        Raises:
+            PrivacyError: on all ranks, unless all that hold the same part hold the same bits.
+        """
         own: dict[str, int] = {}
         for part, tensor in tensors if self.size > 1 else ():
             own[part] = own.get(part, 0) + checksum(tensor)
@@ -143,21 +182,21 @@ def _arrived(work: Any, flat: Tensor, bucket: list[Tensor]) -> list[Tensor]:
 
 
 def checksum(x: Tensor) -> int:
-    """A number that differs, but for chance, where x differs in a bit."""
+    """An integer that differs, but for chance, where x differs in a bit."""
     total = 0
     for start, part in enumerate(x.detach().contiguous().flatten().view(torch.uint8).split(_CHECKED_BYTES)):
         bits = torch.nn.functional.pad(part, (0, -len(part) % 8)).view(torch.int64)
         places = torch.arange(1, len(bits) + 1, device=bits.device) + start * _CHECKED_BYTES
-        mixed = (bits ^ (bits >> 31)) * (places * 0x9E3779B97F4A7C1 | 1)  # so that exchanged numbers show
+        mixed = (bits ^ (bits >> 31)) * (places * 0x9E3779B97F4A7C1 | 1)  # so that exchanged values show
         total += int((mixed ^ (mixed >> 29)).sum())
     return total
 
 
-# --- parameters that are split up -----------------------------------------------------------------------------------------
+# --- sharded parameters ---------------------------------------------------------------------------------------------------
 
 
 def local(t: Tensor) -> Tensor:
-    """What this rank holds of a tensor: all of it, unless it is split up."""
+    """What this rank holds of a tensor: all of it, unless it is sharded."""
     with torch.no_grad():
         return t.to_local() if isinstance(t, DTensor) else t
 
@@ -172,9 +211,14 @@ def part_of(parameter: Tensor) -> str:
 
 
 def own_part_of_sum(parameter: nn.Parameter, whole: Tensor | None) -> Tensor:
-    """This rank's part of the sum over all ranks of `whole`, which has a split parameter's full shape; where its part lies.
+    """Add up over all ranks what each has of a sharded parameter's sum, and keep this rank's part.
 
-    whole: None for zeros.
+    Args:
+        parameter: a sharded one.
+        whole: of its full shape, or None for zeros; used up.
+
+    Returns:
+        This rank's part of the sum, on the device and in the layout of its part of the parameter.
     """
     assert isinstance(parameter, DTensor)
     if whole is None:
@@ -182,37 +226,50 @@ def own_part_of_sum(parameter: nn.Parameter, whole: Tensor | None) -> Tensor:
         whole = torch.zeros(parameter.shape, dtype=dtype, device=device_of(parameter))
     mesh = parameter.device_mesh
     total = DTensor.from_local(whole, mesh, [Partial()] * mesh.ndim, run_check=False)
-    if mesh.ndim > 1:  # split up first: less is then left to add up over replicas
+    if mesh.ndim > 1:  # shard first: less is then left to add up over replicas
         total = total.redistribute(placements=[Partial(), *parameter.placements[1:]])
     return local(total.redistribute(placements=parameter.placements)).to(local(parameter).device)
 
 
 def add_own_parts(done: Sequence[nn.Parameter], sums: dict[nn.Parameter, Tensor], parts: dict[nn.Parameter, Tensor]) -> None:
-    """Move the whole sums of these parameters, which FSDP2 split up, over all ranks into this rank's parts of them."""
+    """Move the whole sums of these sharded parameters over all ranks into this rank's parts of them."""
     for parameter in done:
         part = own_part_of_sum(parameter, sums.pop(parameter, None))
         parts[parameter] = parts[parameter].add_(part) if parameter in parts else part
 
 
 def device_of(parameter: Tensor) -> torch.device:
-    """Where the model computes with a parameter: where it lies, unless parts of it are kept elsewhere meanwhile."""
+    """Where the model computes with a parameter: where it lies, unless FSDP2 offloads its parts to the CPU."""
     if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != "cpu":
         return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
     return parameter.device
 
 
-def as_gradient(parameter: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """A gradient of the parameter's dtype and layout, and `numbers`, this rank's part of it: one storage if of one dtype."""
+def as_gradient(parameter: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """A gradient of the parameter's dtype and layout, and `values`, this rank's part of it: one storage if of one dtype."""
     if not isinstance(parameter, DTensor):
-        return numbers.to(parameter.dtype), numbers
+        return values.to(parameter.dtype), values
     gradient = torch.empty_like(parameter.detach())
     own = local(gradient)
-    own.copy_(numbers)
-    return gradient, own if own.dtype == numbers.dtype else numbers
+    own.copy_(values)
+    return gradient, own if own.dtype == values.dtype else values
 
 
 class Shards:
-    """What `fully_shard` made of a model: its modules, and the parameters that are split up."""
+    """What `fully_shard` made of a model; false where it made nothing of it.
+
+    Args:
+        model: sharded by FSDP2 over all ranks, with or without replicas (HSDP), or whole.
+
+    Attributes:
+        ranks: all processes.
+        modules: what `fully_shard` was called on.
+        ordered: the sharded parameters, in the model's order.
+        parameters: the same, as a set.
+
+    Raises:
+        UnsupportedError: for parameters sharded in other ways, as tensor parallelism does, or over several meshes.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.ranks = Ranks()
@@ -235,7 +292,7 @@ class Shards:
         return self.ranks.size if parameter in self.parameters else 1
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds on some of the ranks that compute together: on this one, if nothing is split up."""
+        """Whether it holds on some of the ranks that compute together: on this one, if nothing is sharded."""
         return self.ranks.any(flag) if self.parameters else flag
 
     def all(self, flag: bool) -> bool:
@@ -243,19 +300,24 @@ class Shards:
         return not self.any(not flag)
 
     def of_any_rank(self, some: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """The split parameters that are among `some` on any rank, in the model's order."""
+        """The sharded parameters that are among `some` on any rank, in the model's order."""
         if not self.parameters:
             return []
         own = set(some)
         found = {
-            number for numbers in self.ranks.gathered([i for i, p in enumerate(self.ordered) if p in own]) for number in numbers
+            place for places in self.ranks.gathered([i for i, p in enumerate(self.ordered) if p in own]) for place in places
         }
-        return [self.ordered[number] for number in sorted(found)]
+        return [self.ordered[place] for place in sorted(found)]
 
     def square(self, parts: dict[nn.Parameter, Tensor], like: Tensor | None = None) -> Tensor:
-        """The sum of squares, in the dtype of `like` (default float64), of all numbers of these parameters.
+        """The sum of squares of all elements of these parameters' gradients, or sums.
 
-        parts: what this rank holds of each; of parameters that are not split up, all ranks hold the same.
+        Args:
+            parts: what this rank holds of each; of parameters that are not sharded, all ranks hold the same.
+            like: a tensor giving dtype and device of the result; default: float64 on the CPU.
+
+        Returns:
+            A scalar, the same on all ranks.
         """
         dtype = torch.float64 if like is None else like.dtype
         by_part: dict[str, Tensor] = {}
@@ -269,12 +331,12 @@ class Shards:
 
     def _refuse(self, model: nn.Module) -> None:
         if len({p.device_mesh for p in self.ordered}) > 1:
-            raise UnsupportedError("parameters are split up over several device meshes: call fully_shard with one mesh for all")
+            raise UnsupportedError("parameters are sharded over several device meshes: call fully_shard with one mesh for all")
         within = {p for module in self.modules for p in cast(nn.Module, module).parameters()}
         for name, parameter in model.named_parameters():
             if isinstance(parameter, DTensor) and not (parameter in within and _is_fully_sharded(parameter, self.ranks.size)):
                 raise UnsupportedError(
-                    f"{name} is split up as {parameter.placements} over {parameter.device_mesh}, as tensor parallelism does: "
+                    f"{name} is sharded as {parameter.placements} over {parameter.device_mesh}, as tensor parallelism does: "
                     "its per-unit norms would be those of a part; use FSDP2 (torch's fully_shard, over all ranks), without a "
                     "tp_plan"
                 )
@@ -294,7 +356,7 @@ class Shards:
 
     @contextmanager
     def at_ends(self, act: Callable[[list[nn.Parameter]], None]) -> Iterator[None]:
-        """Within the context, `act` is called in backward when one of the modules is done, with its own split parameters.
+        """Within the context, `act` is called in backward when one of the modules is done, with its own sharded parameters.
 
         On all ranks in the same order, which is what FSDP2 itself relies on.
         """

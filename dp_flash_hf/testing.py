@@ -27,17 +27,33 @@ def check_exact(
     """Prove or refute, on one batch and without dropout, that every per-unit gradient is exact, parameter by parameter.
 
     The truth is plain autograd on every unit alone, clipped at the median of the norms so that some units are and some are not.
+    The batch is computed twice, because layouts are learnt the first time.
 
-    model: in float32 or float64, without an engine. It and its `.grad` are left as they were.
-    batch: what the model takes by keyword, first dimension the rows, two units at least.
-    loss_fn: batch -> scalar, a sum of terms that depend on one unit each; default: a weighted sum over everything floating in
-        the model's output, whose first dimension must be the rows.
-    units: see `ClippingEngine.backward`.
-    strategy: "bookkeeping" also proves that no parameter escapes its rule; "auto" allows that, unit by unit.
-    tolerance: relative to each parameter's own clipped sum; default: 1e-4 in float32, 1e-9 in float64.
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+    ...
+    ...     def forward(self, x):
+    ...         return self.second(self.first(x).relu())
+    >>> sorted(check_exact(Model(), {"x": torch.randn(5, 3)}))
+    ['first.bias', 'first.weight', 'second.bias', 'second.weight']
 
-    Returns how the norm of each parameter was computed, by name. Raises PrivacyError that names the parameters that are wrong,
-    or that no rule covers.
+    Args:
+        model: in float32 or float64, without an engine. It and its `.grad` are left as they were.
+        batch: what the model takes by keyword, first dimension the rows, two units at least.
+        loss_fn: batch -> scalar, a sum of terms that depend on one unit each; default: a weighted sum over everything floating
+            in the model's output, whose first dimension must be the rows.
+        units: as of `ClippingEngine.backward`.
+        strategy: "bookkeeping" also proves that no parameter escapes its rule; "auto" allows that, unit by unit.
+        tolerance: relative to each parameter's own clipped sum; default: 1e-4 in float32, 1e-9 in float64.
+
+    Returns:
+        How the norm of each parameter was computed, by name.
+
+    Raises:
+        PrivacyError: that names the parameters that are wrong, or that no rule covers.
+        ValueError, UnsupportedError: as `ClippingEngine` and its `backward`.
     """
     resolved = Units.of(units, leading_shape(batch))
     loss = loss_fn or (lambda part: _weighted(model(**part)))
@@ -54,7 +70,7 @@ def check_exact(
             try:
                 for _ in range(2):  # the second time, layouts are known already
                     engine.backward(loss, batch, units)
-                forms = engine.norm_methods()
+                methods = engine.norm_methods()
                 wrong = list(_wrong(engine, trained, alone, norms, bound, tolerance))
             finally:
                 engine.detach()
@@ -63,7 +79,7 @@ def check_exact(
                 p.grad = gradient
     if wrong:
         raise PrivacyError(f"not what a loop over single units gives: {'; '.join(wrong)}")
-    return forms
+    return methods
 
 
 def _gradients(trained: dict[str, nn.Parameter], loss: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -94,7 +110,7 @@ def _wrong(
 
 
 def _weighted(output: Any) -> Tensor:
-    """A sum over rows in which every number has a slope of its own."""
+    """A sum over rows in which every value has a slope of its own."""
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
     total: Any = 0.0
     for value in values:

@@ -1,6 +1,7 @@
 """Privacy units: which rows, or which tokens of a packed row, belong to whom.
 
-The one abstraction under padded batches, packed (padding-free) batches, preference pairs and user-level privacy.
+The one abstraction under padded batches, packed (padding-free) batches, preference pairs and user-level privacy. A *unit* is
+what privacy is promised to; it has any number of *items* in a physical batch, which are rows or tokens.
 """
 
 from __future__ import annotations
@@ -26,9 +27,17 @@ class Units:
 
     An *item* is a row (`kind="rows"`) or a token of a packed batch (`kind="tokens"`).
 
-    of_item: LongTensor (n_items,), the unit of each item in 0..n-1, or -1 for items that belong to nobody.
-    n: number of units, units without items included.
-    shape: for tokens, the (rows, length) they are laid out in.
+    >>> users = Units.of(torch.tensor([1, 0, 1, -1]), (4,))
+    >>> users.n, users.sizes
+    (2, (1, 2))
+    >>> users.items(1)
+    tensor([0, 2])
+
+    Attributes:
+        kind: "rows" or "tokens".
+        of_item: int64 (n_items,), on the CPU: the unit of each item in 0..n-1, or -1 for padding, which belongs to no unit.
+        n: number of units, units without items included.
+        shape: for tokens, the (rows, length) they are laid out in.
     """
 
     kind: Literal["rows", "tokens"]
@@ -45,10 +54,22 @@ class Units:
     def of(units: Tensor | Units | None, rows: tuple[int, ...]) -> Units:
         """Read what the user passed as `units`.
 
-        units: None (every row is a unit), an int64 tensor of unit ids, one per row (rows,) or per token (rows, length), or an
-            int32 tensor of cumulative sequence lengths (segments + 1,), as `cu_seq_lens_q` of Transformers, for one packed row.
-        rows: leading shape of the batch's tensors, (rows,) or (rows, length).
-        Raises ValueError for anything else.
+        >>> Units.of(None, (3, 7)).of_item
+        tensor([0, 1, 2])
+        >>> Units.of(torch.tensor([0, 2, 5], dtype=torch.int32), (1, 6)).of_item  # two texts, and padding
+        tensor([ 0,  0,  1,  1,  1, -1])
+
+        Args:
+            units: None (every row is a unit), an int64 tensor of unit ids, one per row (rows,) or per token (rows, length), or
+                an int32 tensor of cumulative sequence lengths (segments + 1,), as `cu_seq_lens_q` of Transformers, for one
+                packed row; or Units, which are returned.
+            rows: leading shape of the batch's tensors, (rows,) or (rows, length).
+
+        Returns:
+            As many units as the largest id says, those without items included.
+
+        Raises:
+            ValueError: for anything else.
         """
         if isinstance(units, Units):
             return units
@@ -66,7 +87,7 @@ class Units:
             wanted = " or ".join(str(tuple(shape)) for shape in dict.fromkeys((rows[:1], rows[:2])))
             raise invalid("units", expected=f"unit ids of shape {wanted}", actual=tuple(ids.shape), remedy=remedy)
         if ids.numel() and int(ids.min()) < -1:
-            raise invalid("units", expected="ids >= -1 (-1: nobody's)", actual=int(ids.min()), remedy="number units from 0")
+            raise invalid("units", expected="ids >= -1 (-1 is padding)", actual=int(ids.min()), remedy="number units from 0")
         n = int(ids.max()) + 1 if ids.numel() else 0
         if ids.dim() == 1:
             return Units("rows", ids, n)
@@ -74,7 +95,18 @@ class Units:
 
     @staticmethod
     def of_batch(units: Tensor | Units | None, batch: Batch) -> Units:
-        """As `of`, for a batch; one that holds several texts in a row must be told whose they are, else ValueError."""
+        """Read what the user passed as `units` with this batch.
+
+        Args:
+            units: as of `of`.
+            batch: whose leading shape counts.
+
+        Returns:
+            As `of`.
+
+        Raises:
+            ValueError: as `of`, and where `units` is None though `cu_seq_lens_q` says that a row holds several texts.
+        """
         ends = batch.get("cu_seq_lens_q")
         if units is None and isinstance(ends, Tensor) and len(ends) > 2:
             raise invalid(
@@ -112,9 +144,9 @@ class Units:
 
     @cached_property
     def order(self) -> Tensor | None:
-        """Items sorted by unit, nobody's items left out; None where they already stand so."""
-        nobodys = int((self.of_item < 0).sum())
-        order = torch.argsort(self.of_item, stable=True)[nobodys:]
+        """Items sorted by unit, padding left out; None where they already stand so."""
+        padding = int((self.of_item < 0).sum())
+        order = torch.argsort(self.of_item, stable=True)[padding:]
         return None if torch.equal(order, torch.arange(self.n_items)) else order
 
     def items(self, unit: int) -> Tensor:
@@ -122,7 +154,18 @@ class Units:
         return (self.of_item == unit).nonzero().flatten()
 
     def arrange(self, x: Tensor) -> Tensor:
-        """(n_items, k, d) -> (rows of all units in unit order, d), each unit's rows together: `sizes[u] * k` of them."""
+        """Put each unit's rows together.
+
+        >>> x = torch.tensor([[[1.0]], [[2.0]], [[3.0]], [[4.0]]])
+        >>> Units.of(torch.tensor([1, 0, 1, -1]), (4,)).arrange(x).flatten()
+        tensor([2., 1., 3.])
+
+        Args:
+            x: (n_items, k, d), any dtype and device: k rows of each item.
+
+        Returns:
+            (rows, d), those of unit 0 first: `sizes[u] * k` of every unit u, and none of padding.
+        """
         if self.order is not None:
             x = x.index_select(0, self.order.to(x.device))
         return x.reshape(-1, x.shape[-1])
@@ -134,7 +177,7 @@ def _from_boundaries(boundaries: Tensor, rows: tuple[int, ...], remedy: str) -> 
     lengths = ends.diff()
     if ends.dim() != 1 or len(ends) < 2 or int(ends[0]) != 0 or bool((lengths < 0).any()) or int(ends[-1]) > total:
         raise invalid("units", expected=f"boundaries 0 = b_0 <= b_1 <= ... <= {total}", actual=ends.tolist(), remedy=remedy)
-    ids = torch.full((total,), -1)  # tokens after the last boundary are padding, and nobody's
+    ids = torch.full((total,), -1)  # tokens after the last boundary are padding
     ids[: int(ends[-1])] = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     return Units("tokens", ids, len(lengths), rows[:2])
 
@@ -156,10 +199,17 @@ def leading_shape(batch: Batch) -> tuple[int, ...]:
 def select_unit(batch: Batch, units: Units, unit: int) -> dict[str, Any]:
     """The part of a batch that belongs to one unit, as a batch of its own.
 
+    >>> batch = {"input_ids": torch.tensor([[1, 2], [3, 4], [5, 6]]), "temperature": 1.0}
+    >>> select_unit(batch, Units.rows(3), 1)
+    {'input_ids': tensor([[3, 4]]), 'temperature': 1.0}
+
     Rows: tensors whose first size is the number of rows are indexed along it. Tokens: tensors laid out as the packed rows are
     cut to one row of that unit's tokens, and the boundaries between its texts (`cu_seq_lens_*`, `max_length_*`) follow.
     Everything else passes through, except tensors of two or more dimensions laid out otherwise (pictures of many rows in one
-    tensor, say): a unit alone would still see everybody's. They raise ValueError.
+    tensor, say): a unit alone would still see those of all units.
+
+    Raises:
+        ValueError: for such tensors.
     """
     return select_items(batch, units, units.items(unit))
 

@@ -150,7 +150,7 @@ def test_a_use_outside_the_rules_on_one_rank_stops_all(strategy: str) -> None:
 
 
 def refusals() -> list[str]:
-    """What is said of models that are split up otherwise."""
+    """What is said of models that are sharded in other ways."""
     mesh = init_device_mesh("cpu", (Ranks().size,))
     parallel = nn.Sequential(nn.Linear(4, 4))
     parallelize_module(parallel, mesh, {"0": ColwiseParallel()})

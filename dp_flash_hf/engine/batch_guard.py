@@ -16,8 +16,19 @@ _PLACEHOLDERS = tuple(f"{kind}_token_{what}" for kind in ("image", "video", "aud
 
 
 def refuse_model(model: nn.Module) -> None:
-    """Raise UnsupportedError for layers that mix all rows of a batch, or change their parameters in a forward pass, and for
-    wrappers that add gradients up before they are clipped.
+    """Refuse models that couple units whatever the batch.
+
+    Those are layers that mix all rows of a batch (batch normalisation, running statistics) or change their parameters in a
+    forward pass (embeddings with `max_norm`), and wrappers that add gradients up before they are clipped (DDP, DataParallel,
+    the first FSDP, DeepSpeed).
+
+    >>> refuse_model(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    >>> refuse_model(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    dp_flash_hf.errors.UnsupportedError: 1: batch normalisation and running statistics mix all units; ...
+
+    Raises:
+        UnsupportedError: with the name of the module, and what to use.
     """
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel):
@@ -38,7 +49,16 @@ def refuse_model(model: nn.Module) -> None:
 
 
 class BatchGuard:
-    """Refuses the batches in which a model that keeps units apart otherwise would couple them."""
+    """Refuses the batches in which a model that keeps units apart otherwise would couple them.
+
+    It is called with every batch. What it knows of is pictures and sounds of all rows in one tensor, where rows do not hold the
+    same number of them, and rotary frequencies that follow the longest text of the batch. Anything else that couples units is
+    for `ClippingEngine.check` to find.
+
+    Args:
+        model: whose configuration names the tokens that stand for pictures and sounds, and whose modules have rotary
+            frequencies.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._longest = _longest_fixed_rope(model)
@@ -47,7 +67,11 @@ class BatchGuard:
         self._placeholders = sorted(token for token in tokens if isinstance(token, int))
 
     def __call__(self, batch: Batch) -> None:
-        """Raise UnsupportedError for rows of unequal numbers of pictures, and where the longest text sets the frequencies."""
+        """Look at one batch.
+
+        Raises:
+            UnsupportedError: for rows with unequal numbers of pictures, and where the longest text sets the frequencies.
+        """
         ids, positions = batch.get("input_ids"), batch.get("position_ids")
         # Without numbers that could be pictures, such a token is a word like any other.
         if (

@@ -1,17 +1,22 @@
-"""Custody of `.grad`: nothing comes in but clipped sums, and no batch comes in by half.
+"""Ownership of `.grad`: nothing is added to it but clipped sums, and no batch in part.
 
-What becomes of one physical batch:
+Between two `zero_grad()` the sums are in one of these states, and a batch takes them through the first three:
 
-- `apart`: the sums so far are put aside and `.grad` is empty. What autograd leaves there escaped the rules: the engine looks,
-  and has it cleared. However this ends, `.grad` is given back.
-- `put_back`: all is computed, the sums so far are in `.grad` again.
-- `adding`: the batch is added to the sums, one parameter after the other.
+===========  ==========================================  ===================================================================
+state        `.grad` holds                               entered by
+===========  ==========================================  ===================================================================
+whole        the clipped sums of whole batches, or None  `zero_grad()`, the end of `adding`
+set aside    what autograd leaves there, which escaped   `apart`; ends with `put_back`, or with the context, whatever ended
+             the rules: the engine looks, and clears it  it: `.grad` is then what it was before
+adding       sums to which a batch is being added, one   `adding`; for strategy "two_pass", whose second backward pass adds
+             parameter after the other                   to sums directly, `begin`, before `put_back`
+interrupted  perhaps parts of a batch                    whatever ends `adding`, or `whole_batch` after its first part: an
+                                                         interrupt, too
+taken        the caller's tensors                        `take`, from "whole" only
+===========  ==========================================  ===================================================================
 
-The second backward pass of strategy "two_pass" adds to sums directly, so for it adding begins before `put_back`.
-
-Whatever ends this between the first number that is added and the end of `whole_batch` (an interrupt, too) leaves `interrupted`:
-nobody is given the sums, and nothing is added to them, until `zero_grad()`. Where nothing was in them before, the batch can be
-taken out again by dropping them; else the step is lost.
+Interrupted sums are given to no caller, and nothing is added to them, until `zero_grad()`. Where nothing was in them before the
+batch, it can be taken out again by dropping them; else the step is lost.
 """
 
 from __future__ import annotations
@@ -44,7 +49,16 @@ class _Sum:
 class GradientBuffer:
     """The clipped sums of a model's trained parameters, which stand in their `.grad`.
 
-    parameters: the trained ones and their names. sharded: those among them that FSDP2 split up.
+    Sums are float32, or float64 of float64 parameters, whatever dtype `.grad` has to have; of a sharded parameter there is this
+    rank's part. A `.grad` that anything else has set, or changed in place, is noticed by its identity and version, and refused.
+
+    Args:
+        model: in which trained parameters that are new since the engine was made are looked for.
+        parameters: the trained ones and their names.
+        sharded: those among them that FSDP2 sharded.
+
+    Attributes:
+        interrupted: whether parts of a batch may be in the sums.
     """
 
     def __init__(
@@ -53,7 +67,7 @@ class GradientBuffer:
         self._model, self._parameters, self._sharded = model, parameters, sharded
         self._sums: dict[nn.Parameter, _Sum] = {}
         self._aside: dict[nn.Parameter, Tensor | None] = {}  # `.grad` of every parameter, between `apart` and `put_back`
-        self.interrupted = False  # whether parts of a batch may be in the sums
+        self.interrupted = False
         self._batches = 0  # or parts of batches, added to the end
 
     def __bool__(self) -> bool:
@@ -69,7 +83,11 @@ class GradientBuffer:
 
     @torch.no_grad()
     def total(self, parameter: nn.Parameter) -> Tensor:
-        """The clipped sum of one parameter, zeros if nothing was added: see `ClippingEngine.clipped_sum`."""
+        """The clipped sum of one parameter, zeros if nothing was added: see `ClippingEngine.clipped_sum`.
+
+        Raises:
+            PrivacyError: where its `.grad` was not made here, or was changed since; zeros count as `zero_grad()`.
+        """
         own = self._sums.get(parameter)
         if parameter.grad is None or own is None:
             if parameter.grad is not None:
@@ -86,7 +104,14 @@ class GradientBuffer:
         return own.total
 
     def take(self) -> dict[nn.Parameter, Tensor]:
-        """Hand over all sums; `.grad` is the caller's from then on. Raises PrivacyError unless they are whole."""
+        """Hand over all sums; `.grad` is the caller's from then on.
+
+        Returns:
+            The sum of every trained parameter, of its shape, or this rank's part of it.
+
+        Raises:
+            PrivacyError: as `total`, and where parts of a batch may be in the sums.
+        """
         self.require_whole()
         sums = {parameter: self.total(parameter) for parameter in self._parameters}
         self._sums = {}
@@ -133,8 +158,9 @@ class GradientBuffer:
     def apart(self) -> Iterator[None]:
         """Within the context backward starts from empty `.grad`s; the sums are back when it ends, if not before.
 
-        Raises PrivacyError where `.grad` holds anything but whole sums or a trained parameter is new, UnsupportedError where
-        hooks on parameters would see gradients that are not clipped, or none.
+        Raises:
+            PrivacyError: where `.grad` holds anything but whole sums, or a trained parameter is new.
+            UnsupportedError: where hooks on parameters would see gradients that are not clipped, or none.
         """
         self.require_whole()
         self._require_same_parameters()
@@ -156,9 +182,10 @@ class GradientBuffer:
             parameter.grad = None
 
     def in_place(self) -> dict[nn.Parameter, Tensor]:
-        """The sums put aside that a backward pass may add to directly: not those of parameters that are split up.
+        """The sums set aside that a backward pass may add to directly: not those of sharded parameters.
 
-        Raises PrivacyError where that was begun before: the same batch would be added twice.
+        Raises:
+            PrivacyError: where that was begun before: the same batch would be added twice.
         """
         if self.interrupted:
             raise _of_parts()

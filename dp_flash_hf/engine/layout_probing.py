@@ -1,7 +1,7 @@
 """The passes that find out where each layer keeps which unit.
 
-A model runs on a whole batch, on every unit alone, and on the batch disturbed, without dropout and without a backward pass; the
-recorder's layouts compare what its layers see. How, `layouts.Layouts` says.
+A model runs on a whole batch, on every unit alone, and on the batch perturbed, without dropout and without a backward pass; the
+recorder's layouts compare what its layers see. How, `layers.layout_inference.Layouts` says.
 """
 
 from __future__ import annotations
@@ -21,16 +21,28 @@ from dp_flash_hf.layers.recorder import Recorder
 from dp_flash_hf.layers.tracking import Tracked
 from dp_flash_hf.units import IGNORED, Batch, Select, Units, leading_shape, selector
 
-# Noise on activations, in standard deviations, of every number by itself and of all rows alike, in the passes that show which
+# Noise on activations, in standard deviations, of every value by itself and of all rows alike, in the passes that show which
 # shapes follow the data: the first scatters rows over a router's choices, the second sends them all to one. With one more token
 # masked and one label ignored, and without: a batch without padding may take another way through the model.
 PERTURBATIONS = tuple((each, alike, masked) for masked in (True, False) for each, alike in ((3.0, 0.0), (1.0, 10.0)))
 
 
 class LayoutProbe:
-    """Teaches a recorder the layouts of a model.
+    """Learns the layouts of a model's layers by running it, for a recorder.
 
-    parameters: the trained ones. modules: those attached to the recorder.
+    What is learnt is used for batches of the same kind (rows or tokens) until one comes in a shape that was not proven; that
+    one is probed, too. A layer whose layout stays uncertain computes as without the library, and the gradient that autograd
+    then leaves on its parameters tells the engine: a wrong guess is impossible, a missing one costs time.
+
+    Args:
+        model: runs in evaluation mode while it is probed; modes and random states are put back.
+        parameters: the trained ones.
+        modules: those attached to the recorder.
+        recorder: whose `layouts` are taught.
+        shards: ranks of a sharded model probe together.
+
+    Attributes:
+        lean: whether the passes keep nothing for a backward pass; False once the loss needed one.
     """
 
     def __init__(
@@ -43,16 +55,22 @@ class LayoutProbe:
     ) -> None:
         self._model, self._parameters, self._modules = model, parameters, modules
         self._recorder, self._shards = recorder, shards
-        self.lean = True  # whether the passes keep nothing for a backward pass
+        self.lean = True
 
     def knows(self, batch: Batch, units: Units) -> bool:
         """Whether the layouts of such a batch are known, or need not be; see `Layouts.knows`."""
         return self._recorder.layouts.knows(units, leading_shape(batch)[1:])
 
     def probe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
-        """Learn the layouts of such a batch.
+        """Learn the layouts of such a batch: as many forward passes as it has units, and about six more.
 
         On ranks that compute together the batch of each that has something to learn is sent to all, and all learn from it.
+
+        Args:
+            forward: batch -> anything; calls the model.
+            batch: of these units.
+            select: (batch, unit) -> that unit's batch.
+            units: whose layouts are learnt.
         """
         if not self._shards:
             self._probe(forward, batch, select, units)
@@ -77,7 +95,7 @@ class LayoutProbe:
         again = True
         while again:  # what is the same for all units leads to more operations
             try:
-                with _graphs_without_numbers() if self.lean else nullcontext():
+                with _graphs_without_values() if self.lean else nullcontext():
                     again = self._observe(forward, batch, select, units)
             except RuntimeError as error:
                 if not self.lean or "saved tensor" not in str(error):
@@ -90,7 +108,7 @@ class LayoutProbe:
         layouts = self._recorder.layouts
         try:
             with torch.random.fork_rng(list(devices)), training_mode(self._model, False):
-                torch.manual_seed(0)  # the same disturbances on all ranks
+                torch.manual_seed(0)  # the same perturbations on all ranks
                 self._recorder.start("learn", units)
                 layouts.observe(units, leading_shape(batch)[1:])
                 forward(batch)
@@ -103,7 +121,7 @@ class LayoutProbe:
                     with self._perturbed_outputs(noise):
                         try:
                             forward(_perturbed_inputs(noise, batch, masked=masked))
-                        except (ValueError, IndexError, RuntimeError):  # a number that stood for a place, a mark for a picture
+                        except (ValueError, IndexError, RuntimeError):  # a value that stood for a place, a mark for a picture
                             layouts.restart()
                             forward(_perturbed_inputs(noise, batch, masked=False, whole=False))
                 layouts.shorten()
@@ -141,7 +159,7 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _graphs_without_numbers() -> Iterator[None]:
+def _graphs_without_values() -> Iterator[None]:
     """Forward passes within know what requires gradients, and keep nothing for backward, which raises RuntimeError."""
 
     def missing(nothing: None) -> Tensor:
@@ -167,7 +185,7 @@ def _perturbed_inputs(noise: Sequence[float], batch: Batch, *, masked: bool, who
     """Inputs with noise; if masked, with one token of a row masked and one label ignored, whatever the tensors are called.
 
     A router acts on the first, a model that drops padding on the second, a head for labelled positions only on the third.
-    whole: whether whole numbers get noise too; they may stand for places in a table.
+    whole: whether whole numbers get noise, too; they may stand for places in a table.
     """
     out = dict(batch)
     for name, value in batch.items():
@@ -214,7 +232,7 @@ def _shortened(batch: Batch, units: Units, names: set[str]) -> dict[str, Any]:
 
 
 def _without_last(value: Tensor, counted: Tensor, instead: int) -> Tensor:
-    """A copy in which the last counted number of the row with most of them is another: some models need one in every row."""
+    """A copy in which the last counted element of the row with most of them is another: some models need one in every row."""
     counts = counted.flatten(1).sum(1)
     row = int(counts.argmax())
     out = value.clone()
