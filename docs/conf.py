@@ -14,7 +14,7 @@ author = "The dp-flash-hf authors"
 copyright = "The dp-flash-hf authors, Apache-2.0"
 release = version = dp_flash_hf.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "mathml"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "mathml", "wing"]
 exclude_patterns = ["_extensions"]
 html_theme = "furo"
 html_title = f"dp-flash-hf {release}"
@@ -32,7 +32,9 @@ autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_use_rtype = False
+default_role = "code"  # of docstrings, which write names between single backticks
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 

@@ -18,9 +18,10 @@ import transformers as hf
 
 from dp_flash_hf.cli import main as cli
 from dp_flash_hf.errors import PrivacyError
-from tests.support import ROOT, pages
+from tests.support import ROOT, house, pages
 from tests.support.examples import SETUPS
 from tests.support.pages import PAGES
+from tests.test_layout import WINGS
 
 EXAMPLES = [example for page in PAGES for example in pages.examples(page)]
 COMMANDS = [(page, words) for page in PAGES for words in pages.commands(page)]
@@ -163,6 +164,14 @@ def test_the_planning_of_memory_prints_the_table_as_printed(tmp_path: Path, caps
     printed = capsys.readouterr().out
     assert tables
     assert all(table in printed for table in tables)
+
+
+def test_the_drawing_of_the_house_has_every_import_point_down() -> None:
+    drawn = re.findall(r'id="room-(\w+)" x="\d+" y="(\d+)"', (ROOT / "docs/_static/house.svg").read_text(encoding="utf-8"))
+    height = {room: int(y) for room, y in drawn}
+    assert set(height) == set(WINGS)
+    for room, others in house.rooms(house.files(ROOT)).items():
+        assert all(height[room] < height[other] for other in others), f"{room} imports {others}"
 
 
 @pytest.mark.parametrize("page", PAGES)
