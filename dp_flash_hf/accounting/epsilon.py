@@ -1,4 +1,4 @@
-"""The epsilon of steps, by each of the accountants. Only here are the libraries of accountants imported, when they are used.
+"""The epsilon of steps, by each of the accountants, whose libraries are imported when they are used.
 
 dp-accounting alone takes seconds to import, for it brings scipy.signal: nothing of it is loaded before an epsilon is asked for.
 """
