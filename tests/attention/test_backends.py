@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -143,3 +144,10 @@ def test_reference_refuses_dropout() -> None:
 def test_use_knows_its_implementations() -> None:
     with pytest.raises(ValueError, match="one of sdpa, triton, reference"), use("eager"):  # type: ignore[arg-type]
         pass
+
+
+def test_use_holds_in_all_threads() -> None:
+    """Autograd computes checkpointed layers again in threads of its own, which must give what the first forward gave."""
+    qkv = tensors()
+    with use("reference"), ThreadPoolExecutor(1) as pool, pytest.raises(UnsupportedError, match=r'"reference".*dropout'):
+        pool.submit(run, qkv, dropout=0.1).result()
