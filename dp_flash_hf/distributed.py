@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.mechanisms.gaussian_noise import fresh_generator
 
-_BUCKET_BYTES = 32 * 2**20  # smaller sums are added up together: DDP's own buckets have 25 MiB
+_BUCKET_BYTES = 32 * 2**20  # smaller sums share a bucket: DDP's own buckets have 25 MiB
 _CHECKED_BYTES = 64 * 2**20  # at once, for a checksum
 _IN_FLIGHT = 2  # buckets on their way while the one before gets its noise
 
@@ -292,11 +292,11 @@ class Shards:
         return self.ranks.size if parameter in self.parameters else 1
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds on some of the ranks that compute together: on this one, if nothing is sharded."""
+        """Whether it holds on some of the ranks that compute the same layers at once: on this one, if nothing is sharded."""
         return self.ranks.any(flag) if self.parameters else flag
 
     def all(self, flag: bool) -> bool:
-        """Whether it holds on all ranks that compute together."""
+        """Whether it holds on all ranks that compute the same layers at once."""
         return not self.any(not flag)
 
     def of_any_rank(self, some: Iterable[nn.Parameter]) -> list[nn.Parameter]:

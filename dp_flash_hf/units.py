@@ -154,7 +154,7 @@ class Units:
         return (self.of_item == unit).nonzero().flatten()
 
     def arrange(self, x: Tensor) -> Tensor:
-        """Put each unit's rows together.
+        """Sort rows by unit.
 
         >>> x = torch.tensor([[[1.0]], [[2.0]], [[3.0]], [[4.0]]])
         >>> Units.of(torch.tensor([1, 0, 1, -1]), (4,)).arrange(x).flatten()
@@ -228,7 +228,7 @@ def restarts(position_ids: Tensor) -> Tensor:
     """Where positions say that another text begins: at one below the one before, or one that repeats the row's first.
 
     A position may skip numbers within a text, and one may repeat that is above the first of its row: the tokens of a picture
-    share theirs. So texts whose positions go on counting from the text before are not told apart.
+    share theirs. So texts whose positions go on counting from the text before are not distinguished.
 
     >>> restarts(torch.tensor([[0, 1, 2, 0, 0, 1]]))  # of 3 tokens, 1 token and 2 tokens
     tensor([[False, False,  True,  True, False]])
@@ -284,7 +284,7 @@ def _select(name: str, value: Any, units: Units, items: Tensor, batch: Batch) ->
             f"batch[{name!r}]",
             expected=f"{expected} fewer than two dimensions",
             actual=tuple(value.shape),
-            remedy="it cannot be told which part is whose: pass select=",
+            remedy="which part is whose is not known: pass select=",
         )
     return value
 

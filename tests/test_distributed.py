@@ -184,7 +184,7 @@ def test_data_parallel_is_refused() -> None:
 
 
 def stopped() -> list[str]:
-    """What ranks say when one of them is refused something, or is given other numbers."""
+    """What ranks say when one of them is refused something, or is given other values."""
     ranks = Ranks()
 
     def refused_on_one() -> None:
@@ -199,18 +199,18 @@ def stopped() -> list[str]:
         if kind == "a bit" and ranks.rank == 1:
             x[3] = torch.nextafter(x[3], torch.tensor(9.0))
         part = str(ranks.rank % 2) if kind == "parts" else ""
-        ranks.require_equal([(part, x + (ranks.rank % 2 if kind == "parts" else 0))], "numbers")
+        ranks.require_equal([(part, x + (ranks.rank % 2 if kind == "parts" else 0))], "values")
 
     return [fails(refused_on_one), *(fails(equal, kind) for kind in ("same", "parts", "exchanged", "a bit"))]
 
 
-def test_ranks_stop_together_and_notice_what_differs() -> None:
+def test_ranks_stop_at_once_and_notice_what_differs() -> None:
     first, second = world(2).run(stopped)
     assert first[0].startswith("PrivacyError: another rank stopped here")
     assert second[0] == "ValueError: no"
     for said in (first, second):
         assert said[1:3] == ["", ""]
-        assert all("ranks hold different numbers" in text for text in said[3:])
+        assert all("ranks hold different values" in text for text in said[3:])
 
 
 def added() -> list[Tensor]:

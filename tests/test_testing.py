@@ -66,9 +66,9 @@ def test_exact_rules_pass_and_nothing_stays_behind(dtype: torch.dtype) -> None:
     kept = torch.ones_like(model.body[0].weight)  # type: ignore[index]
     model.body[0].weight.grad = kept  # type: ignore[index]
     classes = [type(m) for m in model.modules()]
-    forms = check_exact(model, {"x": torch.randn(5, 4, 6, dtype=dtype)})
-    assert forms["body.1.vector"] == "per-unit gradient"
-    assert set(forms) == {name for name, _ in model.named_parameters()}
+    methods = check_exact(model, {"x": torch.randn(5, 4, 6, dtype=dtype)})
+    assert methods["body.1.vector"] == "per-unit gradient"
+    assert set(methods) == {name for name, _ in model.named_parameters()}
     assert [type(m) for m in model.modules()] == classes
     assert model.body[0].weight.grad is kept  # type: ignore[index]
     assert bool((kept == 1).all())

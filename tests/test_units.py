@@ -84,7 +84,7 @@ def test_anything_else_is_refused(bad: Any) -> None:
         Units.of(bad, (2, 3))
 
 
-def test_nobody_at_all() -> None:
+def test_padding_only() -> None:
     for given in (ids(), ids(-1, -1)):
         units = Units.of(given, (len(given), 5))
         assert (units.n, units.sizes, units.is_single) == (0, (), False)

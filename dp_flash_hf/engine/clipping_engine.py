@@ -45,10 +45,10 @@ class ClippingEngine:
     tensor([[0.9000, 1.2000]])
     >>> engine.detach()
 
-    **Guarantee.** Let g_u be the gradient of unit u's part of the loss, times its `loss_scale`, over all trained parameters
-    together. Between two calls of `zero_grad()` the engine adds up f_u g_u over all units of all physical batches, with factors
-    f_u such that every f_u g_u has L2 norm at most `max_grad_norm`; see `mechanisms.clipping.clip_factors`. Adding or removing
-    one unit therefore changes the sum by at most `max_grad_norm`, up to the rounding of float32 (float64), provided that
+    **Guarantee.** Let g_u be the gradient of unit u's part of the loss, times its `loss_scale`, over all trained parameters.
+    Between two calls of `zero_grad()` the engine adds up f_u g_u over all units of all physical batches, with factors f_u such
+    that every f_u g_u has L2 norm at most `max_grad_norm`; see `mechanisms.clipping.clip_factors`. Adding or removing one unit
+    therefore changes the sum by at most `max_grad_norm`, up to the rounding of float32 (float64), provided that
 
     - the loss is a sum of terms that each depend on one unit alone, so it is divided by no count taken from the batch;
     - the model computes no unit from another one, in training mode, which excludes batch normalisation;
@@ -75,12 +75,12 @@ class ClippingEngine:
     frozen parameters               no gradient is computed, and no `.grad` made
     parameters the loss leaves out  their sum is zero; `check` refuses them
     parameters below float32        sums are kept in float32, see `clipped_sum`; `.grad` is rounded from them
-    `.grad` from elsewhere          PrivacyError, before anything is added
+    `.grad` set by something else   PrivacyError, before anything is added
     ==============================  ==================================================================================
 
     A model given to `torch.compile`, whole or in part, runs compiled where that is exact: on batches of rows, with bookkeeping
     and two_pass, if layers that have a variant in `layers.compiled` hold all trained parameters. Else it runs eagerly, as do
-    the passes that learn layouts. On a model sharded by FSDP2 all ranks have to call the engine together, see `participate`.
+    the passes that learn layouts. On a model sharded by FSDP2 all ranks have to call the engine at once, see `participate`.
 
     Args:
         model: the module whose parameters with `requires_grad` are trained, in any dtype and on any devices.
@@ -186,7 +186,7 @@ class ClippingEngine:
     def participate(self, loss_fn: LossFunction, batch: Batch, units: Units) -> None:
         """Take part in other ranks' `backward`, and add nothing.
 
-        A model sharded by FSDP2 computes on all ranks together, also where one has no unit left. What this batch holds is
+        A model sharded by FSDP2 computes on all ranks at once, also where one has no unit left. What this batch holds is
         computed with factors of zero; nothing of it is added or counted, and `norms` is empty afterwards.
 
         Args:
@@ -340,7 +340,7 @@ class ClippingEngine:
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 sharded the model, so that all ranks compute together: see `participate`."""
+        """Whether FSDP2 sharded the model, so that all ranks compute at once: see `participate`."""
         return bool(self._shards)
 
     @property

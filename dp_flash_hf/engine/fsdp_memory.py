@@ -18,7 +18,7 @@ from dp_flash_hf.distributed import with_end
 
 @dataclass(frozen=True, eq=False)
 class GatheredGroup:
-    """Parameters that FSDP2 gathers together, when the first of these modules is called."""
+    """Parameters that FSDP2 gathers in one piece, when the first of these modules is called."""
 
     modules: Sequence[nn.Module]
     parameters: Sequence[nn.Parameter]

@@ -39,7 +39,7 @@ class LayoutProbe:
         parameters: the trained ones.
         modules: those attached to the recorder.
         recorder: whose `layouts` are taught.
-        shards: ranks of a sharded model probe together.
+        shards: ranks of a sharded model probe at once.
 
     Attributes:
         lean: whether the passes keep nothing for a backward pass; False once the loss needed one.
@@ -64,7 +64,7 @@ class LayoutProbe:
     def probe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
         """Learn the layouts of such a batch: as many forward passes as it has units, and about six more.
 
-        On ranks that compute together the batch of each that has something to learn is sent to all, and all learn from it.
+        On ranks of a sharded model the batch of each that has something to learn is sent to all, and all learn from it.
 
         Args:
             forward: batch -> anything; calls the model.

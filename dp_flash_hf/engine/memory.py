@@ -71,7 +71,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Bytes altogether."""
+        """The sum of all of these, in bytes."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.records
 
 
@@ -171,8 +171,8 @@ def choose_by_memory(
     """Book-keeping if its estimate fits in free memory, else two passes; for `ClippingEngine.choose`.
 
     What cannot be estimated can still be trained: the answer is then book-keeping, which is computed in halves where it does
-    not fit, or on sharded models, where that is impossible, two passes. All ranks of a sharded model have to call this
-    together, and get the same answer: two passes if any of them needs them.
+    not fit, or on sharded models, where that is impossible, two passes. All ranks of a sharded model have to call this,
+    and get the same answer: two passes if any of them needs them.
 
     Args:
         engine: whose model is to be trained.
@@ -324,7 +324,7 @@ def _peak(
                 recorder.add_up()
     except Exception as error:
         raise UnsupportedError(
-            f"memory cannot be told from shapes alone: {' '.join(str(error).split())[:200]}; choose a strategy by name"
+            f"memory cannot be estimated from shapes alone: {' '.join(str(error).split())[:200]}; choose a strategy by name"
         ) from error
     return live.peak
 

@@ -53,8 +53,8 @@ def self_check(
         )
     if not abs(float(whole.loss - alone.loss)) <= tolerance * max(abs(float(alone.loss)), 1e-3):  # so written, NaN fails too
         raise PrivacyError(
-            f"the loss couples units: {float(whole.loss):.6g} together, {float(alone.loss):.6g} as the sum of each alone; make "
-            "the loss a sum over units (divide by a constant, not by what is in the batch)"
+            f"the loss couples units: {float(whole.loss):.6g} in one batch, {float(alone.loss):.6g} as the sum of each alone; "
+            "make the loss a sum over units (divide by a constant, not by what is in the batch)"
         )
     if moved is not None and not moved <= tolerance * scale:
         raise PrivacyError("a unit's gradient changes with the other units of its batch; look for operations across the batch")

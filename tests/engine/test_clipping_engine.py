@@ -56,7 +56,7 @@ def test_rows_grouped_into_units(strategy: Strategy, ids: list[int], unit_rows: 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("ids", [None, [], [-1, -1]])
-def test_nobody_in_the_batch_adds_nothing(strategy: Strategy, ids: list[int] | None) -> None:
+def test_a_batch_without_units_adds_nothing(strategy: Strategy, ids: list[int] | None) -> None:
     model = Toy()
     engine = ClippingEngine(model, max_grad_norm=1.0, strategy=strategy)
     batch = toy_batch(rows=len(ids or []))
@@ -146,13 +146,13 @@ def test_one_unit_moves_the_clipped_sum_by_no_more_than_the_bound(
     weights[-1] *= magnitude
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        together, norms, dropped = backward(
+        with_it, norms, dropped = backward(
             model, weighted_loss(model), {"ids": ids, "weights": weights}, C=C, clipping=clipping, strategy=strategy
         )
         without, others, _ = backward(
             model, weighted_loss(model), {"ids": ids[:-1], "weights": weights[:-1]}, C=C, clipping=clipping, strategy=strategy
         )
-    moved = total_norm({n: together[n] - without[n] for n in together})
+    moved = total_norm({n: with_it[n] - without[n] for n in with_it})
     assert moved <= C * (1 + 1e-2 + rows * 1e-4)  # float32: rounding of the sums themselves, each term at most C
     torch.testing.assert_close(norms[:-1], others, rtol=1e-4, atol=1e-6)
     assert dropped == int(not torch.isfinite(norms[-1]))
@@ -163,8 +163,8 @@ def test_one_unit_moves_the_clipped_sum_by_no_more_than_the_bound(
 def _largest_move(model: nn.Module, loss: Callable[[Any], Tensor], batch: Batch) -> float:
     """How far the last unit moves the clipped sum, with C = 1."""
     rows = len(next(iter(batch.values())))
-    together, without = backward(model, loss, batch)[0], backward(model, loss, rows_of(batch, range(rows - 1)))[0]
-    return total_norm({n: together[n] - without[n] for n in together})
+    with_it, without = backward(model, loss, batch)[0], backward(model, loss, rows_of(batch, range(rows - 1)))[0]
+    return total_norm({n: with_it[n] - without[n] for n in with_it})
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -160,7 +160,7 @@ def test_hooks_on_parameters_would_not_run() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_second_backward_that_fails_leaves_sums_that_nobody_takes(dtype: torch.dtype) -> None:
+def test_a_second_backward_that_fails_leaves_sums_that_are_not_handed_over(dtype: torch.dtype) -> None:
     model, batch = Toy().to(dtype), toy_batch()
     loss = toy_loss(model)
     backwards = 0
@@ -207,7 +207,7 @@ def test_a_second_backward_that_fails_leaves_sums_that_nobody_takes(dtype: torch
         ("bookkeeping", (GradientBuffer, "add_record"), 3),  # between two parameters
         ("microbatch", (GradientBuffer, "add"), 3),
         ("two_pass", (GradientBuffer, "add_all"), 1),  # after its second backward pass
-        ("bookkeeping", (Recorder, "stop"), 1),  # all is added, and nobody was told
+        ("bookkeeping", (Recorder, "stop"), 1),  # all is added, and no caller knows
     ],
 )
 def test_half_of_a_batch_is_never_handed_over(

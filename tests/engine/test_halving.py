@@ -151,10 +151,10 @@ for name in ("limited", "free"):
         resource.setrlimit(resource.RLIMIT_AS, (used + 700_000_000, resource.RLIM_INFINITY))
     else:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         engine.backward(loss, batch)
-    print(name, sum("two halves" in str(w.message) for w in told), model[0].weight.grad.double().norm().item())
+    print(name, sum("two halves" in str(w.message) for w in said), model[0].weight.grad.double().norm().item())
     model.zero_grad()
 """
 

@@ -47,21 +47,21 @@ def test_a_head_for_labelled_positions_is_not_cut_evenly() -> None:
     assert distance(got, wanted) <= 1e-12
 
 
-def test_learning_keeps_nothing_for_a_backward_pass() -> None:
+def test_probing_keeps_nothing_for_a_backward_pass() -> None:
     model, batch = tiny("llama"), batch_of("llama")
     engine = ClippingEngine(model, max_grad_norm=0.7)
     loss = loss_of("llama", model)
-    numbers: list[int] = []
+    saved: list[int] = []
 
     def looked(part: Any) -> Tensor:
         out = loss(part)
-        numbers.append(sum(t is not None for t in _saved(out.grad_fn)))
+        saved.append(sum(t is not None for t in _saved(out.grad_fn)))
         return out
 
     engine.backward(looked, batch)
-    *learning, recording = numbers
-    assert learning
-    assert not any(learning)
+    *probing, recording = saved
+    assert probing
+    assert not any(probing)
     assert recording > 20
 
 

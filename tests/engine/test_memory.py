@@ -108,11 +108,11 @@ def test_estimates_are_what_is_measured(work: Work, checkpointing: bool) -> None
 
 def test_parts_are_what_they_are() -> None:
     (found, *private), work = estimated(WORK).values(), WORK
-    numbers = sum(p.numel() for p in bench.model_of(replace(work, device="meta"), 192, "sdpa").parameters())
-    assert found.gradients == 4 * numbers
-    assert 4 * numbers <= found.parameters < 4.1 * numbers
-    assert found.optimizer == 8 * numbers
-    assert [e.gradients for e in private] == [4 * numbers] * 2
+    elements = sum(p.numel() for p in bench.model_of(replace(work, device="meta"), 192, "sdpa").parameters())
+    assert found.gradients == 4 * elements
+    assert 4 * elements <= found.parameters < 4.1 * elements
+    assert found.optimizer == 8 * elements
+    assert [e.gradients for e in private] == [4 * elements] * 2
     assert found.records == 0
     assert found.total == found.parameters + found.gradients + found.optimizer + found.activations
 
@@ -226,8 +226,8 @@ class Blocks(nn.Module):
 def of_blocks(rows: int, frozen: tuple[int, ...] = (), ranks: int = 2, again: str = "") -> dict[str, float]:
     """What a step holds beside a rank's own part, in gathered matrices."""
     model = Blocks(rows, again)
-    for number in frozen:
-        model.blocks[number].requires_grad_(False)
+    for block in frozen:
+        model.blocks[block].requires_grad_(False)
     found = estimate(model, {"x": torch.ones(1, 256)}, 1, loss_fn=lambda model, batch: model(**batch), ranks=ranks)
     matrix = 4 * 256 * ranks * -(-rows // ranks)
     return {e.strategy: (e.activations + e.records) / matrix for e in found}
@@ -258,7 +258,7 @@ def test_what_a_rank_holds_whole(settings: Any, plain: float, bookkeeping: float
 
 
 class Odd(nn.Module):
-    """Rows that no number of ranks divides, fewer of them than ranks, a number, a frozen table and a buffer."""
+    """Rows that no number of ranks divides, fewer of them than ranks, a scalar, a frozen table and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ def test_adapters_of_a_split_model() -> None:
     with torch.device("meta"):
         adapted = get_peft_model(whole, LoraConfig(r=4, target_modules="all-linear"))
     alone, split = (estimate(adapted, batch, 1, loss_fn=loss_of, ranks=ranks) for ranks in (1, 4))
-    layer = WORK.width * 16 * WORK.width  # numbers of one: four square matrices, and three four times as wide
+    layer = WORK.width * 16 * WORK.width  # elements of one: four square matrices, and three four times as wide
     for one, part in zip(alone, split, strict=True):
         assert part.parameters == pytest.approx(one.parameters / 4, rel=0.01)
         assert part.gradients == one.gradients / 4
@@ -351,7 +351,7 @@ def two_rows(small: bool = False) -> dict[str, Tensor]:
 
 
 def estimates_of_split(family: str, kind: str, variant: str) -> tuple[list[MemoryEstimate], list[MemoryEstimate], bool]:
-    """Of a model that is split up, and of the same whole, over as many ranks; whether it was left alone."""
+    """Of a sharded model, and of the same whole, over as many ranks; whether it was left alone."""
     plain, batch = decoder(family, small=True), two_rows(small=True)
     settings: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if variant == "bf16" else {}
     model = wrapped(decoder(family, small=True), kind, **settings)
@@ -361,14 +361,14 @@ def estimates_of_split(family: str, kind: str, variant: str) -> tuple[list[Memor
                 module.set_reshard_after_forward(False)
     engine = ClippingEngine(model, max_grad_norm=1.0)
     classes = [type(module) for module in model.modules()]
-    numbers = [(id(p), p.to_local().clone()) for p in model.parameters()]
+    held = [(id(p), p.to_local().clone()) for p in model.parameters()]
     with CommDebugMode() as communicated:
         found = estimate(model, batch, 2, loss_fn=loss_of)
     again = [(id(p), p.to_local()) for p in model.parameters()]
     unchanged = (
         communicated.get_total_counts() == 0
         and classes == [type(module) for module in model.modules()]
-        and all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(numbers, again, strict=True))
+        and all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(held, again, strict=True))
     )
     engine.backward(lambda batch: loss_of(model, batch), batch)
     engine.detach()
@@ -427,7 +427,7 @@ def chosen(free: list[int], broken: list[bool]) -> tuple[str, list[str], int]:
     said: list[str] = []
 
     def fails(*args: Any, **settings: Any) -> Any:
-        raise UnsupportedError("memory cannot be told")
+        raise UnsupportedError("memory cannot be estimated")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "free_memory", lambda device: free[rank])
@@ -466,11 +466,11 @@ def chosen(free: list[int], broken: list[bool]) -> tuple[str, list[str], int]:
             "two_pass",
             "on every rank (book-keeping has to fit with 15% to spare)",
         ),
-        ([2**40, 2**40], [False, True], "two_pass", "memory cannot be told"),
+        ([2**40, 2**40], [False, True], "two_pass", "memory cannot be estimated"),
     ],
-    ids=["fits", "not on one rank", "not to be told on one rank"],
+    ids=["fits", "not on one rank", "not to be estimated on one rank"],
 )
-def test_ranks_of_a_split_model_choose_together(free: list[int], broken: list[bool], strategy: str, says: str) -> None:
+def test_ranks_of_a_sharded_model_choose_the_same(free: list[int], broken: list[bool], strategy: str, says: str) -> None:
     for whole, said, steps in world(2).run(chosen, free, broken):
         assert whole == strategy
         (line,) = said

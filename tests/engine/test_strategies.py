@@ -85,7 +85,7 @@ LEFTOVERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("clipping", ["flat", "automatic", "per_layer"])
 @pytest.mark.parametrize("kind", FOLLOWED)
 def test_parameters_used_without_calling_their_layer(kind: str, clipping: Any) -> None:
-    """They are followed to the operation that meets the data: exact in one backward pass."""
+    """They are followed to the operation that combines them with activations: exact in one backward pass."""
     model, batch = FOLLOWED[kind](), toy_batch()
     loss = toy_loss(model)
     wanted, norms = clipped_sum(unit_gradients(model, loss, each_row(batch)), 0.7, clipping)

@@ -58,7 +58,7 @@ class Functional(nn.Module):
 
 
 class Hidden(Functional):
-    """The same, through references the modules know nothing of: nobody sees the parameters go by."""
+    """The same, through references the modules know nothing of: no rule sees the parameters go by."""
 
     def __init__(self, also_called: bool) -> None:
         super().__init__(also_called)
