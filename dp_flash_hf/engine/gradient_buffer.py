@@ -156,7 +156,7 @@ class GradientBuffer:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Within the context backward starts from empty `.grad`s; the sums are back when it ends, if not before.
+        """Within the context backward starts with every `.grad` empty; the sums are back when it ends, if not before.
 
         Raises:
             PrivacyError: where `.grad` holds anything but whole sums, or a trained parameter is new.
