@@ -140,7 +140,7 @@ def _plan_memory(options: argparse.Namespace) -> None:
     import torch
 
     from dp_flash_hf.engine.memory import estimate, free_memory
-    from dp_flash_hf.training.session import model_loss_of
+    from dp_flash_hf.engine.model_loss import model_loss
 
     rows, length = options.batch_rows, options.length
     if None in (options.model, rows, length):
@@ -150,7 +150,7 @@ def _plan_memory(options: argparse.Namespace) -> None:
         model,
         batch,
         rows,
-        loss_fn=model_loss_of,
+        loss_fn=model_loss,
         moments=_OPTIMIZERS[options.optimizer],
         autocast=torch.bfloat16 if options.autocast else None,
         ranks=options.ranks,

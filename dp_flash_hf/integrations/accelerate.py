@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.accelerator import Accelerator
@@ -14,9 +14,11 @@ from accelerate.utils.operations import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dp_flash_hf import validation
 from dp_flash_hf.distributed import Ranks
+from dp_flash_hf.engine.model_loss import model_loss
 from dp_flash_hf.engine.strategies import Strategy
-from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
+from dp_flash_hf.errors import PrivacyError, invalid
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training.refusals import accelerator_refusals, refuse
@@ -43,7 +45,7 @@ def make_private(
     num_workers: int = 0,
     loss_fn: LossFunction | None = None,
     strategy: Strategy = "auto",
-    spend_record: str | Path | None = None,
+    spend_log: str | Path | None = None,
 ) -> PrivateLoop:
     """Make a training loop private, with the guarantee of `DPCallback`.
 
@@ -54,33 +56,49 @@ def make_private(
             optimizer.step(); scheduler.step(); optimizer.zero_grad()
         print(private.report())
 
-    From now on `optimizer.step()` raises PrivacyError for gradients that are not those of `backward`.
+    From now on `optimizer.step()` raises PrivacyError for gradients that are not those of `backward`, until `stop()`. The
+    dataset is given here and not to `accelerator.prepare`, which would shuffle it into batches of one size: the guarantee is
+    that of Poisson sampling.
 
-    model, optimizer: before or after `accelerator.prepare`; the optimizer updates exactly what the model trains.
-    train_dataset: one example per row, read by `train_dataset[row]`.
-    collate_fn: a list of examples -> a mapping of model inputs.
-    expected_batch_size: units in a step, on average, of all processes together.
-    steps, or epochs (draws that see every unit once on average): how long.
-    max_rows_per_device, max_tokens_per_device: what is computed at once, in rows, or instead in tokens, padding included.
-    loss_fn: (model, batch) -> a scalar, a mean over the batch's rows or labels; default: the loss of a Transformers model.
-    strategy: see `ClippingEngine`.
-    spend_record: a file, best beside the checkpoints, to which every step is written before it is released, so that steps lost
-        in a crash still count; earlier runs that it holds count too. Keep it private. `stop()` lets another run write it.
+    Args:
+        model: before or after `accelerator.prepare`.
+        optimizer: before or after `accelerator.prepare`; it updates exactly what the model trains.
+        train_dataset: one example per row, read by `train_dataset[row]`.
+        collate_fn: a list of examples -> a mapping of model inputs, one row for each example or all flattened into one.
+        accelerator: its devices, processes and mixed precision ("bf16" or "no") are used.
+        config: the privacy parameters.
+        expected_batch_size: units in a step, on average, of all processes; how many a step draws varies.
+        steps: how long.
+        epochs: instead of steps, draws that see every unit once on average.
+        max_rows_per_device: rows that are computed at once; a unit is never split.
+        max_tokens_per_device: instead, tokens that are computed at once, padding included.
+        num_workers: processes that read and collate, see torch's DataLoader.
+        loss_fn: (model, batch) -> a scalar, a mean over the batch's rows or labels; None takes the loss that a Transformers
+            model returns.
+        strategy: see `ClippingEngine`. Like the two maxima it changes speed and memory, never what is released.
+        spend_log: a file, best beside the checkpoints, to which every step is written before it is released, so that steps lost
+            in a crash still count; earlier runs that it holds count too. Keep it private.
 
-    Raises UnsupportedError for settings and data under which privacy would be lost, PrivacyError for an optimizer of other
-    parameters, ValueError for arguments out of range and a budget that cannot be met.
+    Returns:
+        The loop's loader, backward pass and report.
+
+    Raises:
+        UnsupportedError: for settings and data under which privacy would be lost.
+        PrivacyError: the optimizer has other parameters, or the spend log cannot be continued.
+        ValueError: an argument is out of range, or no noise keeps the budget.
     """
     _refuse_settings(accelerator)
     if not isinstance(config, PrivacyConfig):
         raise invalid("config", expected="a PrivacyConfig", actual=config, remedy="make one")
     if (steps is None) == (epochs is None):
         raise invalid("steps, epochs", expected="exactly one of them", actual=(steps, epochs), remedy="give one")
-    for name, value in (("steps", steps), ("max_rows_per_device", max_rows_per_device)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise invalid(name, expected="a whole number >= 1", actual=value, remedy=f"set {name}")
+    if steps is not None:
+        validation.whole_number("steps", steps, remedy="set steps")
+    validation.whole_number("max_rows_per_device", max_rows_per_device, remedy="set max_rows_per_device")
     training = PrivateTraining(
         config,
         train_dataset,
+        LoopAdapter(unwrapped(model), accelerator, loss_fn),
         expected_batch_size=expected_batch_size,
         steps=steps,
         epochs=epochs or 0.0,
@@ -88,35 +106,64 @@ def make_private(
         max_tokens=max_tokens_per_device,
         strategy=strategy,
     )
-    if spend_record is not None:
-        training.open_spend_log(spend_record)
     try:
+        if spend_log is not None:
+            training.open_spend_log(spend_log)
         training.start(model, optimizer)
     except BaseException:
-        training.mechanism.account.close()
+        training.stop()
         raise
-    return PrivateLoop(training, model, collate_fn, accelerator, num_workers, loss_fn)
+    return PrivateLoop(training, Draws(training, collate_fn, num_workers), accelerator)
+
+
+@dataclass(frozen=True)
+class LoopAdapter:
+    """The `TrainingAdapter` of a loop with Accelerate."""
+
+    model: Any
+    accelerator: Accelerator
+    loss_fn: LossFunction | None
+
+    @property
+    def rows_per_example(self) -> int:
+        """1: pairs of rows are TRL's."""
+        return 1
+
+    @property
+    def reduced_precision(self) -> bool:
+        """Whether the loop computes under bfloat16 autocast."""
+        return bool(self.accelerator.mixed_precision == "bf16")
+
+    def to_rows(self, collated: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch on the model's device."""
+        return dict(send_to_device(collated, next(self.model.parameters()).device))  # type: ignore[no-untyped-call]
+
+    def model_loss(self, batch: dict[str, Any], num_items: Tensor | None) -> Tensor:
+        """What the user's loss function returns, or the model."""
+        with self.accelerator.autocast():
+            if self.loss_fn is None:
+                return model_loss(self.model, batch, num_items)
+            return self.loss_fn(self.model, batch)
 
 
 class PrivateLoop:
-    """What `make_private` returns; it can be given to `accelerator.register_for_checkpointing`."""
+    """What `make_private` returns: the draws, the backward pass and the report of one's own training loop.
 
-    def __init__(
-        self,
-        training: PrivateTraining,
-        model: nn.Module,
-        collate_fn: Callable[[list[Any]], Any],
-        accelerator: Accelerator,
-        num_workers: int,
-        loss_fn: LossFunction | None,
-    ) -> None:
-        self._training, self._model, self._accelerator = training, unwrapped(model), accelerator
-        self._collate_fn, self._num_workers = collate_fn, num_workers
-        self._loss_fn = loss_fn or _ModelLoss(self._model)
-        self._checked = False
-        self.waiting: dict[str, Any] | None = None  # the draw of `loader` that `backward` did not take yet
-        self.ended = False  # by an error after which going on would leave a draw out, or ranks out of step
-        self._draws = itertools.count()
+    It can be given to `accelerator.register_for_checkpointing`, which saves and loads what was spent with the weights.
+    Schedulers that step once for every optimizer step work as they are. Gradient accumulation is not needed: a batch of
+    `loader` is a whole step, computed in parts that fit.
+
+    Edge cases: an empty draw must be given to `backward` like any other. A unit whose gradient is not finite adds zero. When
+    computing a batch fails, the same batch may be given again; see `backward`.
+
+    Args:
+        training: started.
+        draws: of this training.
+        accelerator: whose settings are checked again at the first step.
+    """
+
+    def __init__(self, training: PrivateTraining, draws: Draws, accelerator: Accelerator) -> None:
+        self._training, self._draws, self._accelerator = training, draws, accelerator
 
     @property
     def loader(self) -> Draws:
@@ -124,7 +171,7 @@ class PrivateLoop:
 
         Iterating anew begins with the draw that waits for `backward`, if there is one: to look at a draw leaves none out.
         """
-        return Draws(self, self._loader())
+        return self._draws
 
     @property
     def steps_left(self) -> int:
@@ -134,31 +181,36 @@ class PrivateLoop:
     def backward(self, batch: MutableMapping[str, Any]) -> Tensor:
         """Make the gradients of one step, clipped by unit and noised, of one batch of `loader`; batch and step are then spent.
 
-        Returns the mean loss per label, which holds no noise: it is not private. The first call proves on the data that the
-        model and its loss keep units apart.
+        The first call proves on the data that the model and its loss keep units apart, see `preflight`. When computing fails,
+        for want of memory, say, `.grad` is empty and the batch as before: it may be given again, unless several processes
+        train. Where it can never be computed, no further step can be taken.
 
-        Raises PrivacyError, with nothing released, for a batch that is not fresh from the loader, before the `optimizer.step()`
-        of the step before, when `.grad` holds anything else, and beyond the planned steps; UnsupportedError and PrivacyError
-        for what the proof finds. When computing fails, for want of memory, say, `.grad` is empty and the batch as before: it
-        may be given again, unless several processes train. Where it can never be computed, no further step can be taken.
+        Args:
+            batch: as `loader` gave it.
+
+        Returns:
+            The mean loss per label, a scalar, which holds no noise: it is not private.
+
+        Raises:
+            PrivacyError: with nothing released, for a batch that is not fresh from the loader, before the `optimizer.step()` of
+                the step before, when `.grad` holds anything else, and beyond the planned steps; and where units are coupled.
+            UnsupportedError: the model's loss or the layout of its batches is none of those known.
         """
-        self.require_going_on()
-        self._training.mechanism.require_next()
-        if self.waiting is None or int(batch.get(_DRAW, -1)) != int(self.waiting[_DRAW]):
-            raise PrivacyError(
-                "the batch is not the one that private.loader drew last, or was used before: its sampling would not be what is "
-                "accounted"
-            )
+        self._draws.require_going_on()
+        mechanism = self._training.mechanism
+        mechanism.require_next()
+        self._draws.require_waiting(batch)
         try:
             loss = self._step({name: value for name, value in batch.items() if name != _DRAW})
         except BaseException:
-            if self._training.mechanism.released:  # an interrupt: what was released is a step, which can be taken
-                self._use_up(batch)
+            if mechanism.released:  # an interrupt: what was released is a step, which can be taken
+                self._draws.use_up(batch)
             else:
-                self._model.zero_grad()  # of a part of the draw, and without noise: another attempt would add to it
-                self.ended = Ranks().size > 1
+                self._training.drop_step()  # of a part of the draw, and without noise: another attempt would add to it
+                if Ranks().size > 1:
+                    self._draws.end()
             raise
-        self._use_up(batch)
+        self._draws.use_up(batch)
         return loss
 
     def report(self) -> PrivacyReport:
@@ -166,91 +218,64 @@ class PrivateLoop:
         return self._training.report()
 
     def stop(self) -> None:
-        """Give model and optimizer back as they were; whatever they do from now on is not private."""
+        """Give model and optimizer back as they were; whatever they do from now on is not private.
+
+        It also closes the spend log, which another run may then write.
+        """
         self._training.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold: public numbers only."""
+        """What a checkpoint must hold to be continued: public values only."""
         return self._training.mechanism.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the books of a checkpoint, also one with other noise or sampling: both parts are then added up.
+        """Continue a checkpoint, also one with other noise or sampling: what both parts spend is then added up.
 
-        Raises PrivacyError where they cannot be, see `DPSGD.load_state_dict`.
+        Args:
+            state: of `state_dict`.
+
+        Raises:
+            PrivacyError: it is damaged, or cannot be added up, see `RunAccount.load_state_dict`.
+            ValueError: no noise keeps the budget after what was spent.
         """
         self._training.mechanism.load_state_dict(state)
 
-    def require_going_on(self) -> None:
-        """Raise PrivacyError where an error ended the loop."""
-        if self.ended:
-            raise PrivacyError(
-                "the loop ended with an error: to go on could leave a draw out, or processes out of step. Mend what failed, "
-                "and start again from the last checkpoint"
-            )
-
-    def draw(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
-        """The next draw, which waits for `backward` from now on; None after the last one."""
-        try:
-            batch = next(batches, None)
-        except Exception:
-            self.ended = True  # examples that cannot be read or collated are part of a draw, which would be left out
-            raise
-        if batch is not None:
-            self.waiting = {**batch, _DRAW: torch.tensor(next(self._draws))}
-        return self.waiting
-
-    def _use_up(self, batch: MutableMapping[str, Any]) -> None:
-        del batch[_DRAW]
-        self.waiting = None
-
     def _step(self, inputs: dict[str, Any]) -> Tensor:
-        if not self._checked:
+        if not self._training.checked:
             _refuse_settings(self._accelerator)  # again: they may have changed
-            move = cast(Callable[..., dict[str, Any]], send_to_device)
-            self._training.check(
-                self._loader(),
-                self._loss,
-                lambda collated: move(collated, next(self._model.parameters()).device),
-                reduced_precision=self._accelerator.mixed_precision == "bf16",
-            )
-            self._checked = True
+            self._training.check(self._draws.loader())
         loss = self._training.add(inputs)
         self._training.mechanism.release()
         return loss
 
-    def _loader(self) -> DataLoader[Any]:
-        return self._training.loader(
-            self._training.dataset,
-            self._collate_fn,
-            steps=self.steps_left,
-            num_workers=self._num_workers,
-            pin_memory=torch.accelerator.is_available(),
-        )
-
-    def _loss(self, batch: dict[str, Any], num_items: Tensor | None) -> Tensor:
-        with self._accelerator.autocast():
-            if isinstance(self._loss_fn, _ModelLoss):
-                return self._loss_fn(batch, num_items)
-            loss: Tensor = self._loss_fn(self._model, batch)
-            return loss
-
 
 class Draws:
-    """The draws of a loop, in order, of which none may be left out: a step that is not taken tells what was drawn."""
+    """The draws of a loop, in order, of which none may be left out: a step that is not taken tells what was drawn.
 
-    def __init__(self, loop: PrivateLoop, loader: DataLoader[Any]) -> None:
-        self._loop, self._loader = loop, loader
+    Iterating gives one draw for every step that is left, and each has to be used up before the next one is given. `len()` is
+    the steps left.
+
+    Args:
+        training: whose data are drawn from.
+        collate_fn: of the user.
+        num_workers: processes that read and collate.
+    """
+
+    def __init__(self, training: PrivateTraining, collate_fn: Callable[[list[Any]], Any], num_workers: int) -> None:
+        self._training, self._collate_fn, self._num_workers = training, collate_fn, num_workers
+        self._waiting: dict[str, Any] | None = None  # the draw that `backward` did not take yet
+        self._ended = False  # by an error after which going on would leave a draw out, or ranks out of step
+        self._numbers = itertools.count()
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return self._training.mechanism.account.steps_left
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        loop = self._loop
-        loop.require_going_on()
-        batches, draw = iter(self._loader), loop.waiting
-        while draw is not None or (loop.steps_left and (draw := loop.draw(batches)) is not None):
+        self.require_going_on()
+        batches, draw = iter(self.loader()), self._waiting
+        while draw is not None or (len(self) and (draw := self._next(batches)) is not None):
             yield draw
-            if loop.waiting is not None:
+            if self._waiting is not None:
                 raise PrivacyError(
                     "the last draw was left out: also an empty one takes a noisy step, or its absence would tell that it was "
                     "empty. Call private.backward(batch) for every batch, and after an error again with the same batch, which "
@@ -258,27 +283,53 @@ class Draws:
                 )
             draw = None
 
-
-class _ModelLoss:
-    """The loss of a Transformers model, which is told what to divide by where it takes that."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        inner = getattr(model, "_orig_mod", model)
-        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT's forward takes anything
-        parameters = inspect.signature(type(inner).forward).parameters
-        # With a cache, models do not look for the texts of a flattened row.
-        self.always = {"use_cache": False} if "use_cache" in parameters else {}
-        self.takes_count = any(
-            name == "num_items_in_batch" or parameter.kind is parameter.VAR_KEYWORD for name, parameter in parameters.items()
+    def loader(self) -> DataLoader[Any]:
+        """What reads and collates a draw for every step that is left, but for the one that waits."""
+        waiting = int(self._waiting is not None)
+        return self._training.loader(
+            self._training.dataset,
+            self._collate_fn,
+            steps=len(self) - waiting,
+            first_step=self._training.mechanism.account.taken + waiting,
+            num_workers=self._num_workers,
+            pin_memory=torch.accelerator.is_available(),
         )
 
-    def __call__(self, batch: dict[str, Any], num_items: Tensor | None) -> Tensor:
-        count = {"num_items_in_batch": num_items} if self.takes_count and num_items is not None else {}
-        loss = getattr(self.model(**{**self.always, **batch, **count}), "loss", None)
-        if not isinstance(loss, Tensor):
-            raise UnsupportedError("the model returns no loss for these inputs: give it labels, or make_private a loss_fn")
-        return loss
+    def require_going_on(self) -> None:
+        """Raise PrivacyError where an error ended the loop."""
+        if self._ended:
+            raise PrivacyError(
+                "the loop ended with an error: to go on could leave a draw out, or processes out of step. Mend what failed, "
+                "and start again from the last checkpoint"
+            )
+
+    def require_waiting(self, batch: Mapping[str, Any]) -> None:
+        """Raise PrivacyError unless this batch is the draw that waits to be used."""
+        if self._waiting is None or int(batch.get(_DRAW, -1)) != int(self._waiting[_DRAW]):
+            raise PrivacyError(
+                "the batch is not the one that private.loader drew last, or was used before: its sampling would not be what is "
+                "accounted"
+            )
+
+    def use_up(self, batch: MutableMapping[str, Any]) -> None:
+        """Take this batch as the step of the draw that waits; neither it nor a copy of it is a draw any more."""
+        del batch[_DRAW]
+        self._waiting = None
+
+    def end(self) -> None:
+        """Give no further draw."""
+        self._ended = True
+
+    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+        """The next draw, which waits to be used from now on; None after the last one."""
+        try:
+            batch = next(batches, None)
+        except Exception:
+            self.end()  # examples that cannot be read or collated are part of a draw, which would be left out
+            raise
+        if batch is not None:
+            self._waiting = {**batch, _DRAW: torch.tensor(next(self._numbers))}
+        return self._waiting
 
 
 def _refuse_settings(accelerator: Accelerator) -> None:

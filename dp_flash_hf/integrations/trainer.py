@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import shutil
+import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from dp_flash_hf.accounting.spend_log import FILE_NAME
 from dp_flash_hf.distributed import Ranks
@@ -23,16 +22,19 @@ from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.integrations import checkpoints
 from dp_flash_hf.integrations import trl as trl_trainers
-from dp_flash_hf.integrations.trainer_settings import _refuse_settings
+from dp_flash_hf.integrations.checkpoints import Checkpoint
+from dp_flash_hf.integrations.replacing import put_first, replace_attribute
+from dp_flash_hf.integrations.trainer_adapter import TrainerAdapter
+from dp_flash_hf.integrations.trainer_settings import refuse_settings
 from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training.batches import UNITS, PoissonBatches, steps_per_epoch
 from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.preflight import length_of
-from dp_flash_hf.training.session import PrivateTraining, require_finite_weights, unwrapped
+from dp_flash_hf.training.session import PrivateTraining, require_finite_weights
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class DPCallback(TrainerCallback, ExportableState):
@@ -42,75 +44,132 @@ class DPCallback(TrainerCallback, ExportableState):
         trainer.train()
         print(dp.report().to_text())
 
-    The expected batch size is `per_device_train_batch_size * gradient_accumulation_steps`, times the number of processes. The
-    units of a step are drawn by Poisson sampling and computed in physical batches of at most `per_device_train_batch_size`
-    rows; a unit is never split. With DDP or FSDP2 every process computes its share of one draw.
-    `TrainingArguments.max_grad_norm` is not used: `PrivacyConfig.max_grad_norm` clips every unit instead.
+    Guarantee: the weights after training, and every checkpoint and weight in between taken together, are (epsilon,
+    delta)-differentially private under adding or removing one unit, an example or all rows of one `privacy_unit`. Each step
+    sums the units' gradients, clipped to `PrivacyConfig.max_grad_norm`, adds Gaussian noise, and divides by the expected batch
+    size: DP-SGD (Abadi et al. 2016, https://arxiv.org/abs/1607.00133). Steps are drawn by Poisson sampling, which is what is
+    accounted. Losses that are logged hold no noise, and are named `not_private/...`; evaluation on held-out data is the
+    trainer's own. The accountant's assumptions are in `report()`.
 
-    Every noisy step is written to a spend record in `output_dir` before it is released, so that steps lost in a crash count,
-    and those of earlier trainings in that folder. `trainer.train(resume_from_checkpoint=True)` continues the newest checkpoint
-    that is whole.
+    What settings of `TrainingArguments` mean:
 
-    max_tokens_per_device: compute physical batches of at most so many tokens instead, padding included (or of one unit): texts
-        of like length together, and padding cut off. Faster and leaner where lengths differ.
-    strategy: see `ClippingEngine`. Both change speed and memory, never the numbers.
+    - `per_device_train_batch_size * gradient_accumulation_steps`, times the number of processes, is the *expected* batch
+      size; how many units a step draws varies. They are computed in physical batches of at most `per_device_train_batch_size`
+      rows, and a unit is never split. With DDP or FSDP2 every process computes its share of one draw.
+    - `max_steps`, or `num_train_epochs` (draws that see every unit once on average), is what the noise is calibrated for.
+      Training ends there, or earlier where steps were lost after a checkpoint and count.
+    - `max_grad_norm` is not used: `PrivacyConfig.max_grad_norm` clips every unit instead.
+    - Optimizer, learning rate schedule, weight decay, precision (bfloat16, not float16), gradient checkpointing and logging
+      are as always. Settings under which the guarantee would not hold are refused, all in one message.
+
+    Edge cases:
+
+    - Every noisy step is written to a spend log in `output_dir` before it is released. A run that is killed has its steps
+      there, and they count, with those of earlier trainings in that folder.
+    - `trainer.train(resume_from_checkpoint=True)` continues the newest checkpoint that is whole. Steps after it are lost
+      from the weights and not from the account: with a target epsilon, training ends so many steps early, or has more noise.
+    - An empty draw takes a noisy step like any other, or its absence would tell that it was empty.
+    - A unit whose gradient is not finite adds zero. Weights that are not finite end training.
+    - A trainer with `model_init` makes a new model for each `train()`, and all of them spend one budget.
+
+    Args:
+        config: the privacy parameters.
+        max_tokens_per_device: compute physical batches of at most so many tokens instead, padding included (or of one unit):
+            texts of like length in one, with padding cut off. Faster and leaner where lengths differ.
+        strategy: see `ClippingEngine`. Like `max_tokens_per_device` it changes speed and memory, never what is released.
+
+    Raises:
+        ValueError: the configuration is not a PrivacyConfig.
     """
 
     def __init__(self, config: PrivacyConfig, *, max_tokens_per_device: int | None = None, strategy: Strategy = "auto") -> None:
         if not isinstance(config, PrivacyConfig):
             raise invalid("config", expected="a PrivacyConfig", actual=config, remedy="DPCallback(PrivacyConfig(...))")
         self.config, self.max_tokens_per_device, self.strategy = config, max_tokens_per_device, strategy
-        self._training: PrivateTraining | None = None
-        self._trainer: Any = None
+        self._training: PrivateTraining | None = None  # stays after `detach`, to report
+        self._trainer: Any = None  # while attached
+        self._own: dict[str, Callable[..., Any]] = {}  # methods of the trainer that ours call
+        self._attached = ExitStack()  # what `detach` undoes
+        self._while_training: ExitStack | None = None  # what the end of `train` undoes
         self._saving: Path | None = None  # the checkpoint that is being written
 
     def attach(self, trainer: Trainer) -> DPCallback:
-        """Make this trainer train privately, and return the callback itself.
+        """Make this trainer train privately.
 
-        Raises UnsupportedError, with nothing changed, for settings under which privacy would be lost; ValueError when the
-        budget cannot be met.
+        Attach after everything that the trainer is to have: data, callbacks, adapters, frozen parameters. `detach` undoes it.
+
+        Args:
+            trainer: with its model, data and arguments; it is changed in place.
+
+        Returns:
+            The callback itself.
+
+        Raises:
+            UnsupportedError: for settings under which privacy would be lost, with nothing changed; where this callback is
+                attached already, or the trainer has another one.
+            ValueError: an argument is out of range, or no noise keeps the budget, with nothing changed.
         """
         if self._trainer is not None:
-            raise UnsupportedError("this DPCallback is attached already; make one for each trainer")
-        if any(isinstance(callback, DPCallback) and callback is not self for callback in trainer.callback_handler.callbacks):
+            raise UnsupportedError("this DPCallback is attached already; make one for each trainer, or detach() it first")
+        callbacks = trainer.callback_handler.callbacks
+        if any(isinstance(callback, DPCallback) and callback is not self for callback in callbacks):
             raise UnsupportedError("the trainer has another DPCallback; attach one only")
-        _refuse_settings(trainer)
+        refuse_settings(trainer)
         args = trainer.args
-        self._training = PrivateTraining(
+        training = PrivateTraining(
             self.config,
             trainer.train_dataset,
+            TrainerAdapter(trainer),
             expected_batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             steps=args.max_steps if args.max_steps > 0 else None,
             epochs=args.num_train_epochs,
             max_examples=args.per_device_train_batch_size,
             max_tokens=self.max_tokens_per_device,
             strategy=self.strategy,
-            rows_per_example=trl_trainers.rows_per_example(trainer),
         )
-        self._trainer = trainer
-        trl_trainers.call_the_head(trainer)
-        self._original_train, self._original_log, self._original_save = trainer.train, trainer.log, trainer._save_checkpoint
-        self._original_num_items = trainer._get_num_items_in_batch
         overrides: dict[str, Callable[..., Any]] = {
             "train": self._train,
             "log": self._log,
             "_save_checkpoint": self._save_checkpoint,
+            "_get_num_items_in_batch": self._num_items,
             "get_train_dataloader": self._train_dataloader,
             "training_step": self._training_step,
             "_clip_grad_norm": lambda *args, **kwargs: None,  # would rescale by a norm taken before noise
             "_get_grad_norm": lambda *args, **kwargs: None,  # would log that norm
-            "_get_num_items_in_batch": self._num_items,
             "floating_point_ops": lambda *args, **kwargs: 0,  # would log how many tokens were drawn
-            # Would also add gradients of adapters on a split model up as they arise, before they are clipped.
+            # Would also add gradients of adapters on a sharded model up as they arise, before they are clipped.
             "_sync_replicated_trainable_parameters": lambda model: Ranks().make_equal(model),
         }
-        for name, override in overrides.items():
-            setattr(trainer, name, override)
-        callbacks = trainer.callback_handler.callbacks
-        if self in callbacks:
-            callbacks.remove(self)
-        callbacks.insert(0, self)  # the first, so that no other callback is shown a gradient without noise
+        called = ("train", "log", "_save_checkpoint", "_get_num_items_in_batch")
+        own = {name: getattr(trainer, name) for name in called}
+        with ExitStack() as undo:
+            for name, override in overrides.items():
+                replace_attribute(undo, trainer, name, override)
+            put_first(undo, callbacks, self)  # so that no other callback is shown a gradient without noise
+            self._attached = undo.pop_all()
+        self._training, self._trainer, self._own = training, trainer, own
         return self
+
+    def detach(self) -> None:
+        """Undo `attach`: the trainer is as it was before, attribute by attribute, and trains without privacy from now on.
+
+        What training itself changes stays: weights, optimizer, history. So does `report()`. A callback that was added to the
+        trainer before `attach` is in its list again, and refuses to train until it is attached or removed. Attributes that
+        somebody else replaced since `attach` are put back too. Where nothing is attached, nothing happens.
+
+        Raises:
+            PrivacyError: the trainer is training; the rest would be without noise.
+        """
+        if self._while_training is not None:
+            raise PrivacyError(
+                "detach() during training, whose remaining steps would be without noise: end it first "
+                "(control.should_training_stop = True)"
+            )
+        if self._trainer is None:
+            return
+        self._attached.close()
+        self._trainer.state.stateful_callbacks.pop(type(self).__name__, None)  # put there by `train`
+        self._trainer, self._own = None, {}
 
     @property
     def training(self) -> PrivateTraining:
@@ -120,8 +179,18 @@ class DPCallback(TrainerCallback, ExportableState):
         return self._training
 
     @property
+    def trainer(self) -> Any:
+        """The trainer that it is attached to. Raises PrivacyError where it is not."""
+        if self._trainer is None:
+            raise PrivacyError(
+                "DPCallback is not attached: call DPCallback(config).attach(trainer) before trainer.train(), or remove it with "
+                "trainer.remove_callback to train without privacy"
+            )
+        return self._trainer
+
+    @property
     def mechanism(self) -> DPSGD:
-        """Plan and ledger. Raises PrivacyError before `attach`."""
+        """What releases gradients, and the account of what was spent. Raises PrivacyError before `attach`."""
         return self.training.mechanism
 
     @property
@@ -130,41 +199,37 @@ class DPCallback(TrainerCallback, ExportableState):
         return self.training.engine
 
     def report(self) -> PrivacyReport:
-        """What was spent so far, and on which assumptions."""
+        """What was spent so far, and on which assumptions. Raises PrivacyError before `attach`."""
         return self.training.report()
 
     def state(self) -> dict[str, Any]:
-        """What `Trainer` saves with every checkpoint."""
+        """What `Trainer` saves of this callback with every checkpoint: what was spent, and the checkpoint's files."""
         files = {} if self._saving is None else {"files": checkpoints.manifest(self._saving)}
-        return {"args": {}, "attributes": {"privacy": self.mechanism.state_dict(), **files}}
+        privacy = self.trainer and self.mechanism.state_dict()
+        return {"args": {}, "attributes": {"privacy": privacy, **files}}
 
     # Events.
 
     def on_train_begin(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = self._trainer
-        loader = kwargs["train_dataloader"]
-        if not isinstance(getattr(loader, "batch_sampler", None), PoissonBatches):
+        trainer, loader = self.trainer, kwargs["train_dataloader"]
+        if self._while_training is None or not isinstance(getattr(loader, "batch_sampler", None), PoissonBatches):
             raise PrivacyError(
                 "the training data loader is not the one DPCallback installed; attach again, after everything else"
             )
         taken = self.mechanism.account.taken
         if taken != state.global_step:
             raise PrivacyError(
-                f"training begins after {state.global_step} steps and accounts for {taken}: part was not private; "
-                "train from the beginning"
+                f"training begins after {state.global_step} steps and accounts for {taken}: part was not private; train from "
+                "the beginning"
             )
+        trl_trainers.call_the_head(self._while_training, trainer)
         # A compiled model is only known by what wraps it.
         compiled = is_compiled(trainer.model_wrapped)
         self.training.start(trainer.model_wrapped if compiled else trainer.model, kwargs["optimizer"])
-        self.training.check(
-            loader,
-            self._model_loss,
-            lambda batch: trl_trainers.as_rows(trainer, trainer._prepare_inputs(batch)),
-            reduced_precision=args.bf16,
-        )
-        trl_trainers.forget_metrics(trainer, "train")  # of the units that were tried
+        with trl_trainers.without_metrics(trainer):
+            self.training.check(loader)
 
     def on_pre_optimizer_step(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,7 +253,7 @@ class DPCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        for callback in self._trainer.callback_handler.callbacks:
+        for callback in () if self._trainer is None else self._trainer.callback_handler.callbacks:
             bar = getattr(callback, "training_bar", None) if isinstance(callback, ProgressCallback) else None
             if bar is not None and logs is not None and "privacy/epsilon" in logs:
                 bar.set_postfix(epsilon=f"{logs['privacy/epsilon']:.3f}")
@@ -196,111 +261,75 @@ class DPCallback(TrainerCallback, ExportableState):
     # What replaces the trainer's own methods.
 
     def _train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if self not in self._trainer.callback_handler.callbacks:
+        trainer = self.trainer
+        if self not in trainer.callback_handler.callbacks:
             raise PrivacyError("DPCallback was removed from the trainer, which would train without noise; add it again")
-        _refuse_settings(self._trainer)  # again: they may have changed since attach
-        account, record = self.mechanism.account, Path(self._trainer.args.output_dir) / FILE_NAME
+        refuse_settings(trainer)  # again: they may have changed since attach
+        account, log = self.mechanism.account, Path(trainer.args.output_dir) / FILE_NAME
         ranks = Ranks()
-        found: tuple[Path | None, dict[str, Any]] = (None, {})
+        found: Checkpoint | None = None
         with ranks.all_ranks_or_none():
             if ranks.first:
-                found = self._checkpoint(resume_from_checkpoint, record)
-        checkpoint, state = ranks.shared(found)
+                found = checkpoints.to_resume(
+                    resume_from_checkpoint, trainer.args.output_dir, log, callback=type(self).__name__
+                )
+        checkpoint: Checkpoint | None = ranks.shared(found)
         if checkpoint is None and account.steps_left <= 0:
             raise self._spent()
-        try:
-            callbacks = state.get("stateful_callbacks", {})
-            self.training.open_spend_log(
-                record, None if checkpoint is None else callbacks[type(self).__name__]["attributes"]["privacy"]
-            )
-            if checkpoint is not None and account.taken < state["global_step"]:
+        with ExitStack() as self._while_training:
+            self._while_training.callback(self._end_training)
+            self.training.open_spend_log(log, None if checkpoint is None else checkpoint.privacy)
+            if checkpoint is not None and account.taken < checkpoint.step:
                 raise PrivacyError(
-                    f"{checkpoint} took {state['global_step']} steps but accounts for {account.taken}: part of its "
-                    "training was not private; train from the beginning"
+                    f"{checkpoint.path} took {checkpoint.step} steps but accounts for {account.taken}: part of its training "
+                    "was not private; train from the beginning"
                 )
             if account.steps_left <= 0:
                 if checkpoint is None:
                     raise self._spent()
-                return self._finished(checkpoint)
-            return self._original_train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-        finally:
-            self.training.stop()
+                return self._finished(checkpoint.path)
+            return self._own["train"](None if checkpoint is None else str(checkpoint.path), *args, **kwargs)
 
-    def _checkpoint(self, resume: str | bool | None, record: Path) -> tuple[Path | None, dict[str, Any]]:
-        """The checkpoint to continue, and what the trainer saved in it; None to train from the beginning."""
-        if not resume:
-            return None, {}
-        if resume is not True:
-            try:
-                return Path(resume), self._whole(Path(resume))
-            except ValueError as error:
-                raise PrivacyError(
-                    f"{error}; resume another checkpoint, or resume_from_checkpoint=True for the newest"
-                ) from error
-        folder = self._trainer.args.output_dir
-        for checkpoint in checkpoints.by_age(folder):
-            try:
-                return checkpoint, self._whole(checkpoint)
-            except ValueError as error:
-                logger.warning(f"{checkpoint} is skipped, because it is incomplete: {error}")
-        if not record.exists():
-            raise PrivacyError(f"no whole checkpoint and no spend record is in {folder}: leave out resume_from_checkpoint")
-        logger.warning(f"there is no whole checkpoint in {folder}: training starts from the beginning, and its books go on")
-        return None, {}
-
-    def _whole(self, checkpoint: Path) -> dict[str, Any]:
-        """What the trainer saved in a checkpoint. Raises ValueError for one that is damaged, PrivacyError without our state."""
-        state = checkpoints.read_state(checkpoint)
-        saved = (state.get("stateful_callbacks") or {}).get(type(self).__name__)
-        if not isinstance(saved, dict) or "privacy" not in saved.get("attributes", {}):
-            raise PrivacyError(
-                f"the checkpoint {checkpoint} holds no privacy state, so what was spent is unknown; train from the beginning"
-            )
-        checkpoints.require_whole(checkpoint, saved["attributes"].get("files", {}))
-        return state
+    def _end_training(self) -> None:
+        self._while_training = None
+        self.training.stop()
 
     def _spent(self) -> PrivacyError:
         account = self.mechanism.account
         plan, log = account.plan, account.spend_log
         steps = plan.steps + sum(taken for _, taken in plan.spent)
-        where = "" if log is None else f" (on record in {log.path}); choose another output_dir for separate books"
+        where = "" if log is None else f" (they are in {log.path}); choose another output_dir for a training of its own budget"
         return PrivacyError(f"the {steps} planned steps are spent; more would exceed the privacy budget{where}")
 
     def _finished(self, checkpoint: Path) -> TrainOutput:
         """Load a checkpoint after which no step is left: `Trainer` would take one more."""
-        trainer = self._trainer
+        trainer = self.trainer
         logger.warning(f"no step is left to take: training ends with the weights of {checkpoint}")
         trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE_FILE))
         return TrainOutput(trainer.state.global_step, 0.0, {})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        trainer = self._trainer
+        trainer = self.trainer
         folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
         with Ranks().all_ranks_or_none():
             require_finite_weights(trainer.model, "nothing was saved")
         self._saving = folder
         try:
-            with Ranks().all_ranks_or_none():
-                self._original_save(model, trial)
-        except Exception as error:
-            if trainer.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise RuntimeError(
-                f"the checkpoint {folder} could not be written ({error}), and what there was of it was removed; free space "
-                "or mend the folder, then resume: the steps since the last checkpoint are lost, but counted"
-            ) from error
+            with checkpoints.whole_or_removed(folder, writes=trainer.args.should_save):
+                self._own["_save_checkpoint"](model, trial)
         finally:
             self._saving = None
 
     def _train_dataloader(self) -> DataLoader[Any]:
-        trainer, args, training = self._trainer, self._trainer.args, self.training
+        trainer, args, training = self.trainer, self.trainer.args, self.training
         dataset, collator = trainer.train_dataset, trainer.data_collator
         if hasattr(dataset, "column_names"):
             dataset = trainer._remove_unused_columns(dataset, description="training")
         else:
             collator = trainer._get_collator_with_removed_columns(collator, description="training")
-        sampler = self.mechanism.account.plan.sampler
+        account = self.mechanism.account
+        sampler = account.plan.sampler
         if trainer.train_dataset is not training.dataset or (training.rows is None and len(dataset) != sampler.n_units):
             raise PrivacyError(
                 f"train_dataset changed since attach, when it had {sampler.n_units} units; attach after the data are final"
@@ -311,7 +340,7 @@ class DPCallback(TrainerCallback, ExportableState):
             dataset,
             collator,
             steps=steps,
-            skipped=0 if args.ignore_data_skip else self.mechanism.account.taken % steps,
+            first_step=account.taken - (0 if args.ignore_data_skip else account.taken % steps),  # which the trainer passes over
             splits=args.gradient_accumulation_steps,
             lengths=self._lengths() if getattr(args, "train_sampling_strategy", "random") == "group_by_length" else None,
             num_workers=workers,
@@ -322,14 +351,14 @@ class DPCallback(TrainerCallback, ExportableState):
 
     def _lengths(self) -> Tensor:
         """Tokens of the longest row of each unit: int64 (units,)."""
-        dataset, column = self._trainer.train_dataset, self._trainer.args.length_column_name
+        dataset, column = self.trainer.train_dataset, self.trainer.args.length_column_name
         given = column in getattr(dataset, "column_names", ())
         of_row = torch.tensor(dataset[column] if given else [length_of(dataset[row]) for row in range(len(dataset))])
         rows = self.training.rows
         return of_row if rows is None else torch.stack([of_row[own].max() for own in rows])
 
     def _training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        trainer = self._trainer
+        trainer = self.trainer
         model.train()
         train_mode = getattr(trainer.optimizer, "train", None)
         if callable(train_mode):
@@ -338,22 +367,9 @@ class DPCallback(TrainerCallback, ExportableState):
         parts = 1 if self.max_tokens_per_device is not None else trainer.args.gradient_accumulation_steps
         return mean / parts  # the trainer adds up the parts of a step
 
-    def _model_loss(self, batch: dict[str, Any], num_items: Tensor | None) -> Tensor:
-        trainer = self._trainer
-        parameters = inspect.signature(trainer.compute_loss).parameters
-        accepts_count = "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        with trainer.compute_loss_context_manager():
-            count = {"num_items_in_batch": num_items} if accepts_count else {}
-            with trl_trainers.on_one_rank(trainer):
-                collated = trl_trainers.as_collated(trainer, batch)
-                loss: Tensor = trainer.compute_loss(unwrapped(trainer.model_wrapped), collated, **count)
-        if not trainer.model.training:
-            trl_trainers.forget_metrics(trainer, "eval")  # a look at how the model computes is no evaluation
-        return loss
-
     def _num_items(self, batches: list[dict[str, Any]], device: torch.device) -> Any:
         # In training, it would divide every unit's loss by what others hold; evaluation is the trainer's own.
-        return None if batches and UNITS in batches[0] else self._original_num_items(batches, device)
+        return None if batches and UNITS in batches[0] else self._own["_get_num_items_in_batch"](batches, device)
 
     def _log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         for name in ("loss", "train_loss"):
@@ -362,5 +378,5 @@ class DPCallback(TrainerCallback, ExportableState):
         for name in ("grad_norm", "total_flos"):  # in case another trainer computes them: they hold no noise
             logs.pop(name, None)
         logs["privacy/epsilon"] = self.mechanism.epsilon()
-        trl_trainers.mark_metrics(self._trainer)
-        self._original_log(logs, *(() if start_time is None else (start_time,)))
+        trl_trainers.mark_metrics(self.trainer)
+        self._own["log"](logs, *(() if start_time is None else (start_time,)))

@@ -1,4 +1,4 @@
-"""integrations.trainer_settings."""
+"""Settings of a `Trainer` under which the guarantee would not hold: each is refused by name, with what to do instead."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from dp_flash_hf.integrations import trl as trl_trainers
 from dp_flash_hf.training.refusals import accelerator_refusals, refuse
 
 
-def _refuse_settings(trainer: Trainer) -> None:
-    """Raise UnsupportedError for everything under which the guarantee would not hold, all of it in one message."""
+def refuse_settings(trainer: Trainer) -> None:
+    """Raise UnsupportedError for everything under which the guarantee would not hold, all of it in one message.
+
+    It is asked when `DPCallback` is attached and again when training begins. It knows settings, callbacks and overridden
+    methods; what code does inside `compute_loss`, a collator or the model, `preflight` finds out.
+
+    Args:
+        trainer: Transformers' or TRL's, as it is now.
+    """
     args = trainer.args
     callbacks = trainer.callback_handler.callbacks
     evaluated = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]

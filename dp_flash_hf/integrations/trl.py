@@ -1,22 +1,26 @@
 """TRL's trainers: how they lay out examples, which of their settings couple units, and the head and metrics of their losses.
 
-Every function takes any `Trainer`, and does nothing to those that are not TRL's.
+Every function takes any `Trainer`, and does nothing to those that are not TRL's. What is changed of a trainer is changed for a
+while only: see `replacing`.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import types
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from dp_flash_hf.integrations.replacing import replace_attribute
+
+logger = logging.getLogger(__name__)
 
 # Rows that one example becomes, for the trainers that were examined (TRL 1.16). A pair's are row i and row i + pairs.
 _ROWS = {"SFTTrainer": 1, "DPOTrainer": 2, "RewardTrainer": 2}
@@ -64,20 +68,17 @@ def on_one_rank(trainer: Any) -> Iterator[None]:
     Losses are multiplied by the number of ranks, so that their mean over ranks is a sum, and metrics are gathered from all
     ranks, which compute different numbers of physical batches and would wait for each other.
     """
-    accelerator, args = trainer.accelerator, trainer.args
-    if accelerator.num_processes == 1:
+    accelerator = trainer.accelerator
+    with ExitStack() as undo:
+        if accelerator.num_processes > 1:
+            replace_attribute(undo, trainer.args, "average_tokens_across_devices", False)
+            for name in ("gather", "gather_for_metrics"):
+                replace_attribute(undo, accelerator, name, _ungathered)
         yield
-        return
-    names, average = ("gather", "gather_for_metrics"), args.average_tokens_across_devices
-    try:
-        args.average_tokens_across_devices = False
-        for name in names:
-            setattr(accelerator, name, lambda value, *args, **kwargs: value)
-        yield
-    finally:
-        args.average_tokens_across_devices = average
-        for name in names:
-            delattr(accelerator, name)  # the class's own are there again
+
+
+def _ungathered(value: Any, *args: Any, **kwargs: Any) -> Any:
+    return value
 
 
 def refusals(trainer: Any) -> dict[str, bool]:
@@ -130,11 +131,15 @@ def as_collated(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value[: len(value) // 2] if name in _PER_PAIR else value for name, value in batch.items()}
 
 
-def call_the_head(trainer: Any) -> None:
+def call_the_head(undo: ExitStack, trainer: Any) -> None:
     """Where the language model's head is trained, let losses call it, instead of taking its weight for a kernel of their own.
 
     That kernel is exact in a frozen head, and stays. In a trained one the gradient would not pass through the head's layer, and
     every unit would be computed by itself.
+
+    Args:
+        undo: when it is closed, losses use TRL's kernel again.
+        trainer: after it has prepared its model, so that this is the outermost of what replaces the model's forward.
     """
     if examined(trainer) is None:
         return
@@ -142,11 +147,15 @@ def call_the_head(trainer: Any) -> None:
     head = model.get_output_embeddings()
     if "forward" not in vars(model) or head is None or not any(p.requires_grad for p in head.parameters()):
         return
+    replace_attribute(undo, model, "forward", types.MethodType(_calling_the_head(model.forward), model))
+    logger.info(f"{type(trainer).__name__}'s fused head is off: the head is trained, and clipped as a layer of the model")
+
+
+def _calling_the_head(given: Any) -> Any:
+    """A forward that returns of `fused_lm_head=True` what TRL's does, computed from the logits of the head's own layer."""
     from trl.trainer.utils import FusedCausalLMOutput
 
-    given = model.forward
-
-    @functools.wraps(given.__func__)
+    @functools.wraps(getattr(given, "__func__", given))
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if not fused_lm_head or labels is None:
             return given(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
@@ -166,16 +175,17 @@ def call_the_head(trainer: Any) -> None:
             log_probs=log_probs, label_mask=mask, **{name: value.masked_fill(~mask, 0) for name, value in shown.items()}
         )
 
-    model.forward = types.MethodType(forward, model)
-    logger.info(f"{type(trainer).__name__}'s fused head is off: the head is trained, and clipped as a layer of the model")
+    return forward
 
 
-def forget_metrics(trainer: Any, mode: Literal["train", "eval"]) -> None:
-    """Drop what losses noted since it was last logged."""
-    if examined(trainer) is not None:
-        trainer._metrics[mode].clear()
-        if mode == "train":
-            trainer._total_train_tokens = 0
+@contextmanager
+def without_metrics(trainer: Any) -> Iterator[None]:
+    """Within the context losses note no metrics: afterwards there are those that were noted before."""
+    with ExitStack() as undo:
+        if examined(trainer) is not None:
+            replace_attribute(undo, trainer, "_metrics", {mode: defaultdict(list) for mode in trainer._metrics})
+            replace_attribute(undo, trainer, "_total_train_tokens", trainer._total_train_tokens)
+        yield
 
 
 def mark_metrics(trainer: Any) -> None:

@@ -1,4 +1,4 @@
-"""From draws to batches: which rows a step reads, whose they are, and how they are split to fit in memory."""
+"""From draws to batches: which rows a step reads, which unit each belongs to, and how they are split to fit in memory."""
 
 from __future__ import annotations
 
@@ -31,10 +31,27 @@ _BY_TOKEN = {
 
 
 class PoissonBatches(Sampler[list[tuple[int, int]]]):
-    """Batch sampler of (row, unit) keys: each of `steps` is one draw, split into exactly `splits` parts, some of them empty.
+    """A torch batch sampler that yields Poisson draws, as lists of (row, unit) keys.
 
-    The parts are about equal, or with `together` all but the first are empty. Units are numbered from 0 within each part and
-    never split. Of several ranks, all make the same draws and each has its own share of every one: iterate on all of them.
+    Each of `steps` is one draw of the sampler, split into exactly `splits` parts, some of which may be empty: also an empty
+    draw is a step. Units are numbered from 0 within each part, and never split between two. Between steps draws are
+    independent, and there are as many batches whatever is drawn.
+
+    On several ranks all make the same draws, from a secret they share, and each takes its own share of every one; iterate on
+    all of them.
+
+    Args:
+        sampler: what draws units, int64 in 0..n_units-1.
+        steps: how many draws.
+        splits: parts of a draw, the trainer's `gradient_accumulation_steps`.
+        in_one_part: put a whole draw into its first part, for `physical_batches` to split by length; else the parts are about
+            equal.
+        rows: for every unit, the int64 (rows,) that it owns; None where unit i is row i.
+        max_examples_per_unit: how many of its rows a drawn unit brings, chosen anew at every draw; with `rows`.
+        lengths: int64 (units,), to put units of like length into one part; None leaves them as they were drawn.
+        seed: draws that can be repeated, for tests and reproducible experiments: whoever knows it knows who was drawn. None
+            draws from the operating system's entropy.
+        first_step: the number of the first draw, so that a seeded training that is resumed goes on with its own draws.
     """
 
     def __init__(
@@ -43,14 +60,14 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
         *,
         steps: int,
         splits: int,
-        together: bool,
+        in_one_part: bool,
         rows: Sequence[Tensor] | None,
         max_examples_per_unit: int | None,
         lengths: Tensor | None,
         seed: int | None,
         first_step: int,
     ) -> None:
-        self.sampler, self.steps, self.splits, self.together = sampler, steps, splits, together
+        self.sampler, self.steps, self.splits, self.in_one_part = sampler, steps, splits, in_one_part
         self.rows, self.max_examples_per_unit, self.lengths = rows, max_examples_per_unit, lengths
         self.seed, self.step = seed, first_step
         self.ranks = Ranks()
@@ -70,18 +87,18 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
             if self.rows is not None and self.max_examples_per_unit is not None:
                 own = [rows.tolist() for rows in choose_rows(self.rows, drawn, self.max_examples_per_unit, generator)]
             drawn, share = drawn[self.ranks.rank :: self.ranks.size], own[self.ranks.rank :: self.ranks.size]
-            if self.lengths is not None:  # the sum does not depend on who is computed with whom, but padding does
+            if self.lengths is not None:  # the sum does not depend on which units are computed with which, but padding does
                 share = [share[place] for place in self.lengths[drawn].argsort().tolist()]
             for places in self._parts(len(share)):
                 yield [(row, unit) for unit, place in enumerate(places) for row in share[place]]
 
     def _parts(self, n: int) -> list[list[int]]:
-        ends = [n] * (self.splits - 1) if self.together else self.splits
+        ends = [n] * (self.splits - 1) if self.in_one_part else self.splits
         return [part.tolist() for part in torch.arange(n).tensor_split(ends)]
 
 
 class WithUnits(Dataset[tuple[Any, int]]):
-    """A dataset read by (row, unit) keys, which passes the unit on with the example."""
+    """A map-style dataset read by the (row, unit) keys of `PoissonBatches`, which passes the unit on with the example."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -100,7 +117,10 @@ class WithUnits(Dataset[tuple[Any, int]]):
 
 
 class UnitCollator:
-    """The trainer's collator, which also passes on whose each example is; an empty draw makes a batch of nothing."""
+    """The user's collator, which also passes on the unit of each example, under the key `UNITS`.
+
+    The user's collator never sees an empty list: an empty draw makes a batch of `UNITS` alone.
+    """
 
     def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
         self.collator = collator
@@ -114,10 +134,18 @@ class UnitCollator:
 
 
 def units_of(batch: Mapping[str, Any], of_example: Tensor, rows_per_example: int = 1) -> Units:
-    """Units of a collated batch: its rows are the examples, or the segments of one row that a flattening collator made.
+    """The units of a collated batch, whose rows are the examples, or the segments of one row that a flattening collator made.
 
-    of_example: int64 (examples,), the unit of each.
-    rows_per_example: with 2, the second rows of all examples follow the first ones, as preference collators lay out pairs.
+    Args:
+        batch: what the collator made, on any device.
+        of_example: int64 (examples,), the unit of each.
+        rows_per_example: with 2, the second rows of all examples follow the first ones, as preference collators lay out pairs.
+
+    Returns:
+        Units of rows, or of tokens where the examples were flattened into one row.
+
+    Raises:
+        UnsupportedError: rows and examples are not as many, and the batch does not say where in its one row each text starts.
     """
     of_example = of_example.cpu()
     shape = leading_shape(batch)
@@ -126,7 +154,7 @@ def units_of(batch: Mapping[str, Any], of_example: Tensor, rows_per_example: int
     starts = text_starts(batch) if shape[0] == 1 and rows_per_example == 1 else None
     if starts is None or not bool(starts[0]) or int(starts.sum()) != len(of_example):
         raise UnsupportedError(
-            f"the collator made {shape[0]} rows of {len(of_example)} examples, so it is unknown whose is which; use a collator "
+            f"the collator made {shape[0]} rows of {len(of_example)} examples, so it is unknown which is whose; use a collator "
             "that keeps one row per example, or DataCollatorWithFlattening, with position_ids or return_flash_attn_kwargs=True "
             "and without pad_to_multiple_of"
         )
@@ -138,9 +166,18 @@ def physical_batches(
 ) -> Iterator[tuple[dict[str, Any], Units]]:
     """Split a batch into parts that fit on the device, each unit whole.
 
-    examples: of each unit. max_examples: the parts are about equal, and hold at most so many, or one unit.
-    max_tokens: instead, the parts hold at most so many tokens, padding included, or one unit; texts of like length are put
-    together, and trailing columns that are padding in a whole part are cut off.
+    The parts' clipped sums add up to the batch's, so the split changes speed and memory, and never what is released.
+
+    Args:
+        batch: the model's inputs, laid out by rows or as one packed row.
+        units: of its rows or tokens.
+        examples: for each unit, how many examples it has.
+        max_examples: examples in a part at most; the parts are about equal. A unit with more is a part of its own.
+        max_tokens: instead, tokens in a part at most, padding included. A unit with more is a part of its own. Texts of like
+            length come into one part, and trailing columns that are padding in all of it are cut off.
+
+    Yields:
+        (batch, units) of each part, units numbered from 0 in the order they have in the whole.
     """
     if max_tokens is None:
         even = math.ceil(sum(examples) / math.ceil(sum(examples) / max_examples))
@@ -163,7 +200,7 @@ def physical_batches(
 
 
 def _groups(units: Iterable[int], fits: Callable[[list[int]], bool]) -> list[list[int]]:
-    """Runs of units that fit, each as long as possible; a unit that fits nowhere is alone."""
+    """Runs of units that fit, each as long as possible; a unit too large for any is alone."""
     groups: list[list[int]] = []
     for unit in units:
         if groups and fits([*groups[-1], unit]):
@@ -174,7 +211,7 @@ def _groups(units: Iterable[int], fits: Callable[[list[int]], bool]) -> list[lis
 
 
 def text_lengths(batch: Mapping[str, Any]) -> Tensor:
-    """int64 (rows,): up to which column each row holds something, 1 at least: a token that is attended to, or a label.
+    """int64 (rows,): up to which column each row holds something, 1 at least: a token that is not masked out, or a label.
 
     The whole width where columns are not known to be padding: without an attention mask, or beside a tensor of its width whose
     columns are not known to be tokens.

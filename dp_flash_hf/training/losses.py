@@ -1,27 +1,27 @@
-"""Losses that are sums over privacy units, made of the losses Transformers models compute.
+"""Losses that are sums over privacy units, made of the losses that models compute.
 
 Models divide by `num_items_in_batch`, or by what the batch holds: rows, or labels that are not ignored. Both denominators
-depend on other units. Here the division is undone, on evidence: the model itself is asked, on numbers, how it divides.
+depend on other units, so a unit's gradient would, and clipping it would not bound what the unit does. Here the division is
+undone, on evidence: the model itself is asked, on made-up labels, how it divides.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dp_flash_hf.engine.model_loss import ModelLoss
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
-from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, text_starts
+from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_unit, text_starts
 
 _LABELS_TRIED = 16  # each costs a forward pass of the preflight's batch and of its units
 
 Counted = Literal["rows", "labels", "shifted labels"]
-# (batch, num_items_in_batch) -> scalar loss; None leaves the division to the model.
-ModelLoss = Callable[[dict[str, Any], Tensor | None], Tensor]
 
 
 def _valid_labels(batch: Batch, counted: Counted) -> Tensor | None:
@@ -36,10 +36,17 @@ def _valid_labels(batch: Batch, counted: Counted) -> Tensor | None:
 
 
 def label_counts(batch: Batch, units: Units, counted: Counted, rows_per_example: int = 1) -> Tensor:
-    """How many labels each unit has: float32 (units,) on the CPU.
+    """How many labels each unit has.
 
-    "labels" counts those not ignored, "shifted labels" leaves out the first position, which a causal model predicts from
-    nothing, and "rows" counts the unit's rows, or pairs of them with `rows_per_example=2`.
+    Args:
+        batch: with `labels` (or `shift_labels`), int64, `IGNORED` where a position takes no part; else every row counts once.
+        units: of its rows or tokens.
+        counted: "labels" counts those not ignored, "shifted labels" leaves out the first position of a row, which a causal
+            model predicts from nothing, and "rows" counts the unit's rows.
+        rows_per_example: with 2, a pair of rows counts once.
+
+    Returns:
+        float32 (units,), on the CPU.
     """
     valid = _valid_labels(batch, counted)
     nothing = torch.full((units.n_items,), 1 / rows_per_example)
@@ -50,11 +57,20 @@ def label_counts(batch: Batch, units: Units, counted: Counted, rows_per_example:
 
 @dataclass(frozen=True)
 class UnitLoss:
-    """One model's loss, called with a batch or part of one, as a sum of label losses, each of one unit alone.
+    """A model's loss as a sum of label losses, each of which depends on one unit alone.
 
-    divides: whether the model divides by what it counts in the batch ("mean"), or by the number it is given ("sum").
-    counted: what it counts.
-    rows_per_example: 2 where the loss is one of pairs of rows.
+    This is what `ClippingEngine.backward` may be given: called with a batch, it returns the sum over the batch's units; called
+    with some of them, the sum over those. Nothing in it depends on what else was drawn. How the model divides is a public
+    property of its code, found by `learn_loss`.
+
+    Edge cases: a batch without a label has loss 0, where a model that takes means would divide 0 by 0. A unit without a label
+    adds 0, and `scale` gives it the factor 0.
+
+    Attributes:
+        model_loss: the loss as the model computes it, `(batch, num_items) -> scalar`.
+        divides: whether the model divides by what it counts in the batch ("mean"), or by the number it is given ("sum").
+        counted: what it counts.
+        rows_per_example: 2 where the loss is one of pairs of rows.
     """
 
     model_loss: ModelLoss
@@ -63,9 +79,11 @@ class UnitLoss:
     rows_per_example: int = 1
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Sum of all label losses of the batch, a scalar with gradient.
+        """The sum of all label losses of the batch: a scalar with gradient, in the dtype of the model's loss.
 
-        Raises UnsupportedError for answers outside their text, which models leave out of a mean over the other rows.
+        Raises:
+            UnsupportedError: an answer (`start_positions`, `end_positions`) lies outside its text; models leave such rows out
+                of a mean over the others.
         """
         _refuse_answers_outside(batch)
         count = self.count(batch)
@@ -75,12 +93,16 @@ class UnitLoss:
         return loss * count if self.divides == "mean" else loss
 
     def count(self, batch: Batch) -> int:
-        """How many labels the batch has."""
+        """How many labels the batch has, of all units together."""
         valid = _valid_labels(batch, self.counted)
         return leading_shape(batch)[0] // self.rows_per_example if valid is None else int(valid.sum())
 
     def scale(self, batch: Batch, units: Units) -> Tensor:
-        """Factor of each unit, float32 (units,), that makes its sum a mean over its own labels; 0 for a unit without labels."""
+        """The factor of each unit that makes its sum a mean over its own labels.
+
+        Returns:
+            float32 (units,), on the CPU: 1 / labels, or 0 for a unit without labels.
+        """
         counts = label_counts(batch, units, self.counted, self.rows_per_example)
         return torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)
 
@@ -89,19 +111,36 @@ def learn_loss(
     model_loss: ModelLoss,
     batch: dict[str, Any],
     units: Units,
-    alone: Callable[[Batch, int], Mapping[str, Any]],
     *,
     n_classes: int | None = None,
     rows_per_example: int = 1,
     tolerance: float = 1e-4,
 ) -> UnitLoss:
-    """Find out how a model divides its loss: from one unit at least, from two where it divides by what the batch holds.
+    """Find out how a model divides its loss, by forward passes on made-up labels.
 
-    Labels are replaced by made-up ones, so that every way of counting gives another number, whatever the data are, and so do
-    class weights, which divide by the weights of the classes in the batch.
-    alone: (batch, unit) -> that unit's batch. n_classes: of a classifier. tolerance: relative, for the rounding of the model.
-    Runs forward passes only.
-    Raises PrivacyError where the loss is not finite; UnsupportedError when it is no mean over rows or labels: it couples units.
+    First one unit is computed twice, with `num_items` 1 and 2: a loss that halves is a sum divided by the number it is given.
+    Any other has to be a mean over what the batch holds: the batch's loss is compared with what each way of counting makes of
+    the losses of its units alone. Labels are replaced by made-up ones, a different number of them in the first unit, so that
+    every way of counting gives another value, whatever the data are; and so do class weights, which divide by the weights of
+    the classes in the batch.
+
+    It cannot see a loss that divides otherwise for inputs unlike these: `preflight` compares units alone and together again,
+    on the data's own labels.
+
+    Args:
+        model_loss: `(batch, num_items) -> scalar`.
+        batch: the model's inputs with labels, of at least one unit; of two or more where the loss is a mean.
+        units: of its rows or tokens.
+        n_classes: of a classifier, to try labels that the batch does not hold.
+        rows_per_example: 2 where the loss is one of pairs of rows.
+        tolerance: relative difference that rounding of the model may make.
+
+    Returns:
+        The loss as a sum over units.
+
+    Raises:
+        PrivacyError: the loss is not finite.
+        UnsupportedError: it is no mean over rows or labels, so it couples units.
     """
     _refuse_answers_outside(batch)
     device = _device(batch)
@@ -109,18 +148,18 @@ def learn_loss(
     def loss(part: Mapping[str, Any], divisor: float | None) -> float:
         return float(model_loss(dict(part), None if divisor is None else torch.tensor(divisor, device=device)))
 
-    # In a packed row the first label of a text is no one's: it would be predicted from the text before.
+    # In a packed row the first label of a text counts for none: it would be predicted from the text before.
     options: tuple[Counted, ...] = ("labels",) if units.kind == "tokens" else ("labels", "shifted labels", "rows")
     if not _has_token_labels(batch):
         options = ("labels",)
     with torch.no_grad():
         values = _label_values(batch, n_classes)
-        one = alone(_relabelled(batch, units, values[0], values[0]), 0)
+        one = select_unit(_relabelled(batch, units, values[0], values[0]), units, 0)
         once, half = loss(one, 1.0), loss(one, 2.0)
         if not math.isfinite(once):
             raise PrivacyError(
                 f"the loss of the first example tried is {once}, whatever its labels: look for NaN among its inputs, and for "
-                "numbers that the model's precision cannot hold (bf16=True instead of a float16 model)"
+                "values that the model's dtype cannot hold (load it in float32 or bfloat16, not in float16)"
             )
         if once != 0.0 and abs(half / once - 0.5) < 1e-2:
             found = once / loss(one, None)
@@ -128,13 +167,13 @@ def learn_loss(
             counted = min(options, key=lambda option: abs(float(label_counts(one, single, option)) - found))
             return UnitLoss(model_loss, "sum", counted, rows_per_example)
         # Likely labels for the first unit and unlikely ones for the rest: losses far apart tell the ways of counting apart.
-        first = [loss(alone(_relabelled(batch, units, value, value), 0), 1.0) for value in values]
+        first = [loss(select_unit(_relabelled(batch, units, value, value), units, 0), 1.0) for value in values]
         likely = values[first.index(min(first))]
         errors = dict.fromkeys(options, 0.0)
         for value in values:
             tried = _relabelled(batch, units, likely, value)
             whole = loss(tried, 1.0)
-            means = torch.tensor([loss(alone(tried, unit), 1.0) for unit in range(units.n)])
+            means = torch.tensor([loss(select_unit(tried, units, unit), 1.0) for unit in range(units.n)])
             for option in options:
                 counts = label_counts(tried, units, option)
                 error = abs(float((counts * means).sum() / counts.sum()) - whole) / max(abs(whole), 1e-6)
@@ -144,7 +183,8 @@ def learn_loss(
     if not (errors[best] <= tolerance and apart > 3 * errors[best] + 1e-6):  # also when something is not a number
         raise UnsupportedError(
             "the model's loss is neither a mean over rows or labels nor a sum divided by num_items_in_batch, so units would "
-            f"share a denominator (relative errors {errors}); override Trainer.compute_loss, or give a loss_fn, that does"
+            f"share a denominator (relative errors {errors}); override Trainer.compute_loss, or give make_private a loss_fn, "
+            "so that it is one of them"
         )
     return UnitLoss(model_loss, "mean", best, rows_per_example)
 

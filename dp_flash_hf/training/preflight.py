@@ -1,11 +1,17 @@
-"""What is learnt and proved on the user's own data and model before the first step."""
+"""What is learnt and proved on the user's own data and model before the first step.
+
+Each check computes the same units in two ways that must agree if a unit's gradient depends on that unit alone. Values of four
+units are compared, chosen from all over the data: a check finds what couples units by the way model, loss and collator are
+made, and not what only happens to others of the data. Training itself clips whatever comes; what these checks add is that what
+is clipped is the gradient of one unit.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,69 +21,57 @@ from torch import Tensor
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.layout_probing import training_mode
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.training.adapter import TrainingAdapter, prepared
 from dp_flash_hf.training.batches import units_of, without_trailing_padding
-from dp_flash_hf.training.losses import ModelLoss, UnitLoss, learn_loss
+from dp_flash_hf.training.losses import UnitLoss, learn_loss
+from dp_flash_hf.training.unit_reader import Key, UnitReader
 from dp_flash_hf.units import IGNORED, Units, leading_shape, select_items, select_unit, text_starts
 
-Prepare = Callable[[Mapping[str, Any]], tuple[dict[str, Any], Units]]
-_COMPUTED = 4  # units in the preflight's batch, computed together and one by one
+_COMPUTED = 4  # units in the preflight's batch, computed as one batch and one by one
 _LOOKED_AT = 64  # units they are chosen from
 
 
-def preflight(
-    engine: ClippingEngine,
-    model_loss: ModelLoss,
-    dataset: Any,
-    collate: Callable[[Any], Any],
-    prepare: Prepare,
-    keys_of: Callable[[int, int], list[tuple[int, int]]],
-    *,
-    n_units: int,
-    rows_per_example: int,
-    cut_padding: bool,
-    reduced_precision: bool,
-) -> UnitLoss:
+def preflight(engine: ClippingEngine, adapter: TrainingAdapter, reader: UnitReader, *, cut_padding: bool) -> UnitLoss:
     """Learn how the loss divides, and prove isolation and exactness, on units chosen from all over the data.
 
-    dataset, collate: what is read by (row, unit) keys, and made a batch.
-    prepare: moves a batch to the device and names its units.
-    keys_of: (unit, number) -> the keys of that unit's rows, under that number.
-    cut_padding: whether trailing padding will be cut off physical batches.
-    reduced_precision: whether the model computes in bfloat16 somewhere though its parameters are in float32.
-    Raises PrivacyError and UnsupportedError for what cannot be private.
+    In this order: the collator leaves the rows of others alone (`check_collator`); the loss is a mean or a sum over labels,
+    and is made a sum over units (`learn_loss`); each chosen unit has a finite loss; texts of a packed row do not see each other
+    (`check_packing`); gradients of the batch are those of every unit alone (`ClippingEngine.check`); none depends on how far it
+    is padded (`check_alone`); and in training mode none depends on the others either (`check_training_mode`).
+
+    What no check can see: coupling that appears only on other inputs than the ones tried, as of a router that overflows in
+    larger batches; and what the user's code keeps between batches.
+
+    Forward and backward passes run; weights, buffers and `.grad` stay as they were.
+
+    Args:
+        engine: attached to the model that is trained.
+        adapter: of the integration.
+        reader: of the training data.
+        cut_padding: whether trailing padding will be cut off physical batches, as with `max_tokens`.
+
+    Returns:
+        The loss as a sum over units, for `ClippingEngine.backward`.
+
+    Raises:
+        PrivacyError: units are coupled, or a value is not finite.
+        UnsupportedError: the loss or the batch's layout is none of those known.
     """
-    model = engine.model
-    chosen = choose_units(n_units, lambda unit: dataset[keys_of(unit, 0)[0]][0])
-    keys = [key for number, unit in enumerate(chosen) for key in keys_of(unit, number)]
-    batch, units = prepare(collate(dataset.__getitems__(keys)))
-    check_collator(dataset, collate, prepare, keys, rows_per_example)
-    with training_mode(model, False), engine.eagerly():  # it tries many shapes, and looks at values only
-        loss = learn_loss(
-            model_loss,
-            batch,
-            units,
-            lambda whole, unit: select_unit(whole, units, unit),
-            n_classes=getattr(getattr(model, "config", None), "num_labels", None),
-            rows_per_example=rows_per_example,
-            tolerance=1e-2 if reduced_precision or engine.reduces_precision else 1e-4,
-        )
-        with torch.no_grad():
-            for number, unit in enumerate(chosen):
-                if not math.isfinite(alone_loss := float(loss(select_unit(batch, units, number)))):
-                    raise PrivacyError(
-                        f"the loss of unit {unit} (counted from 0) is {alone_loss}: look for NaN among its inputs and labels. "
-                        "While training, a unit without a finite gradient adds zero; repair the data or leave such units out"
-                    )
-    scale = loss.scale(batch, units)
-    reduced_precision = reduced_precision or engine.reduces_precision
+    chosen = choose_units(reader.n_units, reader.first_example)
+    batch, units = reader.batch(chosen)
+    check_collator(reader, reader.keys(chosen))
+    reduced_precision = adapter.reduced_precision or engine.reduces_precision
+    loss = _learnt(engine, adapter, batch, units, chosen, tolerance=1e-2 if reduced_precision else 1e-4)
+    reduced_precision = adapter.reduced_precision or engine.reduces_precision  # layers may have told
     tolerance = 0.05 if reduced_precision else 1e-3
     with_equal_shapes = 1e-3 if reduced_precision else 1e-5  # when there is little rounding to allow for
+    scale = loss.scale(batch, units)
     if units.kind == "tokens":
         with engine.eagerly():
-            check_packing(model, loss, batch, units, tolerance=tolerance, with_equal_shapes=with_equal_shapes)
+            check_packing(engine.model, loss, batch, units, tolerance=tolerance, with_equal_shapes=with_equal_shapes)
 
     def alone(number: int) -> dict[str, Any]:
-        own = prepare(collate(dataset.__getitems__(keys_of(chosen[number], 0))))[0]
+        own = reader.batch([chosen[number]])[0]
         return without_trailing_padding(own) if cut_padding else own
 
     with engine.without_microbatching():
@@ -88,12 +82,45 @@ def preflight(
     return loss
 
 
+def _learnt(
+    engine: ClippingEngine,
+    adapter: TrainingAdapter,
+    batch: dict[str, Any],
+    units: Units,
+    chosen: Sequence[int],
+    *,
+    tolerance: float,
+) -> UnitLoss:
+    """The loss as a sum over units. Raises PrivacyError where that of one of them is not finite."""
+    model = engine.model
+    with training_mode(model, False), engine.eagerly():  # it tries many shapes, and looks at values only
+        loss = learn_loss(
+            adapter.model_loss,
+            batch,
+            units,
+            n_classes=getattr(getattr(model, "config", None), "num_labels", None),
+            rows_per_example=adapter.rows_per_example,
+            tolerance=tolerance,
+        )
+        with torch.no_grad():
+            for number, unit in enumerate(chosen):
+                if not math.isfinite(alone := float(loss(select_unit(batch, units, number)))):
+                    raise PrivacyError(
+                        f"the loss of unit {unit} (counted from 0) is {alone}: look for NaN among its inputs and labels. "
+                        "While training, a unit without a finite gradient adds zero; repair the data or leave such units out"
+                    )
+    return loss
+
+
 def choose_units(n_units: int, example_of: Callable[[int], Any]) -> list[int]:
-    """Units spread over the data, which may be sorted; the longest and the shortest text of those looked at come first.
+    """Up to four units spread over the data, which may be sorted.
 
-    example_of: unit -> its first example.
+    Of the 64 looked at, the longest and the shortest text come first: between them there is padding to find.
+
+    Args:
+        n_units: of the whole data.
+        example_of: unit -> its first example.
     """
-
     spread = sorted({unit * n_units // _LOOKED_AT for unit in range(_LOOKED_AT)})
     lengths = {unit: length_of(example_of(unit)) for unit in spread}
     longest, shortest = max(spread, key=lengths.__getitem__), min(spread, key=lengths.__getitem__)
@@ -113,16 +140,20 @@ def length_of(example: Any) -> int:
     return max(map(len, sequences), default=0)
 
 
-def check_collator(
-    dataset: Any, collate: Callable[[Any], Any], prepare: Prepare, keys: list[tuple[int, int]], rows_per_example: int
-) -> None:
-    """Raise PrivacyError where the last example of a batch changes other rows, as in mixup and packing, before the model.
+def check_collator(reader: UnitReader, keys: Sequence[Key]) -> None:
+    """Raise PrivacyError where the collator lets one example change the rows of others, as mixup and packing do.
 
-    It is exchanged for the longest other one, so that padding stays, and random numbers are repeated.
+    The last example is exchanged for each of the others in turn, with random numbers repeated, and nothing but its own rows may
+    change. The longest one is among them, so that padding stays. Rows whose shape changes with the exchange are not compared:
+    `check_alone` is about lengths. What a collator does only rarely, it may not do here.
+
+    Args:
+        reader: of the training data.
+        keys: of the examples of one batch; fewer than two are nothing to compare.
     """
     if len(keys) < 2:
         return
-    examples = dataset.__getitems__(keys)
+    examples = reader.examples(keys)
     *others, (_, unit) = examples
     batches = []
     for last in (*(example for example, _ in others), examples[-1][0]):
@@ -131,9 +162,11 @@ def check_collator(
             torch.manual_seed(0)
             random.seed(0)
             np.random.seed(0)
-            batches.append(prepare(_copy_of(collate)([*copy.deepcopy(others), (copy.deepcopy(last), unit)]))[0])
+            collated = _copy_of(reader.collate)([*copy.deepcopy(others), (copy.deepcopy(last), unit)])
+            batches.append(prepared(reader.adapter, collated)[0])
             random.setstate(state)
             np.random.set_state(numpy_state)
+    rows_per_example = reader.adapter.rows_per_example
     *exchanged, whole = (_of_others(batch, len(keys), rows_per_example) for batch in batches)
     for name, value in whole.items():
         for other in exchanged:
@@ -173,7 +206,20 @@ def check_packing(
     """Raise PrivacyError where the texts of a packed row see each other.
 
     Every unit's loss is taken where it stands, with the labels of all others ignored, then by itself, and among copies of its
-    tokens, which leaves the shapes equal and little rounding to allow for.
+    tokens, which leaves the shapes equal and little rounding to allow for. Attention that crosses from text to text changes one
+    of them. Losses only are compared: `ClippingEngine.check` compares gradients.
+
+    Args:
+        model: in any mode; it is computed in evaluation mode.
+        loss: a sum over units.
+        batch: one packed row, with a label for every token.
+        units: of its tokens.
+        tolerance: relative, for a unit by itself.
+        with_equal_shapes: relative, for a unit among its copies.
+
+    Raises:
+        PrivacyError: a loss differs.
+        UnsupportedError: the batch has no label for every token.
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or tuple(labels.shape) != units.shape:
@@ -208,12 +254,21 @@ def check_alone(
     *,
     tolerance: float,
 ) -> None:
-    """Raise PrivacyError where a unit's gradient depends on how far it is padded, and so on the longest of its batch, or on
-    its being flattened with others.
+    """Raise PrivacyError where a unit's gradient depends on its padding, and so on the longest text of its batch.
 
-    alone: unit -> what the collator makes of that unit by itself, of which only the shapes are used: masks may be random.
-    Each unit's rows are cut to that length, on the side where they are padded, and must keep their norm; so must a text that is
-    taken out of its packed row and given to the model as an ordinary one, or numbered as by itself.
+    Each unit's rows are cut to the length they have by themselves, on the side where they are padded, and must keep their
+    gradient norm. So must a text that is taken out of its packed row and given to the model as an ordinary one, or numbered as
+    by itself. Computed in evaluation mode; rows that are as long by themselves have nothing to compare.
+
+    Args:
+        engine: attached to the model; `.grad` is emptied.
+        loss: a sum over units.
+        batch: of all units.
+        units: of its rows or tokens.
+        scale: float32 (units,), the factor of each unit's loss.
+        alone: unit -> what the collator makes of it by itself, of which only shapes and position ids are used: what it masks
+            may be random.
+        tolerance: relative difference of norms.
     """
     with training_mode(engine.model, False):
         engine.backward(loss, batch, units, scale)
@@ -282,8 +337,17 @@ def check_training_mode(
 ) -> None:
     """Raise PrivacyError where, in training mode, units see each other or the data change a buffer: batch statistics do both.
 
-    Every unit must keep its norm when all other rows, or texts of a packed row, become copies of its own, with the random
-    numbers of dropout repeated.
+    Every unit must keep its gradient norm when all other rows, or texts of a packed row, become copies of its own, with the
+    random numbers of dropout repeated. Buffers are put back. A layer that couples units without changing any norm, by their
+    order, say, is not seen here; `ClippingEngine.check` compares sums as well.
+
+    Args:
+        engine: attached to the model; `.grad` is emptied.
+        loss: a sum over units.
+        batch: of all units.
+        units: of its rows or tokens.
+        scale: float32 (units,), the factor of each unit's loss.
+        tolerance: relative difference of norms.
     """
     buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
 
@@ -295,7 +359,7 @@ def check_training_mode(
         return engine.norms.double()
 
     try:
-        together = norms_of(batch)
+        among_others = norms_of(batch)
         among_copies = [norms_of(_among_copies(batch, units, unit))[unit] for unit in range(units.n)]
         changed = [name for name, buffer in engine.model.named_buffers() if not torch.equal(buffer, buffers[name])]
     finally:
@@ -305,7 +369,7 @@ def check_training_mode(
         raise PrivacyError(
             f"training changes the buffers {changed[:8]}, without noise; freeze these statistics or replace their layers"
         )
-    for before, after in zip(together.tolist(), among_copies, strict=True):
+    for before, after in zip(among_others.tolist(), among_copies, strict=True):
         if not abs(before - float(after)) <= tolerance * max(before, 1e-12):
             raise PrivacyError(
                 f"in training mode a unit's gradient norm changes from {before:.6g} to {float(after):.6g} with the other units "

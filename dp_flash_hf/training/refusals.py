@@ -1,4 +1,4 @@
-"""training.refusals."""
+"""What cannot be trained privately, whichever loop runs it: settings of Accelerate, and data that cannot be sampled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from dp_flash_hf.errors import UnsupportedError
 
 
 def accelerator_refusals(accelerator: Accelerator) -> dict[str, bool]:
-    """What of Accelerate's settings cannot be private, and whether it is set."""
+    """Settings of Accelerate under which the guarantee would not hold.
+
+    Args:
+        accelerator: of the loop, as it is now.
+
+    Returns:
+        For each of them, what is wrong with it and what to do instead, and whether it is set; for `refuse`.
+    """
     kind = accelerator.distributed_type
     return {
         f"{kind}: its engine owns backward and adds gradients up before they are clipped; use FSDP2 (fsdp_version 2), or DDP": (
@@ -40,13 +47,20 @@ def accelerator_refusals(accelerator: Accelerator) -> dict[str, bool]:
 
 
 def refuse(reasons: dict[str, bool]) -> None:
-    """Raise UnsupportedError for all that is present, in one message."""
+    """Raise UnsupportedError for all that is present, in one message.
+
+    >>> refuse({"fp16: use bf16": False})
+    >>> refuse({"fp16: use bf16": True, "packing: set packing=False": True})
+    Traceback (most recent call last):
+    dp_flash_hf.errors.UnsupportedError: private training is not possible with fp16: use bf16; and packing: set packing=False
+    """
     found = [message for message, present in reasons.items() if present]
     if found:
         raise UnsupportedError("private training is not possible with " + "; and ".join(found))
 
 
-def _refuse_data(dataset: Any) -> None:
+def refuse_data(dataset: Any) -> None:
+    """Raise UnsupportedError for data of which units cannot be drawn: streams, and rows that hold texts of several units."""
     if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
         raise UnsupportedError(
             "Poisson sampling needs a train_dataset with a length and random access: load it whole, not streaming"

@@ -1,7 +1,8 @@
-"""Private training on a dataset, whoever runs the loop: what `DPCallback` and `make_private` share."""
+"""One private training on a dataset, whoever runs the loop: what `DPCallback` and `make_private` have in common."""
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 from collections.abc import Callable, Mapping
@@ -13,59 +14,72 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers.utils import logging
 
+from dp_flash_hf import validation
 from dp_flash_hf.accounting.dataset_fingerprint import fingerprint_of
 from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.accounting.spend_log import SpendLog
 from dp_flash_hf.distributed import Ranks, local
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.memory import choose_by_memory, moments_of
+from dp_flash_hf.engine.model_loss import model_loss
 from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.mechanisms.sampling import group_rows
 from dp_flash_hf.reporting.report import PrivacyReport
-from dp_flash_hf.training.batches import (
-    UNITS,
-    PoissonBatches,
-    UnitCollator,
-    WithUnits,
-    physical_batches,
-    steps_per_epoch,
-    units_of,
-)
+from dp_flash_hf.training.adapter import TrainingAdapter, prepared
+from dp_flash_hf.training.batches import UNITS, PoissonBatches, UnitCollator, WithUnits, physical_batches, steps_per_epoch
 from dp_flash_hf.training.dp_sgd import DPSGD
-from dp_flash_hf.training.losses import ModelLoss, UnitLoss
+from dp_flash_hf.training.losses import UnitLoss
 from dp_flash_hf.training.preflight import choose_units, preflight
-from dp_flash_hf.training.refusals import _refuse_data
-from dp_flash_hf.units import Batch, Units
+from dp_flash_hf.training.refusals import refuse_data
+from dp_flash_hf.training.unit_reader import UnitReader
+from dp_flash_hf.units import Units
 
-logger = logging.get_logger(__name__)
-
-Move = Callable[[dict[str, Any]], Mapping[str, Any]]  # a collated batch -> the same on the model's device
+logger = logging.getLogger(__name__)
 
 
 class PrivateTraining:
-    """Draws, clipped sums, noise, books, and the checks before the first step.
+    """Draws, clipped sums, noise, accounting, and the checks before the first step, for a loop that somebody else runs.
 
+        training = PrivateTraining(config, dataset, adapter, ...)
+        training.open_spend_log(path)                            # or not
         loader = training.loader(dataset, collate, steps=..., splits=...)
-        training.start(model, optimizer); training.check(loader, model_loss, move)
+        training.start(model, optimizer); training.check(loader)
         for every step: training.add(part) for its parts; training.mechanism.release(); optimizer.step(); optimizer.zero_grad()
         training.stop()
 
-    steps, epochs: how long; epochs count draws that see every unit once on average, and are used without steps.
-    max_examples, max_tokens: what fits on the device, see `physical_batches`.
-    rows_per_example: 2 where the collator makes two rows of an example, all the first ones before all the second ones.
+    What is released in a step is the sum of the drawn units' gradients, each clipped to `config.max_grad_norm`, plus Gaussian
+    noise, divided by the expected batch size; `mechanism` is the only way a gradient reaches the optimizer. The guarantee is
+    (epsilon, delta)-differential privacy under adding or removing one unit, for everything that is computed from the weights
+    (Abadi et al. 2016, https://arxiv.org/abs/1607.00133); losses and norms that are shown meanwhile are not covered.
 
-    Raises UnsupportedError for data that cannot be sampled; ValueError when the budget cannot be met.
+    Edge cases: an empty draw is a step like any other. A unit whose gradient is not finite adds zero. A unit without a label
+    adds zero. On several ranks every method is called by all of them, and what one refuses, all refuse.
+
+    Args:
+        config: the privacy parameters.
+        dataset: with a length and random access; one example per row.
+        adapter: of the integration, how to compute with a batch.
+        expected_batch_size: units in a step, on average, of all ranks.
+        steps: how long; None for `epochs`.
+        epochs: draws that see every unit once on average; used without `steps`.
+        max_examples: examples in a physical batch at most, see `physical_batches`.
+        max_tokens: instead, tokens in a physical batch at most.
+        strategy: see `ClippingEngine`.
+
+    Raises:
+        UnsupportedError: units cannot be drawn of these data.
+        ValueError: an argument is out of range, or no noise keeps the budget.
     """
 
     def __init__(
         self,
         config: PrivacyConfig,
         dataset: Any,
+        adapter: TrainingAdapter,
         *,
         expected_batch_size: int,
         steps: int | None,
@@ -73,16 +87,12 @@ class PrivateTraining:
         max_examples: int,
         max_tokens: int | None,
         strategy: Strategy,
-        rows_per_example: int = 1,
     ) -> None:
-        if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1):
-            raise invalid(
-                "max_tokens_per_device", expected="None or a whole number >= 1", actual=max_tokens, remedy="4096, say"
-            )
-        _refuse_data(dataset)
-        self.config, self.dataset, self.strategy = config, dataset, strategy
+        if max_tokens is not None:
+            validation.whole_number("max_tokens_per_device", max_tokens, remedy="set 4096, say, or None to count rows instead")
+        refuse_data(dataset)
+        self.config, self.dataset, self.adapter, self.strategy = config, dataset, adapter, strategy
         self.max_examples, self.max_tokens = max_examples, max_tokens
-        self.rows_per_example = rows_per_example
         self.rows = None if config.privacy_unit is None else group_rows(_column(dataset, config.privacy_unit))
         n_units = len(dataset) if self.rows is None else len(self.rows)
         steps = steps or math.ceil(epochs * steps_per_epoch(n_units, expected_batch_size))
@@ -90,24 +100,36 @@ class PrivateTraining:
         self.mechanism = DPSGD(config, plan)
         self.engine: ClippingEngine | None = None
         self._loss: UnitLoss | None = None
-        self._moments = 0
-        self._move: Move = dict
-        self._template: tuple[dict[str, Any], Units] = ({}, Units.rows(0))  # one unit, for ranks that have none left
+        self._moments = 0  # values of optimizer state for each trained one
+        self._one_unit: tuple[dict[str, Any], Units] = ({}, Units.rows(0))  # for ranks that have none left
         logger.info(
             f"private training planned: noise multiplier {plan.noise_multiplier:.4g}, sampling rate "
             f"{plan.sampler.sampling_rate:.4g}, {steps} steps, epsilon {plan.epsilon():.4g} at delta {plan.target_delta:g}"
         )
 
+    @property
+    def checked(self) -> bool:
+        """Whether `check` has passed since `start`, so that steps may be taken."""
+        return self._loss is not None
+
     def report(self) -> PrivacyReport:
         """What was spent so far, and on which assumptions."""
-        pair = "one pair of texts" if self.rows_per_example == 2 and self.config.privacy_unit is None else None
-        return self.mechanism.report(pair)
+        pairs = self.adapter.rows_per_example == 2 and self.config.privacy_unit is None
+        return self.mechanism.report("one pair of texts" if pairs else None)
 
     def open_spend_log(self, path: str | Path, state: dict[str, Any] | None = None) -> None:
-        """Begin a training, whose every step is written to this spend log before it is released; what it holds already counts.
+        """Begin a training whose every step is written to this spend log before it is released; what it holds already counts.
 
-        state: of a checkpoint that the training continues. Raises PrivacyError where another run writes the log, it cannot be
-        read or written, or it is of other data, and as `RunAccount.begin` does.
+        One run at a time writes a log; of several ranks the first one does. The log is private, see `SpendLog`.
+
+        Args:
+            path: of the file, which is made where there is none.
+            state: of the checkpoint that the training continues; None begins at step 0.
+
+        Raises:
+            PrivacyError: another run writes the log, it cannot be read or written, it is of other data, or what it or the
+                checkpoint holds cannot be added up with this training, see `RunAccount.begin`.
+            ValueError: no noise keeps the budget after what was spent.
         """
         ranks = Ranks()
         log: SpendLog | None = None
@@ -130,15 +152,21 @@ class PrivateTraining:
         collate: Callable[[list[Any]], Any],
         *,
         steps: int,
-        skipped: int = 0,
+        first_step: int,
         splits: int = 1,
         lengths: Tensor | None = None,
         **options: Any,
     ) -> DataLoader[Any]:
-        """Poisson draws from `dataset` (the one planned for, or it without some columns) for so many steps, in `splits` parts.
+        """The Poisson draws of so many steps, read and collated, each in `splits` parts.
 
-        skipped: how many of them the caller passes over, because they were taken before.
-        lengths: int64 (units,), to put units of like length into one part. options: of torch's DataLoader.
+        Args:
+            dataset: the one planned for, or it without some columns.
+            collate: a list of examples -> a mapping of model inputs.
+            steps: how many draws.
+            first_step: the number of the first one, counted from the beginning of this training; seeded draws depend on it.
+            splits: parts of a draw; the step adds all of them.
+            lengths: int64 (units,), to put units of like length into one part.
+            options: of torch's DataLoader.
         """
         return DataLoader(
             WithUnits(dataset),
@@ -146,21 +174,31 @@ class PrivateTraining:
                 self.mechanism.account.plan.sampler,
                 steps=steps,
                 splits=splits,
-                together=self.max_tokens is not None,  # `physical_batches` then sees the whole draw, and sorts it by length
+                in_one_part=self.max_tokens is not None,  # `physical_batches` then sees the whole draw, and sorts it by length
                 rows=self.rows,
                 max_examples_per_unit=self.config.max_examples_per_unit,
                 lengths=lengths,
                 seed=self.config.seed,
-                first_step=self.mechanism.account.taken - skipped,
+                first_step=first_step,
             ),
             collate_fn=UnitCollator(collate),
             **options,
         )
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """From now on the optimizer refuses gradients without noise. Raises PrivacyError unless it trains exactly the model."""
+        """Attach to model and optimizer: from now on the optimizer refuses gradients that `mechanism` did not release.
+
+        Args:
+            model: whose parameters with `requires_grad` are trained, as the loop calls it, wrapped or compiled.
+            optimizer: of exactly these parameters, wrapped by Accelerate or not.
+
+        Raises:
+            PrivacyError: the optimizer updates other parameters, or ranks have other data or settings than each other.
+            UnsupportedError: the model couples units, or cannot be trained on these ranks.
+        """
         if self.engine is not None:
             self.engine.detach()
+        self._loss = None
         self._require_same_data()
         if Ranks().size > 1 and is_compiled(model):
             raise UnsupportedError("torch.compile on several processes is not supported; leave it off, or use one process")
@@ -175,7 +213,7 @@ class PrivateTraining:
         ranks = Ranks()
         if ranks.size == 1:
             return
-        key = ranks.shared(secrets.token_hex(16))  # the ranks see each other's hashes, and nobody else does
+        key = ranks.shared(secrets.token_hex(16))  # hashes that only the ranks of this run can compare
         rows = None if self.rows is None else fingerprint_of([own.tolist() for own in self.rows], key, examples=len(self.rows))
         found = (fingerprint_of(self.dataset, key), rows)
         if any(other != found for other in ranks.gathered(found)):
@@ -184,104 +222,112 @@ class PrivateTraining:
                 "them: shuffle and filter with a fixed seed, or on the first rank only"
             )
 
-    def check(self, loader: DataLoader[Any], model_loss: ModelLoss, move: Move, *, reduced_precision: bool) -> None:
-        """Prove on the data themselves, before the first step, that steps will be private: see `preflight`."""
-        assert self.engine is not None
-        assert loader.collate_fn is not None
-        self._move = move
+    def check(self, loader: DataLoader[Any]) -> None:
+        """Prove on the data themselves, before the first step, that steps will be private: see `preflight`.
+
+        With `strategy="auto"`, choose by memory first: see `choose_by_memory`.
+
+        Args:
+            loader: of `loader`; its dataset and collator are used, nothing is drawn.
+
+        Raises:
+            PrivacyError: units are coupled, or weights or losses are not finite.
+            UnsupportedError: the loss or the layout of batches is none of those known.
+        """
+        engine = self._started()
         with Ranks().all_ranks_or_none():
-            require_finite_weights(self.engine.model, "nothing was trained")
-
-        def keys_of(unit: int, number: int) -> list[tuple[int, int]]:
-            own = [unit] if self.rows is None else self.rows[unit][: self.config.max_examples_per_unit].tolist()
-            return [(row, number) for row in own]
-
-        if self.strategy == "auto":
-            longest = choose_units(
-                self.mechanism.account.plan.sampler.n_units, lambda unit: loader.dataset[keys_of(unit, 0)[0]][0]
-            )[0]
-            example = loader.collate_fn(loader.dataset.__getitems__(keys_of(longest, 0)))  # type: ignore[attr-defined]
-            self._choose_by_memory(*self._prepared(example), torch.bfloat16 if reduced_precision else None)
-
-        self._loss = preflight(
-            self.engine,
-            model_loss,
-            loader.dataset,
-            loader.collate_fn,
-            self._prepared,
-            keys_of,
+            require_finite_weights(engine.model, "nothing was trained")
+        reader = UnitReader(
+            loader,
+            self.adapter,
+            rows=self.rows,
+            max_examples_per_unit=self.config.max_examples_per_unit,
             n_units=self.mechanism.account.plan.sampler.n_units,
-            rows_per_example=self.rows_per_example,
-            cut_padding=self.max_tokens is not None,
-            reduced_precision=reduced_precision,
         )
-        data: Any = loader.dataset
-        self._template = self._prepared(loader.collate_fn(data.__getitems__(keys_of(0, 0))))
-        attention = getattr(getattr(self.engine.model, "config", None), "_attn_implementation", None)
-        forms = sorted(set(self.engine.norm_methods().values()))
+        if self.strategy == "auto":
+            self._choose_strategy(engine, reader)
+        self._loss = preflight(engine, self.adapter, reader, cut_padding=self.max_tokens is not None)
+        if engine.sharded:
+            self._one_unit = reader.batch([0])
+        attention = getattr(getattr(engine.model, "config", None), "_attn_implementation", None)
+        methods = sorted(set(engine.norm_methods().values()))
         logger.info(
             f"preflight passed: the loss is a {self._loss.divides} over {self._loss.counted}, attention is {attention}, "
-            f"gradients are exact by {', '.join(forms)}"
+            f"gradients are exact by {', '.join(methods)}"
         )
 
-    def _choose_by_memory(self, batch: dict[str, Any], units: Units, autocast: torch.dtype | None) -> None:
-        """Set what strategy="auto" does, and say so. batch: of one unit, a long one."""
-        assert self.engine is not None
+    def _choose_strategy(self, engine: ClippingEngine, reader: UnitReader) -> None:
+        longest = choose_units(reader.n_units, reader.first_example)[0]
         strategy, because = choose_by_memory(
-            self.engine,
-            batch,
-            units,
-            loss_fn=model_loss_of,
-            max_rows=self.max_examples * self.rows_per_example,
+            engine,
+            *reader.batch([longest]),
+            loss_fn=model_loss,
+            max_rows=self.max_examples * self.adapter.rows_per_example,
             max_tokens=self.max_tokens,
             moments=self._moments,
-            autocast=autocast,
+            autocast=torch.bfloat16 if self.adapter.reduced_precision else None,
         )
-        self.engine.choose(strategy)
-        logger.warning(f"strategy='auto' chose {strategy}: {because}")
+        engine.choose(strategy)
+        logger.warning(f"strategy='auto' chose {strategy}: {because}")  # it decides how long training takes
 
     def add(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Add the clipped gradients of one part of a draw, and return its mean loss per label, for display only."""
-        assert self.engine is not None
+        """Add the clipped gradients of one part of a draw to the step.
+
+        Args:
+            inputs: a batch of `loader`, on any device; an empty one adds nothing.
+
+        Returns:
+            The part's mean loss per label, a scalar, for display only: it holds no noise.
+
+        Raises:
+            PrivacyError: training has diverged, or `check` has not passed.
+        """
+        engine = self._started()
         if self._loss is None:
             raise PrivacyError("a step before check(): how the loss divides is not known")
         total, labels = torch.zeros(()), 0.0
         parts = self._physical_batches(inputs)
-        # On ranks that compute together, each takes part in all forward and backward passes of the others.
-        most = max(Ranks().gathered(len(parts))) if self.engine.sharded else len(parts)
+        # On ranks that compute as one, each takes part in all forward and backward passes of the others.
+        most = max(Ranks().gathered(len(parts))) if engine.sharded else len(parts)
         for part, units in parts:
             scale = self._loss.scale(part, units) if self.config.unit_loss == "mean" else None
-            loss = self.engine.backward(self._loss, part, units, scale)
+            loss = engine.backward(self._loss, part, units, scale)
             total = total.to(loss.device) + loss
             labels += self._loss.count(part)
         for _ in range(most - len(parts)):
-            self.engine.participate(self._loss, *self._template)
+            engine.participate(self._loss, *self._one_unit)
         if Ranks().any(not bool(total.isfinite())):  # of one unit, which then adds zero; or of all
             with Ranks().all_ranks_or_none():
-                require_finite_weights(self.engine.model, "nothing was released")
+                require_finite_weights(engine.model, "nothing was released")
         return total / max(labels, 1.0)
 
+    def drop_step(self) -> None:
+        """Forget what was added to the step: it was clipped, but has no noise."""
+        self._started().model.zero_grad()
+
     def stop(self) -> None:
-        """Let go of model and optimizer, as they are without the library; what was spent stays counted."""
+        """Let go of model and optimizer, as they are without the library, and of the spend log; what was spent stays counted.
+
+        It may be called at any time, also twice, and after an error.
+        """
         self.mechanism.stop()
         self.mechanism.account.close()
         if self.engine is not None:
             self.engine.detach()
-            self.engine.model.zero_grad()  # what an interrupted step left was clipped, but has no noise
+            self.drop_step()
+
+    def _started(self) -> ClippingEngine:
+        if self.engine is None:
+            raise PrivacyError("the training was not started: call start(model, optimizer) first")
+        return self.engine
 
     def _physical_batches(self, inputs: Mapping[str, Any]) -> list[tuple[dict[str, Any], Units]]:
         of_example = inputs[UNITS]
         if not len(of_example):
             return []
-        batch, units = self._prepared(inputs)
+        batch, units = prepared(self.adapter, inputs)
         examples = torch.bincount(of_example.cpu(), minlength=units.n).tolist()
         return list(physical_batches(batch, units, examples, max_examples=self.max_examples, max_tokens=self.max_tokens))
-
-    def _prepared(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Units]:
-        batch = dict(inputs)
-        of_example = batch.pop(UNITS)
-        batch = dict(self._move(batch))
-        return batch, units_of(batch, of_example, self.rows_per_example)
 
 
 def require_finite_weights(model: nn.Module, outcome: str) -> None:
@@ -292,12 +338,6 @@ def require_finite_weights(model: nn.Module, outcome: str) -> None:
             f"training has diverged: {len(broken)} parameters are no longer finite, {broken[0]} for one; {outcome}. Resume an "
             "older checkpoint, or start anew, with a smaller learning rate; the steps taken count"
         )
-
-
-def model_loss_of(model: Any, batch: Batch) -> Tensor:
-    """What a Transformers model computes itself."""
-    loss: Tensor = model(**batch).loss
-    return loss
 
 
 def unwrapped(model: Any) -> Any:

@@ -343,7 +343,7 @@ def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool,
         config=config(),
         expected_batch_size=4,
         steps=steps,
-        spend_record=path,
+        spend_log=path,
     )
 
     def full(self: SpendLog) -> None:

@@ -258,7 +258,7 @@ def test_an_example_without_a_loss_is_found_before_training(rows: list[int], tmp
 def test_a_loop_counts_lost_steps(tmp_path: Path) -> None:
     record = tmp_path / "spend"
     accelerator = Accelerator(cpu=True)
-    private, _, optimizer = loop(accelerator=accelerator, spend_record=record)
+    private, _, optimizer = loop(accelerator=accelerator, spend_log=record)
     accelerator.register_for_checkpointing(private)  # type: ignore[no-untyped-call]
     for step, batch in enumerate(private.loader):
         private.backward(batch)
@@ -269,22 +269,22 @@ def test_a_loop_counts_lost_steps(tmp_path: Path) -> None:
         if step == 1:
             break  # and then it is killed
     with pytest.raises(PrivacyError, match="another run is writing"):
-        loop(spend_record=record)
+        loop(spend_log=record)
     private.stop()
 
     elsewhere = Accelerator(cpu=True)
-    again, _, optimizer = loop(accelerator=elsewhere, spend_record=record)
+    again, _, optimizer = loop(accelerator=elsewhere, spend_log=record)
     elsewhere.register_for_checkpointing(again)  # type: ignore[no-untyped-call]
     elsewhere.load_state(str(tmp_path / "state"))
     assert (again.report().steps, again.report().lost_steps, again.steps_left) == (2, 1, 2)
     assert run(again, optimizer) == 2
     assert again.report().steps == 4
     again.stop()
-    changed, _, _ = loop(spend_record=record, privacy=config(target_epsilon=50.0, noise_multiplier=None))
+    changed, _, _ = loop(spend_log=record, privacy=config(target_epsilon=50.0, noise_multiplier=None))
     assert changed.report().planned_steps == 4 + 3
     changed.stop()
     with pytest.raises(PrivacyError, match="the dataset changed"):
-        loop(spend_record=record, train_dataset=texts(seed=1))
+        loop(spend_log=record, train_dataset=texts(seed=1))
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.integrations.trainer import DPCallback
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.training.batches import PoissonBatches
+from tests.support.attributes import attributes, differing
 from tests.support.forks import exit_code
 from tests.support.models import loss_of, tiny
 from tests.support.oracle import clipped_sum, distance, unit_gradients
@@ -437,3 +439,111 @@ def test_a_run_may_be_resumed_more_than_once_and_across_epochs(tmp_path: Path) -
         trainer.train(resume_from_checkpoint=None if start is None else str(tmp_path / f"checkpoint-{start}"))
         assert trainer.state.global_step == dp.report().steps == stop
     assert dp.report().epsilon == dp.mechanism.account.plan.epsilon(14)
+
+
+# Detaching.
+
+
+def stock(cls: type[hf.Trainer], path: Path, **settings: Any) -> Any:
+    data = [{k: example[k] for k in ("input_ids", "labels")} for example in texts()]
+    settings = {"learning_rate": 1e-2, **settings}
+    return trainer_for("t5" if issubclass(cls, hf.Seq2SeqTrainer) else "gpt2", path, data, cls=cls, **settings)
+
+
+@pytest.mark.parametrize("cls", [hf.Trainer, hf.Seq2SeqTrainer])
+def test_detach_undoes_attach_attribute_by_attribute(cls: type[hf.Trainer], tmp_path: Path) -> None:
+    trainer = stock(cls, tmp_path)
+    trainer.log = log = partial(cls.log, trainer)  # an attribute of its own, which must not be lost
+    before = attributes(trainer)
+    dp = attached(trainer)
+    assert {"trainer.train", "trainer.log", "trainer.training_step"} < differing(before, attributes(trainer))
+    assert trainer.callback_handler.callbacks[0] is dp
+    dp.detach()
+    assert differing(before, attributes(trainer)) == set()
+    assert trainer.log is log
+    dp.detach()  # nothing is attached
+
+
+@pytest.mark.parametrize("cls", [hf.Trainer, hf.Seq2SeqTrainer])
+def test_detach_after_training_leaves_what_training_leaves(cls: type[hf.Trainer], tmp_path: Path) -> None:
+    """Nothing differs but what differs in a twin that was trained without privacy, and the history."""
+    twin, trainer = (stock(cls, tmp_path / name, save_strategy="steps", save_steps=1) for name in ("twin", "private"))
+    before_twin, before = attributes(twin), attributes(trainer)
+    dp = attached(trainer)
+    twin.train()
+    trainer.train()
+    steps = dp.report().steps
+    dp.detach()
+    left = differing(before, attributes(trainer)) - differing(before_twin, attributes(twin))
+    assert {name for name in left if not name.startswith("state.log_history[")} == set()
+    assert dp.report().steps == steps == 2
+
+
+def test_a_detached_trainer_trains_without_privacy_and_can_be_attached_again(tmp_path: Path) -> None:
+    never, trainer = (stock(hf.Trainer, tmp_path / name) for name in ("never", "private"))
+    dp = attached(trainer)
+    dp.detach()
+    for each in (never, trainer):
+        each.train()
+    for name, value in never.model.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[name])
+    assert "loss" in trainer.state.log_history[0]
+    assert "privacy/epsilon" not in trainer.state.log_history[0]
+    for again in (trainer, stock(hf.Trainer, tmp_path / "another")):
+        assert dp.attach(again) is dp
+        again.train()
+        assert again.state.log_history[0]["privacy/epsilon"] > 0
+        assert dp.report().steps == 2
+        dp.detach()
+
+
+def test_detach_keeps_what_others_did_to_the_callbacks(tmp_path: Path) -> None:
+    trainer = stock(hf.Trainer, tmp_path)
+    mine, theirs = DPCallback(config()), hf.TrainerCallback()
+    trainer.add_callback(mine)
+    trainer.add_callback(hf.EarlyStoppingCallback)
+    names = [type(callback) for callback in trainer.callback_handler.callbacks]
+    mine.attach(trainer)
+    trainer.add_callback(theirs)
+    mine.detach()
+    assert [type(callback) for callback in trainer.callback_handler.callbacks] == [*names, hf.TrainerCallback]
+    with pytest.raises(PrivacyError, match=r"not attached.*remove_callback"):
+        trainer.train()
+    trainer.remove_callback(hf.EarlyStoppingCallback)
+    trainer.remove_callback(mine)
+    trainer.train()
+
+
+class Detaches(hf.TrainerCallback):
+    def __init__(self, dp: DPCallback) -> None:
+        self.dp = dp
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.dp.detach()
+
+
+def test_detach_during_training_is_an_error_and_after_it_is_none(tmp_path: Path) -> None:
+    trainer = stock(hf.Trainer, tmp_path)
+    dp = attached(trainer)
+    trainer.add_callback(Detaches(dp))
+    with pytest.raises(PrivacyError, match="remaining steps would be without noise"):
+        trainer.train()
+    assert dp.report().steps == 1
+    dp.detach()
+    assert "train" not in vars(trainer)
+
+
+@pytest.mark.parametrize("failing", ["put_first", "refuse_settings", "PrivateTraining"])
+def test_an_attach_that_fails_leaves_nothing_behind(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("in the test")
+
+    trainer = stock(hf.Trainer, tmp_path)
+    before, dp = attributes(trainer), DPCallback(config())
+    with monkeypatch.context() as patch:
+        patch.setattr(f"dp_flash_hf.integrations.trainer.{failing}", fail)
+        with pytest.raises(MemoryError, match="in the test"):
+            dp.attach(trainer)
+    assert differing(before, attributes(trainer)) == set()
+    dp.attach(trainer)
+    trainer.train()

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.integrations import trl as trl_trainers
 from dp_flash_hf.integrations.trainer import DPCallback
 from dp_flash_hf.units import Units
+from tests.support.attributes import attributes, differing
 from tests.support.oracle import clipped_sum, distance, total_norm, unit_gradients
 from tests.support.trainers import attached, config, draws, watch, without_dropout
 
@@ -281,21 +283,34 @@ def test_padding_free_users_are_padded_users(tmp_path: Path, monkeypatch: pytest
     assert distance(flat, padded) <= ROUNDING
 
 
+class Forwards(hf.TrainerCallback):
+    """The model's forward, after every step."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.seen = model, list[Any]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(self.model.forward)
+
+
 def test_a_trained_head_is_called_and_a_frozen_one_stays_fused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the fused kernel a trained head is exact too, but one unit at a time."""
+    """While training. With the fused kernel a trained head is exact too, but one unit at a time."""
     single = alone(sft_of("padded", tmp_path), DRAWN)
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for frozen in (False, True):
         caplog.clear()
+        trainer = sft_of("LoRA" if frozen else "padded", tmp_path)()
+        model = trainer.model.get_base_model() if frozen else trainer.model
+        before, during = model.forward, Forwards(model)
+        trainer.add_callback(during)
+        attached(trainer)
         with caplog.at_level(logging.INFO):
-            trainer = sft_of("LoRA" if frozen else "padded", tmp_path)()
-            forward = (trainer.model.get_base_model() if frozen else trainer.model).forward
-            attached(trainer)
-        assert ((trainer.model.get_base_model() if frozen else trainer.model).forward is forward) == frozen
+            trainer.train()
+        assert (during.seen == [before]) == frozen
         assert ("fused head is off" in caplog.text) != frozen
-    monkeypatch.setattr(trl_trainers, "call_the_head", lambda trainer: None)
+        assert model.forward == before
+    monkeypatch.setattr(trl_trainers, "call_the_head", lambda undo, trainer: None)
     with pytest.warns(UserWarning, match=r"lm_head\.weight.*Every unit is now computed by itself"):
         (got,), dp, _ = sums_of(sft_of("padded", tmp_path), monkeypatch, DRAWN, max_grad_norm=1.0)
     assert set(dp.engine.norm_methods().values()) == {"microbatch"}
@@ -304,12 +319,17 @@ def test_a_trained_head_is_called_and_a_frozen_one_stays_fused(
 
 def test_the_called_head_evaluates_as_the_fused_one(tmp_path: Path) -> None:
     for make in (sft, dpo):
-        trainer = make(tmp_path, eval_dataset=(texts() if make is sft else pairs()).select(range(5)), **REFERENCE[make is dpo])
-        wanted = trainer.evaluate()
+        held_out = (texts() if make is sft else pairs()).select(range(5))
+        trainer = make(tmp_path, eval_dataset=held_out, eval_strategy="steps", eval_steps=1, **REFERENCE[make is dpo])
+        wanted, fused, during = trainer.evaluate(), trainer.model.forward, Forwards(trainer.model)
+        trainer.add_callback(during)
         attached(trainer)
-        got = trainer.evaluate()
+        trainer.train()
+        assert len(during.seen) == 1
+        assert during.seen != [fused]
+        got = next(logs for logs in trainer.state.log_history if "eval_loss" in logs)
         for name in wanted:
-            if not any(word in name for word in ("runtime", "second", "num_tokens")):
+            if not any(word in name for word in ("runtime", "second", "num_tokens", "model_preparation_time")):
                 assert got[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), name
 
 
@@ -553,10 +573,7 @@ def test_nothing_without_noise_is_logged_unmarked(
 
 def test_looks_at_training_data_would_be_logged_as_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative: what is learnt on training data in evaluation mode must be forgotten."""
-    forget = trl_trainers.forget_metrics
-    monkeypatch.setattr(
-        trl_trainers, "forget_metrics", lambda trainer, mode: forget(trainer, mode) if mode == "train" else None
-    )
+    monkeypatch.setattr(trl_trainers, "without_metrics", lambda trainer: nullcontext())
     everything, trainer = logged(sft, tmp_path)
     during = next(logs for logs in everything if "eval_loss" in logs)
     assert during["eval_entropy"] != pytest.approx(trainer.evaluate()["eval_entropy"], rel=1e-6)
@@ -708,7 +725,31 @@ def test_other_trainers_are_left_alone(tmp_path: Path) -> None:
     assert trl_trainers.refusals(trainer) == {}
     assert trl_trainers.as_rows(trainer, batch)["margin"] is batch["margin"]
     assert trl_trainers.as_collated(trainer, batch)["margin"] is batch["margin"]
-    for mode in ("train", "eval"):
-        trl_trainers.forget_metrics(trainer, mode)
+    with trl_trainers.without_metrics(trainer), trl_trainers.on_one_rank(trainer):
+        assert not hasattr(trainer, "_metrics")
     trl_trainers.mark_metrics(trainer)
     assert math.isfinite(DPCallback(config()).config.max_grad_norm)
+
+
+# Detaching.
+
+
+@pytest.mark.parametrize("make", [sft, dpo, reward])
+def test_detach_undoes_attach_and_training(make: Callable[..., Any], tmp_path: Path) -> None:
+    """In bfloat16, where Accelerate wraps the forward that TRL replaced; the head of SFT and DPO is trained."""
+    settings: dict[str, Any] = {**REFERENCE[make is dpo], "bf16": True, "learning_rate": 1e-2}
+    settings["gradient_checkpointing"] = False  # with it, each loss of TRL's DPO leaves one hook more on the embedding
+    twin, trainer = (make(tmp_path / name, **settings) for name in ("twin", "private"))
+    before_twin, before = attributes(twin), attributes(trainer)
+    dp = attached(trainer)
+    dp.detach()
+    assert differing(before, attributes(trainer)) == set()
+    dp.attach(trainer)
+    twin.train()
+    trainer.train()
+    dp.detach()
+    left = differing(before, attributes(trainer)) - differing(before_twin, attributes(twin))
+    assert {name for name in left if not name.startswith("state.log_history[")} == set()
+    trainer.train()
+    assert "loss" in trainer.state.log_history[0]
+    assert not {name for logs in trainer.state.log_history for name in logs if name.startswith(("privacy/", "not_private/"))}

@@ -21,7 +21,7 @@ from dp_flash_hf.engine.layout_probing import training_mode
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.training.losses import UnitLoss, learn_loss
 from dp_flash_hf.training.preflight import check_alone, check_training_mode
-from dp_flash_hf.units import Units, select_unit
+from dp_flash_hf.units import Units
 from tests.support.models import Batch
 from tests.support.oracle import clipped_sum, grads, total_norm, unit_gradients
 from tests.support.zoo import NotBuiltError, Specimen, build
@@ -129,7 +129,6 @@ class _Candidate:
                     model_loss,
                     specimen.batch,
                     units,
-                    lambda whole, unit: select_unit(whole, units, unit),
                     n_classes=getattr(specimen.model.config, "num_labels", None),
                 )
             return cls(specimen, engine, loss, units, loss.scale(specimen.batch, units))

@@ -53,9 +53,7 @@ def model_loss(model: Any) -> Any:
 def learnt(model: Any, batch: dict[str, Any], units: Units | None = None) -> UnitLoss:
     units = units or Units.rows(len(batch["input_ids"]))
     tolerance = 1e-2 if model.dtype == torch.bfloat16 else 1e-4
-    return learn_loss(
-        model_loss(model.eval()), batch, units, lambda whole, unit: select_unit(whole, units, unit), tolerance=tolerance
-    )
+    return learn_loss(model_loss(model.eval()), batch, units, tolerance=tolerance)
 
 
 def rounded(loss: UnitLoss) -> tuple[str, str]:
@@ -218,7 +216,7 @@ def test_class_weights_are_refused_whatever_the_classes_of_the_first_rows(labels
 
         batch = {"row": torch.arange(3), "labels": torch.tensor(labels)}
         units = Units.rows(3)
-        return learn_loss(model_loss, batch, units, lambda whole, unit: select_unit(whole, units, unit), n_classes=4)
+        return learn_loss(model_loss, batch, units, n_classes=4)
 
     assert weighted([1.0, 1.0, 1.0, 1.0]).divides == "mean"
     with pytest.raises(UnsupportedError, match="share a denominator"):

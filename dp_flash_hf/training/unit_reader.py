@@ -1,0 +1,61 @@
+"""Reading chosen units outside of any draw: what the checks before the first step compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dp_flash_hf.training.adapter import TrainingAdapter, prepared
+from dp_flash_hf.units import Units
+
+Key = tuple[int, int]  # (row of the dataset, number of its unit in the batch)
+
+
+class UnitReader:
+    """Reads units by their number, through the dataset, collator and adapter that steps use.
+
+    Args:
+        loader: of `PrivateTraining.loader`; its dataset and collator are used, nothing is drawn from it.
+        adapter: of the integration.
+        rows: for every unit, the int64 (rows,) that it owns; None where unit i is row i.
+        max_examples_per_unit: the first so many rows of a unit are read; None reads all.
+        n_units: of the whole data.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        adapter: TrainingAdapter,
+        *,
+        rows: Sequence[Tensor] | None,
+        max_examples_per_unit: int | None,
+        n_units: int,
+    ) -> None:
+        assert loader.collate_fn is not None
+        self.dataset: Any = loader.dataset
+        self.collate = loader.collate_fn
+        self.adapter, self.n_units = adapter, n_units
+        self._rows, self._most = rows, max_examples_per_unit
+
+    def keys(self, units: Sequence[int]) -> list[Key]:
+        """The keys of all rows of these units, which are numbered from 0 in this order."""
+        return [(row, number) for number, unit in enumerate(units) for row in self._rows_of(unit)]
+
+    def examples(self, keys: Sequence[Key]) -> list[tuple[Any, int]]:
+        """The (example, number of its unit) pairs that the collator is given."""
+        found: list[tuple[Any, int]] = self.dataset.__getitems__(list(keys))
+        return found
+
+    def first_example(self, unit: int) -> Any:
+        """The first example of a unit, as the dataset holds it."""
+        return self.examples(self.keys([unit])[:1])[0][0]
+
+    def batch(self, units: Sequence[int]) -> tuple[dict[str, Any], Units]:
+        """One batch of all rows of these units, on the model's device."""
+        return prepared(self.adapter, self.collate(self.examples(self.keys(units))))
+
+    def _rows_of(self, unit: int) -> list[int]:
+        return [unit] if self._rows is None else self._rows[unit][: self._most].tolist()

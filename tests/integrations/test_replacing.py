@@ -1,0 +1,64 @@
+"""Changes of others' objects, and how they are undone."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from dp_flash_hf.integrations.replacing import put_first, replace_attribute
+
+
+def test_an_attribute_is_restored_or_deleted_last_change_first() -> None:
+    owner = SimpleNamespace(own=1)
+    with ExitStack() as undo:
+        for name, value in (("own", 2), ("own", 3), ("new", 4)):
+            replace_attribute(undo, owner, name, value)
+        assert vars(owner) == {"own": 3, "new": 4}
+    assert vars(owner) == {"own": 1}
+
+
+def test_what_is_gone_already_is_no_error() -> None:
+    owner, items = SimpleNamespace(), ["a"]
+    with ExitStack() as undo:
+        replace_attribute(undo, owner, "new", 1)
+        put_first(undo, items, "b")
+        del owner.new
+        items.remove("b")
+    assert vars(owner) == {}
+    assert items == ["a"]
+
+
+def test_a_change_that_fails_undoes_those_before_it() -> None:
+    module = nn.Linear(2, 2)
+    before = dict(vars(module))
+
+    def change() -> None:
+        with ExitStack() as undo:
+            replace_attribute(undo, module, "forward", module.extra_repr)
+            replace_attribute(undo, module, "weight", 1)  # torch refuses it
+
+    with pytest.raises(TypeError):
+        change()
+    assert vars(module) == before
+
+
+def test_a_stack_that_is_forgotten_undoes_nothing() -> None:
+    """Or a callback that nobody holds any more would silently give a trainer back without privacy."""
+    owner = SimpleNamespace(own=1)
+    undo = ExitStack()
+    replace_attribute(undo, owner, "own", 2)
+    del undo
+    assert owner.own == 2
+
+
+@pytest.mark.parametrize("items", [["x", "y"], ["y", "x"], ["y"], []])
+def test_first_and_back_in_its_place(items: list[str]) -> None:
+    before = list(items)
+    with ExitStack() as undo:
+        put_first(undo, items, "x")
+        assert items[0] == "x"
+        assert items.count("x") == 1
+    assert items == before
