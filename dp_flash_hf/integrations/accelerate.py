@@ -49,6 +49,8 @@ def make_private(
 ) -> PrivateLoop:
     """Make a training loop private, with the guarantee of `DPCallback`.
 
+    The loop takes its batches and its gradients from what this returns::
+
         private = make_private(model=model, optimizer=optimizer, train_dataset=dataset, collate_fn=collate,
                                accelerator=accelerator, config=PrivacyConfig(...), expected_batch_size=64, epochs=3)
         for batch in private.loader:        # one Poisson draw for every step left, some of them empty
@@ -153,8 +155,8 @@ class PrivateLoop:
     Schedulers that step once for every optimizer step work as they are. Gradient accumulation is not needed: a batch of
     `loader` is a whole step, computed in parts that fit.
 
-    Edge cases: an empty draw must be given to `backward` like any other. A unit whose gradient is not finite adds zero. When
-    computing a batch fails, the same batch may be given again; see `backward`.
+    **Edge cases.** An empty draw must be given to `backward` like any other. A unit whose gradient is not finite adds zero.
+    When computing a batch fails, the same batch may be given again; see `backward`.
 
     Args:
         training: started.

@@ -40,18 +40,20 @@ logger = logging.getLogger(__name__)
 class DPCallback(TrainerCallback, ExportableState):
     """Differentially private training for a `Trainer` or `Seq2SeqTrainer`, and TRL's SFT, DPO and reward trainers.
 
+    Two lines are added to a training::
+
         dp = DPCallback(PrivacyConfig(target_epsilon=8.0, target_delta=1e-6)).attach(trainer)
         trainer.train()
         print(dp.report().to_text())
 
-    Guarantee: the weights after training, and every checkpoint and weight in between taken together, are (epsilon,
+    **Guarantee.** The weights after training, and all checkpoints on the way to them, are as a whole (epsilon,
     delta)-differentially private under adding or removing one unit, an example or all rows of one `privacy_unit`. Each step
     sums the units' gradients, clipped to `PrivacyConfig.max_grad_norm`, adds Gaussian noise, and divides by the expected batch
     size: DP-SGD (Abadi et al. 2016, https://arxiv.org/abs/1607.00133). Steps are drawn by Poisson sampling, which is what is
     accounted. Losses that are logged hold no noise, and are named `not_private/...`; evaluation on held-out data is the
     trainer's own. The accountant's assumptions are in `report()`.
 
-    What settings of `TrainingArguments` mean:
+    **What settings of** `TrainingArguments` **mean.**
 
     - `per_device_train_batch_size * gradient_accumulation_steps`, times the number of processes, is the *expected* batch
       size; how many units a step draws varies. They are computed in physical batches of at most `per_device_train_batch_size`
@@ -62,7 +64,7 @@ class DPCallback(TrainerCallback, ExportableState):
     - Optimizer, learning rate schedule, weight decay, precision (bfloat16, not float16), gradient checkpointing and logging
       are as always. Settings under which the guarantee would not hold are refused, all in one message.
 
-    Edge cases:
+    **Edge cases.**
 
     - Every noisy step is written to a spend log in `output_dir` before it is released. A run that is killed has its steps
       there, and they count, with those of earlier trainings in that folder.

@@ -63,8 +63,8 @@ class UnitLoss:
     with some of them, the sum over those. Nothing in it depends on what else was drawn. How the model divides is a public
     property of its code, found by `learn_loss`.
 
-    Edge cases: a batch without a label has loss 0, where a model that takes means would divide 0 by 0. A unit without a label
-    adds 0, and `scale` gives it the factor 0.
+    **Edge cases.** A batch without a label has loss 0, where a model that takes means would divide 0 by 0. A unit without a
+    label adds 0, and `scale` gives it the factor 0.
 
     Attributes:
         model_loss: the loss as the model computes it, `(batch, num_items) -> scalar`.
@@ -93,7 +93,7 @@ class UnitLoss:
         return loss * count if self.divides == "mean" else loss
 
     def count(self, batch: Batch) -> int:
-        """How many labels the batch has, of all units together."""
+        """How many labels the batch has, of all units."""
         valid = _valid_labels(batch, self.counted)
         return leading_shape(batch)[0] // self.rows_per_example if valid is None else int(valid.sum())
 
@@ -124,7 +124,7 @@ def learn_loss(
     every way of counting gives another value, whatever the data are; and so do class weights, which divide by the weights of
     the classes in the batch.
 
-    It cannot see a loss that divides otherwise for inputs unlike these: `preflight` compares units alone and together again,
+    It cannot see a loss that divides otherwise for inputs unlike these: `preflight` compares units alone and in a batch again,
     on the data's own labels.
 
     Args:

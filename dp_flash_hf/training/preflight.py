@@ -62,7 +62,7 @@ def preflight(engine: ClippingEngine, adapter: TrainingAdapter, reader: UnitRead
     check_collator(reader, reader.keys(chosen))
     reduced_precision = adapter.reduced_precision or engine.reduces_precision
     loss = _learnt(engine, adapter, batch, units, chosen, tolerance=1e-2 if reduced_precision else 1e-4)
-    reduced_precision = adapter.reduced_precision or engine.reduces_precision  # layers may have told
+    reduced_precision = adapter.reduced_precision or engine.reduces_precision  # known once layers have run
     tolerance = 0.05 if reduced_precision else 1e-3
     with_equal_shapes = 1e-3 if reduced_precision else 1e-5  # when there is little rounding to allow for
     scale = loss.scale(batch, units)
@@ -223,7 +223,7 @@ def check_packing(
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or tuple(labels.shape) != units.shape:
-        raise UnsupportedError("a flattened batch without a label for every token: its texts' losses cannot be told apart")
+        raise UnsupportedError("a flattened batch without a label for every token: its texts' losses cannot be separated")
     with training_mode(model, False), torch.no_grad():
         for unit in range(units.n):
             own = (units.of_item == unit).view(units.shape).to(labels.device)

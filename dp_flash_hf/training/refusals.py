@@ -26,7 +26,7 @@ def accelerator_refusals(accelerator: Accelerator) -> dict[str, bool]:
         f"{kind}: its engine owns backward and adds gradients up before they are clipped; use FSDP2 (fsdp_version 2), or DDP": (
             kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
         ),
-        "FSDP version 1: it flattens parameters, so their per-unit norms cannot be told apart; use FSDP2 (fsdp_version: 2)": (
+        "FSDP version 1: it flattens parameters, so their per-unit norms cannot be separated; use FSDP2 (fsdp_version: 2)": (
             kind == DistributedType.FSDP and not accelerator.is_fsdp2
         ),
         f"{kind}: not supported; use DDP or FSDP2 on GPUs or CPUs": kind in (DistributedType.XLA, DistributedType.MULTI_SDAA),

@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 class PrivateTraining:
     """Draws, clipped sums, noise, accounting, and the checks before the first step, for a loop that somebody else runs.
 
+    In this order::
+
         training = PrivateTraining(config, dataset, adapter, ...)
         training.open_spend_log(path)                            # or not
         loader = training.loader(dataset, collate, steps=..., splits=...)
@@ -51,13 +53,13 @@ class PrivateTraining:
         for every step: training.add(part) for its parts; training.mechanism.release(); optimizer.step(); optimizer.zero_grad()
         training.stop()
 
-    What is released in a step is the sum of the drawn units' gradients, each clipped to `config.max_grad_norm`, plus Gaussian
-    noise, divided by the expected batch size; `mechanism` is the only way a gradient reaches the optimizer. The guarantee is
-    (epsilon, delta)-differential privacy under adding or removing one unit, for everything that is computed from the weights
+    **Guarantee.** What is released in a step is the sum of the drawn units' gradients, each clipped to `config.max_grad_norm`,
+    plus Gaussian noise, divided by the expected batch size; `mechanism` is the only way a gradient reaches the optimizer. That
+    is (epsilon, delta)-differential privacy under adding or removing one unit, for everything that is computed from the weights
     (Abadi et al. 2016, https://arxiv.org/abs/1607.00133); losses and norms that are shown meanwhile are not covered.
 
-    Edge cases: an empty draw is a step like any other. A unit whose gradient is not finite adds zero. A unit without a label
-    adds zero. On several ranks every method is called by all of them, and what one refuses, all refuse.
+    **Edge cases.** An empty draw is a step like any other. A unit whose gradient is not finite adds zero. A unit without a
+    label adds zero. On several ranks every method is called by all of them, and what one refuses, all refuse.
 
     Args:
         config: the privacy parameters.

@@ -1,4 +1,4 @@
-"""FSDP2 as Accelerate sets it up, from the Trainer's `fsdp` settings or a plugin: training in one process, split up.
+"""FSDP2 as Accelerate sets it up, from the Trainer's `fsdp` settings or a plugin: training in one process, sharded.
 
 Accelerate offers it on GPUs only; `tests.support.ranks.fsdp_on_cpu` lifts that, and all else that runs here is its own.
 `tests/support/fsdp2_gpu.py` runs the same on GPUs.
@@ -68,7 +68,7 @@ def trained(
 ) -> dict[str, Tensor]:
     """Parameters after three steps without noise, of 12 units expected in each, on however many ranks there are.
 
-    more: what `fsdp_config` says besides; None: not split up.
+    more: what `fsdp_config` says besides; None: not sharded.
     """
     with fsdp_on_cpu():
         settings: dict[str, Any] = {"max_steps": 3, "gradient_accumulation_steps": accumulation}
@@ -169,7 +169,7 @@ def test_a_sharded_checkpoint_of_a_trainer_resumes_on_another_number_of_ranks(tm
 
 
 def looped(replicas: int = 0, precision: str | None = None, strategy: Strategy = "auto") -> dict[str, Tensor]:
-    """Parameters after three steps of a loop with Accelerate, without noise. replicas: of what is split up; 0: it is whole."""
+    """Parameters after three steps of a loop with Accelerate, without noise. replicas: of what is sharded; 0: it is whole."""
     fresh()
     with fsdp_on_cpu():
         settings: dict[str, Any] = {"cpu": True, "mixed_precision": precision}

@@ -1,4 +1,4 @@
-"""Private training on several ranks is private training on one: the same draws, sums, noise and books."""
+"""Private training on several ranks is private training on one: the same draws, sums, noise and ledgers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def model_of(kind: str, family: str = "llama", dtype: torch.dtype = torch.float3
 def loop(
     kind: str, *, lora: bool = False, rows: int = 3, batch: int = 9, steps: int = 3, noise: bool = False
 ) -> dict[str, Tensor]:
-    """The parameters after some steps of a loop with Accelerate; draws by a fixed seed, the same for all numbers of ranks."""
+    """The parameters after some steps of a loop with Accelerate; draws by a fixed seed, the same for however many ranks."""
     fresh()
     model = model_of(kind, lora=lora)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -127,7 +127,7 @@ def test_a_trainer_on_ranks_is_a_trainer_in_one_process(accumulation: int, chang
 
 
 def noisy_loop(kind: str) -> list[int]:
-    """What 20 noisy steps leave in the parameters of this rank, in a few numbers."""
+    """What 20 noisy steps leave in the parameters of this rank, in a few values."""
     return [checksum(p) for p in loop(kind, steps=20, noise=True).values()]
 
 
@@ -228,20 +228,20 @@ def sharded_checkpoint(folder: str, save: bool) -> tuple[list[int], int, float]:
             optimizer.step()
             optimizer.zero_grad()
 
-    books = Path(folder, "books.json")
+    saved = Path(folder, "spent.json")
     if save:
         train(3)
         model_state, optimizer_state = get_state_dict(model, optimizer)
         save_sharded({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
         if Ranks().first:
-            books.write_text(json.dumps(private.state_dict()))
+            saved.write_text(json.dumps(private.state_dict()))
         dist.barrier()
     else:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         load_sharded(state, checkpoint_id=folder)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        private.load_state_dict(json.loads(books.read_text()))
+        private.load_state_dict(json.loads(saved.read_text()))
         assert private.steps_left == 2
     moments = [optimizer.state[p]["exp_avg"] for p in model.parameters()]
     found = [checksum(whole(t.detach())) for t in (*model.parameters(), *moments)]
@@ -283,7 +283,7 @@ def trl_trained(name: str, path: str) -> tuple[dict[str, Tensor], list[str]]:
 
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_trl_on_ranks(name: str, tmp_path: Path) -> None:
-    """Their losses gather metrics from all ranks, which here compute different numbers of physical batches."""
+    """Their losses gather metrics from all ranks, of which some here compute more physical batches than others."""
     wanted, logged = trl_trained(name, str(tmp_path / "one"))
     for found, logged_there in world(2).run(trl_trained, name, str(tmp_path / "two")):
         for key in wanted:
@@ -298,10 +298,10 @@ def trained_split(path: str, fsdp: int, replicas: int, lora: bool) -> dict[str, 
     if Ranks().size > 1:
         settings["distributed_config"] = DistributedConfig(fsdp_size=fsdp, dp_replicate_size=replicas)
     model: Any = without_dropout(hf.AutoModelForCausalLM.from_pretrained(path, attn_implementation="dp_flash", **settings))
-    if lora:  # adapters that are not split up, on a model that is
+    if lora:  # adapters that are not sharded, on a model that is
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
         for p in model.parameters():
-            if p.requires_grad and Ranks().first:  # the others begin with other numbers, and are given these
+            if p.requires_grad and Ranks().first:  # the others begin with other values, and are given these
                 p.data = torch.linspace(-1, 1, p.numel()).view(p.shape)
     share = 8 // Ranks().size
     trainer = trainer_for(
@@ -327,7 +327,7 @@ def test_a_trainer_with_fsdp2(fsdp: int, replicas: int, lora: bool, tmp_path: Pa
 
 
 def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool, bool, list[str]]:
-    """Of a loop with a spend record: error, steps on the books, lost ones, if weights changed, if all is on record, writers."""
+    """Of a loop with a spend log: error, steps counted, lost ones, if weights changed, if all are in the log, writers."""
     fresh()
     model = model_of("none")
     before = checksum(model.lm_head.weight)
@@ -376,7 +376,7 @@ def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool,
 
 
 def test_a_record_of_several_ranks(tmp_path: Path) -> None:
-    """The first rank writes it, all release only what is on it, and all go on with its books."""
+    """The first rank writes it, all release only what is in it, and all go on from what it holds."""
     path = str(tmp_path / "record")
     first, second = world(2).run(recorded, path, 2, True)
     assert first[0] == "PrivacyError: no space left on device"
@@ -493,7 +493,7 @@ def traffic(path: str) -> list[tuple[str, float]]:
         # DDP's own reducer works below Python: it would start here.
         patch.setattr(DistributedDataParallel, "forward", lambda *args, **kwargs: pytest.fail("DDP's forward was called"))
         trainer.train()
-    return [(where, numbers / size) for where, numbers in seen]
+    return [(where, values / size) for where, values in seen]
 
 
 def test_gradients_are_added_up_once_a_step(tmp_path: Path) -> None:

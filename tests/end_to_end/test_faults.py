@@ -104,13 +104,13 @@ def test_without_a_whole_checkpoint_training_starts_anew_and_the_books_go_on(
         flip(checkpoint / "model.safetensors")
     trainer, dp = training(tmp_path)
     trainer.train(resume_from_checkpoint=True)
-    assert "training starts from the beginning, and its books go on" in caplog.text
+    assert "training starts from the beginning, and what was spent counts" in caplog.text
     assert (trainer.state.global_step, dp.report().steps, dp.report().lost_steps) == (4, 6, 2)
 
 
 def test_without_record_and_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -> None:
     trainer, _ = training(tmp_path)
-    with pytest.raises(PrivacyError, match="no whole checkpoint and no spend record"):
+    with pytest.raises(PrivacyError, match="no whole checkpoint and no spend log"):
         trainer.train(resume_from_checkpoint=True)
     assert not (tmp_path / FILE_NAME).exists()
 
@@ -151,7 +151,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def test_a_full_disk_while_saving(disk: Callable[[str], Path]) -> None:
-    """What fitted of the checkpoint is gone, its step is on record, and with space the training goes on."""
+    """What fitted of the checkpoint is gone, its step is in the spend log, and with space the training goes on."""
     folder = disk("size=40k")
     trainer, _ = training(folder)
     with pytest.raises(RuntimeError, match=r"checkpoint-1 could not be written .*removed; free space"):
@@ -211,7 +211,7 @@ def test_another_dataset(resume: bool | None, tmp_path: Path) -> None:
     assert steps_in(tmp_path) == 2
 
 
-# Numbers that are none.
+# Values that are no numbers.
 
 
 class Diverges(hf.TrainerCallback):
@@ -272,10 +272,10 @@ def test_a_loop_counts_lost_steps(tmp_path: Path) -> None:
         loop(spend_log=record)
     private.stop()
 
-    elsewhere = Accelerator(cpu=True)
-    again, _, optimizer = loop(accelerator=elsewhere, spend_log=record)
-    elsewhere.register_for_checkpointing(again)  # type: ignore[no-untyped-call]
-    elsewhere.load_state(str(tmp_path / "state"))
+    another = Accelerator(cpu=True)
+    again, _, optimizer = loop(accelerator=another, spend_log=record)
+    another.register_for_checkpointing(again)  # type: ignore[no-untyped-call]
+    another.load_state(str(tmp_path / "state"))
     assert (again.report().steps, again.report().lost_steps, again.steps_left) == (2, 1, 2)
     assert run(again, optimizer) == 2
     assert again.report().steps == 4

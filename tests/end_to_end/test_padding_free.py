@@ -1,4 +1,4 @@
-"""Documents sampled as documents, computed in one flattened row: the numbers of padded batches, or no training."""
+"""Documents sampled as documents, computed in one flattened row: the values of padded batches, or no training."""
 
 from __future__ import annotations
 

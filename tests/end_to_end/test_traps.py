@@ -452,7 +452,7 @@ def test_6_4_the_loader_draws_poisson_batches_and_splits_them_without_loss(
     seen = watch(monkeypatch)
     values, drawn = sampling_test(tmp_path)
     assert min(values) > 1e-3
-    assert drawn == seen.drawn[: len(drawn)]  # in parts, nobody is lost, repeated or moved
+    assert drawn == seen.drawn[: len(drawn)]  # in parts, no unit is lost, repeated or moved
 
 
 def test_6_4_would_fail_for_shuffled_batches_of_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1024,13 +1024,13 @@ def without_privacy(checkpoint: Path, path: Path) -> Path:
 
 
 def test_6_10_a_checkpoint_continues_the_same_books(checkpoint: Path, tmp_path: Path) -> None:
-    """Promise 10: state is saved with the checkpoint, public numbers only."""
+    """Promise 10: state is saved with the checkpoint, public values only."""
     dp = resumed(checkpoint, tmp_path)
     assert dp.report().steps == 2
     assert dp.report().epsilon == dp.mechanism.account.plan.epsilon(2)
     saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["DPCallback"]
-    (books,) = saved["attributes"]["privacy"]["ledgers"].values()
-    assert books["entries"][0]["steps"] == 1
+    (ledger,) = saved["attributes"]["privacy"]["ledgers"].values()
+    assert ledger["entries"][0]["steps"] == 1
 
 
 @pytest.mark.parametrize(
@@ -1085,7 +1085,7 @@ def test_6_10_a_checkpoint_without_privacy_state_is_an_error(
 def test_6_10_a_checkpoint_partly_trained_without_privacy_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     target = without_privacy(checkpoint, tmp_path)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    state["global_step"] = 2  # one more than its books hold
+    state["global_step"] = 2  # one more than its ledgers hold
     (target / "trainer_state.json").write_text(json.dumps(state))
     with pytest.raises(PrivacyError, match="took 2 steps but accounts for 1"):
         resumed(target, tmp_path)

@@ -250,7 +250,7 @@ def test_the_loss_shown_is_the_mean_over_labels(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_draw_may_not_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skipping empty batches, as loops do, would show which steps had nobody."""
+    """Skipping empty batches, as loops do, would show which steps drew no unit."""
     draws(monkeypatch, [1, 2], [], *[[3]] * 9)
     private, _, optimizer = loop()
 
@@ -407,7 +407,7 @@ def test_examples_that_cannot_be_collated_end_the_loop(monkeypatch: pytest.Monke
 
 
 def test_an_error_on_one_of_several_processes_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others have gone on: another attempt would meet them at another place."""
+    """The others have gone on: another attempt would find them at another place."""
     private, _, _ = loop()
     batch = next(iter(private.loader))
     monkeypatch.setattr("dp_flash_hf.integrations.accelerate.Ranks", lambda: SimpleNamespace(size=2))
@@ -687,10 +687,10 @@ def test_a_checkpoint_continues_the_books(tmp_path: Path) -> None:
     accelerator.save_state(str(tmp_path))
     private.stop()
 
-    elsewhere = Accelerator(cpu=True)
-    again, _, optimizer = loop(accelerator=elsewhere, privacy=config(target_epsilon=4.0, noise_multiplier=None))
-    elsewhere.register_for_checkpointing(again)  # type: ignore[no-untyped-call]
-    elsewhere.load_state(str(tmp_path))
+    another = Accelerator(cpu=True)
+    again, _, optimizer = loop(accelerator=another, privacy=config(target_epsilon=4.0, noise_multiplier=None))
+    another.register_for_checkpointing(again)  # type: ignore[no-untyped-call]
+    another.load_state(str(tmp_path))
     assert (again.report().steps, again.steps_left, len(again.loader)) == (2, 1, 1)
     assert run(again, optimizer) == 1
     assert again.report().epsilon == again.report().epsilon <= 4.0

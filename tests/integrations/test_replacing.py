@@ -46,7 +46,7 @@ def test_a_change_that_fails_undoes_those_before_it() -> None:
 
 
 def test_a_stack_that_is_forgotten_undoes_nothing() -> None:
-    """Or a callback that nobody holds any more would silently give a trainer back without privacy."""
+    """Or a callback that is held no more would silently give a trainer back without privacy."""
     owner = SimpleNamespace(own=1)
     undo = ExitStack()
     replace_attribute(undo, owner, "own", 2)

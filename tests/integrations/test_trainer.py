@@ -338,7 +338,7 @@ def owners() -> list[dict[str, Any]]:
     return [{**example, "user": names[row]} for row, example in enumerate(texts())]
 
 
-def test_all_rows_of_a_user_are_clipped_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_rows_of_a_user_are_clipped_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a loop over users; each user's loss is the mean over all labels of all of their rows."""
     data, drawn = owners(), [0, 2, 3, 7, 8]
     model = without_dropout(tiny("bert"))
@@ -406,17 +406,17 @@ def killed(path: Path) -> None:
     trainer.train()
 
 
-def resumed_elsewhere(path: Path) -> None:
+def resumed_in_a_new_process(path: Path) -> None:
     trainer, dp = budgeted(path)
     trainer.train(resume_from_checkpoint=True)
     (path / "report.json").write_text(dp.report().to_json())
 
 
-def test_a_killed_run_resumes_elsewhere_and_counts_the_step_it_lost(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_in_a_new_process_and_counts_the_step_it_lost(tmp_path: Path) -> None:
     assert exit_code(killed, tmp_path) == -signal.SIGKILL
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert not (tmp_path / "report.json").exists()
-    assert exit_code(resumed_elsewhere, tmp_path) == 0
+    assert exit_code(resumed_in_a_new_process, tmp_path) == 0
     resumed = json.loads((tmp_path / "report.json").read_text())
     trainer, dp = budgeted(tmp_path / "uninterrupted")
     trainer.train()

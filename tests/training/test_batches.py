@@ -137,7 +137,7 @@ def test_boundaries_are_read_off_positions_or_lengths() -> None:
     assert units_of(positions, torch.arange(7)).of_item.tolist() == wanted
 
 
-def test_rows_that_are_nobodys_are_refused() -> None:
+def test_rows_without_a_unit_are_refused() -> None:
     batch = flat()
     padding = {name: torch.nn.functional.pad(batch[name], (0, 3)) for name in ("input_ids", "position_ids", "labels")}
     with pytest.raises(UnsupportedError, match=r"1 rows of 7 examples.*without pad_to_multiple_of"):
