@@ -127,7 +127,7 @@ class AttentionPrivacy:
         """Noise std / sensitivity of each of so many privatised places: `noise_multiplier`, or what the target needs.
 
         Raises:
-            ValueError: Sampling alone would meet the target: without noise, it is those who are drawn who pay.
+            ValueError: Sampling alone would reach the target: without noise, it is those who are drawn who pay.
         """
         if self.noise_multiplier is not None:
             return self.noise_multiplier

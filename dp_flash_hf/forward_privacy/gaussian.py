@@ -70,7 +70,7 @@ def calibrated_noise(epsilon: float, delta: float, passes: int, sampling_rate: f
         sampling_rate: The probability with which a unit takes part in each; see `sampled_delta`.
 
     Raises:
-        ValueError: Sampling alone would meet the target: without noise, it is those who are drawn who pay.
+        ValueError: Sampling alone would reach the target: without noise, it is those who are drawn who pay.
     """
     sigma = _least_sigma(epsilon, delta) * math.sqrt(passes)  # enough if a unit takes part in every pass
     if sampling_rate < 1:
