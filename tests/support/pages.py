@@ -60,7 +60,7 @@ def blocks(page: str, *languages: str) -> list[Block]:
 
 
 def examples(page: str) -> list[Example]:
-    """What of a page can run. Raises ValueError for a block that nobody said how to run, nor why not."""
+    """What of a page can run. Raises ValueError for a block of which it is not said how to run it, nor why not."""
     found: list[Example] = []
     for block in blocks(page, "python"):
         kind, value = block.mark or ("", "")
