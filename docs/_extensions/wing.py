@@ -11,7 +11,6 @@ import dp_flash_hf
 
 PACKAGE = Path(dp_flash_hf.__file__).parent
 PUBLIC = {name: getattr(dp_flash_hf, name).__module__ for name in dp_flash_hf.__all__}  # on a page of their own
-KERNELS = re.compile(r"_triton$|^attention_(forward|backward)$")  # written in Triton, called by the file beside them
 
 
 def expand(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -22,13 +21,17 @@ def expand(app: Sphinx, docname: str, source: list[str]) -> None:
 def sections(wing: str) -> str:
     """A wing that is a folder or a file, in markdown."""
     files = sorted((PACKAGE / wing).glob("[!_]*.py")) or [PACKAGE / f"{wing}.py"]
+    files = [path for path in files if not in_triton(path)]
     return "\n".join(section(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)) for path in files)
+
+
+def in_triton(path: Path) -> bool:
+    """Whether a file holds kernels: it is called by the file beside it only, and cannot be imported everywhere."""
+    return re.search(r"^import triton", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def section(module: str) -> str:
     """One file."""
-    if KERNELS.search(module.rpartition(".")[2]):
-        return ""
     own = ", ".join(name for name, origin in PUBLIC.items() if origin == module)
     exclude = f"\n   :exclude-members: {own}" if own else ""
     return f"""
