@@ -123,6 +123,17 @@ def test_a_training_that_is_done_is_not_planned_anew(changes: dict[str, Any]) ->
         taken(again, 1)
 
 
+def test_what_is_left_has_the_noise_that_was_asked_for_whatever_was_loaded_before() -> None:
+    done = taken(dpsgd(), 1)
+    early, late = done.state_dict(), taken(done, STEPS - 1).state_dict()
+    again = dpsgd(noise_multiplier=2.0)
+    again.load_state_dict(late)
+    assert again.account.steps_left == 0
+    again.load_state_dict(early)  # of whose training two steps are still to be taken, now with other noise
+    assert (again.account.steps, again.account.steps_left) == (STEPS, STEPS - 1)
+    assert again.account.plan.noise_multiplier == 2.0
+
+
 def test_ledgers_of_several_origins_are_merged_once() -> None:
     """A checkpoint that is loaded twice does not count twice; steps taken since, and in other runs, are not forgotten."""
     first = taken(dpsgd(steps=20), 2)
