@@ -1,7 +1,7 @@
 """Flash attention over segments, in Triton: exact, forward and backward, with the DP mechanism of privatised attention inside.
 
-Memory is linear in the length (Dao 2023, arXiv:2307.08691, with the online softmax of Milakov and Gimelshein 2018,
-arXiv:1805.02867). Nothing outside a segment is ever read into a product, so that not even a NaN crosses between units, and
+Memory is linear in the length (Dao 2023, arXiv 2307.08691, with the online softmax of Milakov and Gimelshein 2018,
+arXiv 1805.02867). Nothing outside a segment is ever read into a product, so that not even a NaN crosses between units, and
 nothing is added atomically: the same call gives the same bits again.
 """
 
@@ -37,35 +37,44 @@ def flash_attention(
     dropout_key: Sequence[int] | None = None,
     release: Release | None = None,
 ) -> Tensor:
-    """Attention within segments, `reference.attention` in Triton; differentiable once in query, key, value and sinks.
+    """Attention within segments, differentiable once in query, key, value and sinks.
+
+    It computes what `reference.attention` does, for keys that a query may see by segment, diagonal and window: for query i with
+    visible keys V(i), ``out_i = sum_V e^{s_j} v_j / (e^{sink} + sum_V e^{s_j})`` with ``s_j = scale * q_i . k_j``. Queries that
+    see nothing give zero and no gradient. Weights are rounded to the value's dtype before they multiply the values; softmax and
+    sums run in float32.
+
+    With a `release` the result is a Gaussian mechanism: see `Release` for what is bounded. With `dropout`, the mask is a
+    function of `dropout_key` and place, see `counter_noise.keep_mask`.
 
     Args:
-        query: (B, H, Q, D) float32, float16 or bfloat16, D <= 256; any strides (made contiguous along D if it is not).
+        query: (B, H, Q, D) float32, float16 or bfloat16, D <= 256; any strides (copied if it is not contiguous along D). On an
+            NVIDIA GPU, or on the CPU in Triton's interpreter.
         key: (B, G, K, D), H a multiple of G; query head h reads key head h // (H // G).
         value: (B, G, K, E), E <= 256; all three of one dtype.
-        segments: see there.
-        causal: query i of a segment sees its keys j <= i + n_k - n_q (the last query sees the last key).
-        window: with `causal`, only the last `window` keys up to the diagonal; without, those less than `window` away from it.
-        scale: of the logits; D ** -0.5 by default.
-        softcap: logits s become softcap * tanh(s / softcap).
-        sinks: (H,) any floating dtype: one more logit per query, without a value.
-        dropout: probability of dropping an attention weight; the others are divided by 1 - dropout.
-        dropout_key: two 32-bit words; backward draws the same mask from it again.
-        release: the mechanism of privatised attention. Its noise is a constant to the gradient; clipping is differentiated.
+        segments: Which queries see which keys.
+        causal: Query i of a segment sees its keys j <= i + n_k - n_q (the last query sees the last key).
+        window: With `causal`, only the last `window` keys up to the diagonal; without, those less than `window` away from it.
+        scale: Of the logits; 1 / sqrt(D) by default.
+        softcap: Logits s become softcap * tanh(s / softcap), as in Gemma 2 (arXiv 2408.00118).
+        sinks: (H,) any floating dtype: one more logit per query, without a value, as in GPT-OSS.
+        dropout: Probability of dropping an attention weight; the others are divided by 1 - dropout.
+        dropout_key: Two 32-bit words; backward draws the same mask from it again.
+        release: The mechanism of privatised attention. Its noise is a constant to the gradient; clipping is differentiated.
 
     Returns:
         (B, H, Q, E) in the value's dtype, laid out as (B, Q, H, E).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, dropout without a key.
-        UnsupportedError: heads beyond 256, other dtypes, dropout together with a release.
+        ValueError: Shapes, dtypes or devices that do not fit; dropout without a key; options out of range.
+        UnsupportedError: Heads beyond 256, other dtypes, dropout with a release.
     """
     _check(query, key, value, segments, sinks, release)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     pattern = Pattern(causal, window, scale, softcap, dropout, tuple(dropout_key or ()) if dropout else ())
     _check_pattern(pattern, release)
     if release is not None and value.dtype == torch.float16:
-        # Its numbers below 2^-14 are evenly spaced: rounding weight times clip factor can double it, and the norm with it.
+        # Its values below 2^-14 are evenly spaced: rounding weight times clip factor can double it, and the norm with it.
         query, key, value = query.float(), key.float(), value.float()
         options: dict[str, Any] = {**pattern._asdict(), "segments": segments, "sinks": sinks, "release": release}
         return flash_attention(query, key, value, **options).to(torch.float16)
@@ -169,7 +178,7 @@ def _check_pattern(pattern: Pattern, release: Release | None) -> None:
         raise invalid("dropout", expected="0 <= dropout < 1", actual=pattern.dropout, remedy="give the probability of dropping")
     if pattern.dropout:
         if release is not None:
-            raise UnsupportedError("dropout together with a release: a scaled-up weight breaks the bound; use dropout=0")
+            raise UnsupportedError("dropout with a release: a scaled-up weight breaks the bound; use dropout=0")
         _check_key("dropout_key", pattern.dropout_key, (2,))
 
 

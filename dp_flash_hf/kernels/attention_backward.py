@@ -14,22 +14,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_flash_hf.kernels.attention_forward import (
+from dp_flash_hf.kernels.attention_tiles import (
     LOG2E,
     VARYING,
     config,
     constants,
+    grad_before_clipping,
     grid,
     key_tiles,
+    keys_of_program,
     load_rows,
+    queries_of_program,
+    query_tiles,
     signed,
     sizes,
     tanh,
+    tile_offsets,
     tuned,
     visible,
 )
 from dp_flash_hf.kernels.counter_noise_triton import kept
-from dp_flash_hf.kernels.ghost_norm_triton import dot
+from dp_flash_hf.kernels.triton_common import dot
 from dp_flash_hf.kernels.types import Pattern, SegmentTable
 
 # As the forward's: the first of each is the one that must build everywhere without spilling registers.
@@ -76,30 +81,6 @@ def delta_kernel(
     clean = load_rows(clean_base, o_stride, first, rows, columns, n_q, E, BLOCK_E, True).to(tl.float32)
     out = delta_ptr + (batch_row * heads + head) * lse_stride + q_start + first + rows
     tl.store(out, tl.sum(grad * clean, 1), mask=first + rows < n_q)
-
-
-@triton.jit
-def query_tiles(
-    first, n_q, n_k, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """(low, left, right, high): tiles of queries that see any of the keys from `first` on begin at low; those from left to
-    right see all of them.
-    """
-    shift = n_k - n_q
-    last = tl.minimum(first + BLOCK_N, n_k) - 1
-    low, full_low, high, full_high = 0, 0, n_q, n_q
-    if WINDOWED:
-        high = tl.minimum(last - shift + window, n_q)
-        full_high = tl.minimum(first - shift + window, n_q)
-    if CAUSAL:
-        low = tl.maximum(first - shift, 0)
-        full_low = tl.maximum(last - shift, 0)
-    elif WINDOWED:
-        low = tl.maximum(first - shift - window + 1, 0)
-        full_low = tl.maximum(last - shift - window + 1, 0)
-    left = low + tl.cdiv(full_low - low, BLOCK_M) * BLOCK_M
-    right = left + tl.maximum(full_high - left, 0) // BLOCK_M * BLOCK_M
-    return low, left, right, high
 
 
 @triton.jit
@@ -161,6 +142,59 @@ def _key_value_grads(
     return key_grad, value_grad
 
 
+@triton.jit
+def _key_value_grads_of_head(
+    key_grad, value_grad, key, value, factors, query_base, grad_base, lse_base, delta_base, low, left, right, high, j, n_q, n_k,
+    window, slope, height, drop_below, kept_scale, key0, key1, q_start, k_first, plane, q_stride, g_stride,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr, CLIPPED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if CAUSAL or WINDOWED:
+        key_grad, value_grad = _key_value_grads(
+            key_grad, value_grad, key, value, factors, query_base, grad_base, lse_base, delta_base,
+            low, tl.minimum(left, high), j, n_q, n_k, window, slope, height, drop_below, kept_scale, key0, key1,
+            q_start, k_first, plane, q_stride, g_stride, D, E, BLOCK_D, BLOCK_E,
+            CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    key_grad, value_grad = _key_value_grads(
+        key_grad, value_grad, key, value, factors, query_base, grad_base, lse_base, delta_base,
+        left, right, j, n_q, n_k, window, slope, height, drop_below, kept_scale, key0, key1,
+        q_start, k_first, plane, q_stride, g_stride, D, E, BLOCK_D, BLOCK_E,
+        CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, False, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    return _key_value_grads(
+        key_grad, value_grad, key, value, factors, query_base, grad_base, lse_base, delta_base,
+        right, high, j, n_q, n_k, window, slope, height, drop_below, kept_scale, key0, key1,
+        q_start, k_first, plane, q_stride, g_stride, D, E, BLOCK_D, BLOCK_E,
+        CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def _key_value_grads_of_group(
+    key_grad, value_grad, key, value, factors, query_base, grad_base, lse_ptr, delta_ptr, low, high,
+    kv_head, heads, batch_row, q_head, g_head, lse_stride, j, n_q, n_k, window, slope, height, drop_below,
+    kept_scale, key0, key1, q_start, k_start, first, q_stride, g_stride, GROUP: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr, CLIPPED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # All heads of the group in one loop; three loops inside another would spill registers.
+    steps = tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
+    for step in range(steps * GROUP):
+        head = kv_head * GROUP + step // steps
+        plane = batch_row * heads + head
+        key_grad, value_grad = _key_value_tile(
+            key_grad, value_grad, key, value, factors, query_base + head * q_head, grad_base + head * g_head,
+            lse_ptr + plane * lse_stride + q_start, delta_ptr + plane * lse_stride + q_start,
+            low + step % steps * BLOCK_M, j, n_q, n_k, window, slope, height, drop_below, kept_scale, key0, key1,
+            q_start, k_start + first, plane, q_stride, g_stride,
+            D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    return key_grad, value_grad
+
+
 @tuned(KEY_VALUE_CONFIGS)
 @triton.jit(do_not_specialize=VARYING)
 def key_value_grad_kernel(
@@ -176,12 +210,8 @@ def key_value_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one key head. max_rows: of keys in a segment, plus 3 with dropout."""
-    tiles = tl.cdiv(max_rows, BLOCK_N)
     kv_heads = heads // GROUP
-    pid = tl.program_id(0)
-    kv_head = (pid // tiles % kv_heads).to(tl.int64)
-    segment = pid // tiles // kv_heads
-    first = pid % tiles * BLOCK_N
+    segment, kv_head, first = keys_of_program(max_rows, kv_heads, BLOCK_N)
     n_k = tl.load(k_length_ptr + segment)
     k_start = tl.load(k_start_ptr + segment)
     if DROPOUT:  # words come in fours of columns
@@ -202,9 +232,7 @@ def key_value_grad_kernel(
     CLIPPED: tl.constexpr = factors_ptr is not None
     factors = slope
     if CLIPPED:
-        factor_base = factors_ptr + (batch_row * kv_heads + kv_head) * factor_stride + k_start
-        factors = tl.load(factor_base + j, mask=j < n_k, other=0.0)
-
+        factors = tl.load(factors_ptr + (batch_row * kv_heads + kv_head) * factor_stride + k_start + j, mask=j < n_k, other=0.0)
     key_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     value_grad = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     low, left, right, high = query_tiles(first, n_q, n_k, window, CAUSAL, WINDOWED, BLOCK_M, BLOCK_N)
@@ -212,62 +240,29 @@ def key_value_grad_kernel(
     grad_base = grad_ptr + batch_row * g_row + q_start.to(tl.int64) * g_stride
     if GROUP == 1:
         plane = batch_row * heads + kv_head
-        query_base += kv_head * q_head
-        grad_base += kv_head * g_head
-        lse_base = lse_ptr + plane * lse_stride + q_start
-        delta_base = delta_ptr + plane * lse_stride + q_start
-        if CAUSAL or WINDOWED:
-            key_grad, value_grad = _key_value_grads(
-                key_grad, value_grad, key, value, factors, query_base, grad_base, lse_base, delta_base,
-                low, tl.minimum(left, high), j, n_q, n_k, window, slope, height, drop_below, kept_scale, key0, key1,
-                q_start, k_start + first, plane, q_stride, g_stride, D, E, BLOCK_D, BLOCK_E,
-                CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        key_grad, value_grad = _key_value_grads(
-            key_grad, value_grad, key, value, factors, query_base, grad_base, lse_base, delta_base,
-            left, right, j, n_q, n_k, window, slope, height, drop_below, kept_scale, key0, key1,
-            q_start, k_start + first, plane, q_stride, g_stride, D, E, BLOCK_D, BLOCK_E,
-            CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, False, BLOCK_M, BLOCK_N,
+        key_grad, value_grad = _key_value_grads_of_head(
+            key_grad, value_grad, key, value, factors, query_base + kv_head * q_head, grad_base + kv_head * g_head,
+            lse_ptr + plane * lse_stride + q_start, delta_ptr + plane * lse_stride + q_start, low, left, right, high,
+            j, n_q, n_k, window, slope, height, drop_below, kept_scale, key0, key1, q_start, k_start + first, plane,
+            q_stride, g_stride, D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        key_grad, value_grad = _key_value_grads(
-            key_grad, value_grad, key, value, factors, query_base, grad_base, lse_base, delta_base,
-            right, high, j, n_q, n_k, window, slope, height, drop_below, kept_scale, key0, key1,
-            q_start, k_start + first, plane, q_stride, g_stride, D, E, BLOCK_D, BLOCK_E,
-            CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
+    else:
+        key_grad, value_grad = _key_value_grads_of_group(
+            key_grad, value_grad, key, value, factors, query_base, grad_base, lse_ptr, delta_ptr, low, high,
+            kv_head, heads, batch_row, q_head, g_head, lse_stride, j, n_q, n_k, window, slope, height, drop_below,
+            kept_scale, key0, key1, q_start, k_start, first, q_stride, g_stride, GROUP, D, E, BLOCK_D, BLOCK_E,
+            CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    else:  # all heads of the group in one loop; three loops inside another would spill registers
-        steps = tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
-        for step in range(steps * GROUP):
-            head = kv_head * GROUP + step // steps
-            plane = batch_row * heads + head
-            key_grad, value_grad = _key_value_tile(
-                key_grad, value_grad, key, value, factors, query_base + head * q_head, grad_base + head * g_head,
-                lse_ptr + plane * lse_stride + q_start, delta_ptr + plane * lse_stride + q_start,
-                low + step % steps * BLOCK_M, j, n_q, n_k, window, slope, height, drop_below, kept_scale, key0, key1,
-                q_start, k_start + first, plane, q_stride, g_stride, D, E, BLOCK_D, BLOCK_E,
-                CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-
     inside = ((j >= 0) & (j < n_k))[:, None]
-    key_tile = (
-        kg_row * batch_row + kg_head * kv_head + tl.cast(kg_stride, tl.int64) * (k_start + first) + columns[:, None] * kg_stride
-    )
+    key_tile = tile_offsets(kg_row, kg_head, kg_stride, batch_row, kv_head, k_start, first, columns)
     tl.store(
         key_grad_ptr + key_tile + width[None, :],
         (key_grad * scale).to(key_grad_ptr.dtype.element_ty),
         mask=inside & (width < D)[None, :],
     )
     if CLIPPED:
-        # v' = C v / |v| where |v| > C, so dv = C / |v| (dv' - u (u . dv')) with u = v / |v|; else dv = dv'.
-        direction = value.to(tl.float32)
-        norm = tl.sqrt(tl.sum(direction * direction, 1))
-        clipped = norm > tl.load(norms_ptr + kv_head)
-        direction = direction / tl.where(clipped, norm, 1.0)[:, None]
-        radial = tl.where(clipped, tl.sum(direction * value_grad, 1), 0.0)
-        value_grad = factors[:, None] * (value_grad - direction * radial[:, None])
-    value_tile = (
-        vg_row * batch_row + vg_head * kv_head + tl.cast(vg_stride, tl.int64) * (k_start + first) + columns[:, None] * vg_stride
-    )
+        value_grad = grad_before_clipping(value_grad, value, factors, norms_ptr + kv_head)
+    value_tile = tile_offsets(vg_row, vg_head, vg_stride, batch_row, kv_head, k_start, first, columns)
     tl.store(
         value_grad_ptr + value_tile + width_v[None, :],
         value_grad.to(value_grad_ptr.dtype.element_ty),
@@ -328,13 +323,7 @@ def query_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries of one query head. max_rows: of queries in a segment."""
-    tiles = tl.cdiv(max_rows, BLOCK_M)
-    pid = tl.program_id(0)
-    head = pid // tiles % heads
-    segment = pid // tiles // heads
-    first = pid % tiles * BLOCK_M
-    if CAUSAL:
-        first = (tiles - 1) * BLOCK_M - first
+    segment, head, first = queries_of_program(max_rows, heads, CAUSAL, BLOCK_M)
     n_q = tl.load(q_length_ptr + segment)
     if first >= n_q:
         return
@@ -381,12 +370,7 @@ def query_grad_kernel(
         D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
-    tile = (
-        qg_row * batch_row
-        + qg_head * head.to(tl.int64)
-        + tl.cast(qg_stride, tl.int64) * (q_start + first)
-        + rows[:, None] * qg_stride
-    )
+    tile = tile_offsets(qg_row, qg_head, qg_stride, batch_row, head, q_start, first, rows)
     tl.store(
         query_grad_ptr + tile + width[None, :],
         (query_grad * scale).to(query_grad_ptr.dtype.element_ty),

@@ -7,26 +7,34 @@ query that sees nothing, or only logits of minus infinity, gives zero without a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dp_flash_hf.kernels.attention_tiles import (
+    LOG2E,
+    VARYING,
+    config,
+    constants,
+    grid,
+    key_tiles,
+    keys_of_program,
+    load_rows,
+    queries_of_program,
+    signed,
+    sizes,
+    tanh,
+    tuned,
+    visible,
+)
 from dp_flash_hf.kernels.counter_noise_triton import CHACHA, PHILOX, kept, normals
-from dp_flash_hf.kernels.ghost_norm_triton import dot
+from dp_flash_hf.kernels.triton_common import dot
 from dp_flash_hf.kernels.types import Pattern, Release, SegmentTable
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on CPU, for tests
-LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-1e30)
-
-
-def config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> triton.Config:
-    """Tiles of block_m queries and block_n keys."""
-    return triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=num_warps, num_stages=num_stages)
 
 
 # By head width (the larger of query's and value's, as a power of two) and by whether elements have 4 bytes; the first of each
@@ -39,97 +47,6 @@ CONFIGS = {
     (128, True): [config(32, 16, 8, 2), config(16, 16, 4, 2)],
     (256, True): [config(16, 16, 8, 2), config(16, 16, 4, 2)],
 }
-
-
-def fitting(table: dict[tuple[int, bool], list[triton.Config]], D: int, E: int, wide: bool) -> list[triton.Config]:
-    """The configurations of a table for heads of D and E elements."""
-    return table[max(64, triton.next_power_of_2(max(D, E))), wide]
-
-
-def tuned(table: dict[tuple[int, bool], list[triton.Config]], *also: str) -> Any:
-    """Decorator: pick the fastest of the table's configurations that fit, once per kind of call, and remember it on disk."""
-
-    def prune(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
-        return fitting(table, constants["D"], constants["E"], arguments["key_ptr"].dtype == torch.float32)
-
-    every = list({str(c): c for configs in table.values() for c in configs}.values())
-    return triton.autotune(
-        configs=[config(16, 32, 4, 1)] if INTERPRETED.value else every,  # nothing can be measured there
-        key=["length_class", "D", "E", "GROUP", "CAUSAL", "WINDOWED", "SOFTCAPPED", "DROPOUT", *also],
-        prune_configs_by={"early_config_prune": prune},
-        cache_results=True,
-    )
-
-
-# Numbers that vary from call to call, and that no address depends on in a way worth another compilation.
-VARYING = [
-    "max_rows", "length_class", "window", "lse_stride", "factor_stride", "drop_below",
-    "key0", "key1", "key2", "key3", "key4", "key5", "key6", "key7",
-]  # fmt: skip
-
-
-@triton.jit
-def load_rows(base, stride, first, rows, columns, n_rows, WIDTH: tl.constexpr, PADDED: tl.constexpr, CHECKED: tl.constexpr):
-    """Tile of the rows `first + rows` below base; where CHECKED, rows outside 0..n_rows are zeros and are not read."""
-    pointers = base + tl.cast(stride, tl.int64) * first + rows[:, None] * stride + columns[None, :]
-    if CHECKED:
-        inside = ((first + rows >= 0) & (first + rows < n_rows))[:, None] & (columns < WIDTH)[None, :]
-        tile = tl.load(pointers, mask=inside, other=0.0)
-    elif WIDTH != PADDED:
-        tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
-
-
-@triton.jit
-def visible(i, j, n_q, n_k, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """Whether query i of a segment sees key j; i and j broadcast against each other."""
-    behind = i + n_k - n_q - j
-    seen = (j >= 0) & (j < n_k)
-    if CAUSAL:
-        seen = seen & (behind >= 0)
-    if WINDOWED:
-        seen = seen & (behind < window)
-        if not CAUSAL:
-            seen = seen & (behind > -window)
-    return seen
-
-
-@triton.jit
-def key_tiles(
-    first, n_q, n_k, k_start, window,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """(low, left, right, high): tiles of keys that the queries from `first` on see begin at low; those from left to right are
-    seen in full by all of them.
-    """
-    shift = n_k - n_q
-    last = tl.minimum(first + BLOCK_M, n_q) - 1
-    low, full_low, high, full_high = 0, 0, n_k, n_k
-    if WINDOWED:
-        low = tl.maximum(first + shift - window + 1, 0)
-        full_low = tl.maximum(last + shift - window + 1, 0)
-    if CAUSAL:
-        high = tl.minimum(last + shift + 1, n_k)
-        full_high = tl.minimum(first + shift + 1, n_k)
-    elif WINDOWED:
-        high = tl.minimum(last + shift + window, n_k)
-        full_high = tl.minimum(first + shift + window, n_k)
-    if DROPOUT:  # words come in fours of columns; every tile is masked, as the first may begin before the segment
-        low = low - (k_start + low) % 4
-        left = low
-        right = low
-    else:
-        left = low + tl.cdiv(full_low - low, BLOCK_N) * BLOCK_N
-        right = left + tl.maximum(full_high - left, 0) // BLOCK_N * BLOCK_N
-    return low, left, right, high
-
-
-@triton.jit
-def tanh(x):
-    """Absolute error about 1e-7."""
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
 
 
 @triton.jit
@@ -172,7 +89,46 @@ def _attend(
 
 
 @triton.jit
-def _store_noised(
+def _attend_all(
+    total, maximum, weighted, query, key_base, value_base, factor_base, low, left, right, high, i, n_q, n_k,
+    window, slope, height, drop_below, key0, key1, row, k_start, plane, k_stride, v_stride,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAPPED: tl.constexpr, DROPOUT: tl.constexpr, CLIPPED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if WINDOWED and not DROPOUT:
+        total, maximum, weighted = _attend(
+            total, maximum, weighted, query, key_base, value_base, factor_base, low, tl.minimum(left, high), i, n_q, n_k,
+            window, slope, height, drop_below, key0, key1, row, k_start, plane, k_stride, v_stride,
+            D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    if not DROPOUT:
+        total, maximum, weighted = _attend(
+            total, maximum, weighted, query, key_base, value_base, factor_base, left, right, i, n_q, n_k,
+            window, slope, height, drop_below, key0, key1, row, k_start, plane, k_stride, v_stride,
+            D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    return _attend(
+        total, maximum, weighted, query, key_base, value_base, factor_base, right, high, i, n_q, n_k,
+        window, slope, height, drop_below, key0, key1, row, k_start, plane, k_stride, v_stride,
+        D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def _first_sums(sinks_ptr, head, BLOCK_M: tl.constexpr):
+    """(largest logit, sum of 2^(logit - largest)) of every query before it sees a key: of the sink, if there is one."""
+    if sinks_ptr is None:
+        maximum = tl.full([BLOCK_M], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        maximum = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E, LOWEST)
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    return maximum, total
+
+
+@triton.jit
+def _store_some_noised(
     output, pointer, std_ptr, key0, key1, key2, key3, key4, key5, key6, key7, row, plane, real, stride,
     NOISE: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -182,6 +138,30 @@ def _store_noised(
     tile = tl.arange(0, ROWS)[:, None] * stride + columns[None, :]
     noised = (output + z * tl.load(std_ptr)).to(pointer.dtype.element_ty)
     tl.store(pointer + tile, noised, mask=real[:, None] & (columns < WIDTH)[None, :])
+
+
+@triton.jit
+def _store_noised(
+    output, pointer, std_ptr, key0, key1, key2, key3, key4, key5, key6, key7, row, plane, real, stride,
+    NOISE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store (ROWS, COLUMNS) of the output with noise."""
+    if COLUMNS < 128:
+        _store_some_noised(
+            output, pointer, std_ptr, key0, key1, key2, key3, key4, key5, key6, key7, row, plane, real, stride,
+            NOISE, 0, ROWS, COLUMNS, WIDTH,
+        )  # fmt: skip
+    else:  # one half after the other, or the noise of both would not fit the registers
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = tl.split(tl.permute(tl.reshape(output, (ROWS, 2, HALF)), (0, 2, 1)))
+        _store_some_noised(
+            left, pointer, std_ptr, key0, key1, key2, key3, key4, key5, key6, key7, row, plane, real, stride,
+            NOISE, 0, ROWS, HALF, WIDTH,
+        )  # fmt: skip
+        _store_some_noised(
+            right, pointer, std_ptr, key0, key1, key2, key3, key4, key5, key6, key7, row, plane, real, stride,
+            NOISE, HALF, ROWS, HALF, WIDTH,
+        )  # fmt: skip
 
 
 @tuned(CONFIGS, "NOISE")
@@ -202,13 +182,7 @@ def attention_forward_kernel(
     slope and height: logits in base 2 are slope * q.k, or height * tanh(slope * q.k). max_rows: of queries in a segment.
     NOISE: 0, PHILOX or CHACHA. Pointers may be None (lse_ptr and clean_ptr: not kept).
     """
-    tiles = tl.cdiv(max_rows, BLOCK_M)
-    pid = tl.program_id(0)
-    head = pid // tiles % heads
-    segment = pid // tiles // heads
-    first = pid % tiles * BLOCK_M
-    if CAUSAL:
-        first = (tiles - 1) * BLOCK_M - first  # those with the most keys begin first
+    segment, head, first = queries_of_program(max_rows, heads, CAUSAL, BLOCK_M)
     n_q = tl.load(q_length_ptr + segment)
     if first >= n_q:
         return
@@ -230,30 +204,13 @@ def attention_forward_kernel(
     if CLIPPED:
         factor_base = factors_ptr + (batch_row * (heads // GROUP) + kv_head) * factor_stride + k_start
 
-    if sinks_ptr is None:
-        maximum = tl.full([BLOCK_M], LOWEST, tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-    else:
-        maximum = tl.zeros([BLOCK_M], tl.float32) + tl.maximum(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E, LOWEST)
-        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    maximum, total = _first_sums(sinks_ptr, head, BLOCK_M)
     weighted = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     low, left, right, high = key_tiles(first, n_q, n_k, k_start, window, CAUSAL, WINDOWED, DROPOUT, BLOCK_M, BLOCK_N)
-    if WINDOWED and not DROPOUT:
-        total, maximum, weighted = _attend(
-            total, maximum, weighted, query, key_base, value_base, factor_base, low, tl.minimum(left, high), i, n_q, n_k,
-            window, slope, height, drop_below, key0, key1, q_start + i, k_start, plane, k_stride, v_stride,
-            D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    if not DROPOUT:
-        total, maximum, weighted = _attend(
-            total, maximum, weighted, query, key_base, value_base, factor_base, left, right, i, n_q, n_k,
-            window, slope, height, drop_below, key0, key1, q_start + i, k_start, plane, k_stride, v_stride,
-            D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    total, maximum, weighted = _attend(
-        total, maximum, weighted, query, key_base, value_base, factor_base, right, high, i, n_q, n_k,
+    total, maximum, weighted = _attend_all(
+        total, maximum, weighted, query, key_base, value_base, factor_base, low, left, right, high, i, n_q, n_k,
         window, slope, height, drop_below, key0, key1, q_start + i, k_start, plane, k_stride, v_stride,
-        D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, True, BLOCK_M, BLOCK_N,
+        D, E, BLOCK_D, BLOCK_E, CAUSAL, WINDOWED, SOFTCAPPED, DROPOUT, CLIPPED, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
     empty = total == 0.0
@@ -267,24 +224,13 @@ def attention_forward_kernel(
         output = tl.where(tl.abs(output) < float("inf"), output, 0.0)
     if clean_ptr is not None:
         tl.store(clean_ptr + tile, output.to(clean_ptr.dtype.element_ty), mask=inside)
-    if not NOISE:
-        tl.store(output_ptr + tile, output.to(output_ptr.dtype.element_ty), mask=inside)
-    elif BLOCK_E < 128:
+    if NOISE:
         _store_noised(
             output, output_ptr + offsets, std_ptr + head, key0, key1, key2, key3, key4, key5, key6, key7, q_start + i, plane,
-            i < n_q, o_stride, NOISE, 0, BLOCK_M, BLOCK_E, E,
+            i < n_q, o_stride, NOISE, BLOCK_M, BLOCK_E, E,
         )  # fmt: skip
-    else:  # one half after the other, or the noise of both would not fit the registers
-        HALF: tl.constexpr = BLOCK_E // 2
-        left, right = tl.split(tl.permute(tl.reshape(output, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        _store_noised(
-            left, output_ptr + offsets, std_ptr + head, key0, key1, key2, key3, key4, key5, key6, key7, q_start + i, plane,
-            i < n_q, o_stride, NOISE, 0, BLOCK_M, HALF, E,
-        )  # fmt: skip
-        _store_noised(
-            right, output_ptr + offsets, std_ptr + head, key0, key1, key2, key3, key4, key5, key6, key7, q_start + i, plane,
-            i < n_q, o_stride, NOISE, HALF, BLOCK_M, HALF, E,
-        )  # fmt: skip
+    else:
+        tl.store(output_ptr + tile, output.to(output_ptr.dtype.element_ty), mask=inside)
     if lse_ptr is not None:
         lse = tl.where(empty, float("inf"), maximum + tl.log2(total))
         tl.store(lse_ptr + plane * lse_stride + q_start + i, lse, mask=i < n_q)
@@ -298,11 +244,7 @@ def value_factors_kernel(
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Of each value row in a segment, min(1, C / |v|), so that clipping costs attention one multiplication per weight."""
-    tiles = tl.cdiv(max_rows, BLOCK_N)
-    pid = tl.program_id(0)
-    kv_head = (pid // tiles % kv_heads).to(tl.int64)
-    segment = pid // tiles // kv_heads
-    first = pid % tiles * BLOCK_N
+    segment, kv_head, first = keys_of_program(max_rows, kv_heads, BLOCK_N)
     n_k = tl.load(k_length_ptr + segment)
     if first >= n_k:
         return
@@ -368,42 +310,3 @@ def forward(
                 **constants(query, key, value, pattern), NOISE=generator,
             )  # fmt: skip
     return Result(output, clean if keep else None, lse, factors)
-
-
-def grid(segments: SegmentTable, heads: int, block: str, max_rows: int) -> Any:
-    """One program per segment, head and tile of at most max_rows rows."""
-    return lambda meta: (len(segments.row) * heads * triton.cdiv(max_rows, meta[block]),)
-
-
-def sizes(max_rows: int, heads: int, pattern: Pattern) -> tuple[float, ...]:
-    """The arguments max_rows to kept_scale, which forward and backward share."""
-    if pattern.softcap is None:
-        slope, height = pattern.scale * LOG2E.value, 0.0
-    else:
-        slope, height = pattern.scale / pattern.softcap, pattern.softcap * LOG2E.value
-    drop_below = min(round(pattern.dropout * 2**32), 2**32 - 1)
-    window = 0 if pattern.window is None else min(pattern.window, 2**30)
-    length_class = triton.next_power_of_2(max_rows)  # lengths of one class are tuned together
-    return max_rows, length_class, heads, window, slope, height, signed([drop_below])[0], 1.0 / (1.0 - pattern.dropout)
-
-
-def signed(words: Sequence[int]) -> list[int]:
-    """Eight int32 with the bits of at most eight 32-bit words."""
-    padded = [*words, *[0] * (8 - len(words))]
-    return [word - 2**32 if word >= 2**31 else word for word in padded]
-
-
-def constants(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> dict[str, Any]:
-    """The arguments that kernels are compiled for."""
-    dim, dim_v = query.shape[3], value.shape[3]
-    return {
-        "GROUP": query.shape[1] // key.shape[1],
-        "D": dim,
-        "E": dim_v,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "BLOCK_E": max(16, triton.next_power_of_2(dim_v)),
-        "CAUSAL": pattern.causal,
-        "WINDOWED": pattern.window is not None,
-        "SOFTCAPPED": pattern.softcap is not None,
-        "DROPOUT": pattern.dropout > 0,
-    }

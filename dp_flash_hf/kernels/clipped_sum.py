@@ -1,4 +1,7 @@
-"""Sums of per-unit gradients weighted by clip factors, accumulated in float32 or float64.
+"""Sums of per-unit gradients weighted by clip factors: sum over units u of f_u G_u, accumulated in float32 or float64.
+
+A unit of factor 0 adds exactly nothing, also where its gradient is NaN or infinite; that is how a unit whose norm is not finite
+is dropped. Records are in unit order, as in `ghost_norm`.
 
 Records on a CUDA device in bfloat16, float16 and float32, added to float32 sums, go to `clipped_sum_triton` where triton is
 installed; everything else is computed here with torch.
@@ -20,9 +23,22 @@ def _takes(out: Tensor, factors: Tensor) -> bool:
 
 
 def weighted_rows(x: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Rows of x (rows, d), in unit order, times the factor (units,) of their unit; exactly 0 where the factor is 0.
+    """Rows times the factor of their unit; exactly 0 where the factor is 0.
 
     The select, not the product, clears a unit of factor 0: its rows may hold NaN or infinity.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [2.0], [torch.nan]])
+        >>> weighted_rows(x, torch.tensor([0.5, 0.0]), sizes=(2, 1)).flatten()
+        tensor([0.5000, 1.0000, 0.0000])
+
+    Args:
+        x: (rows, d) in unit order.
+        factors: (units,); cast to the dtype of `x`.
+        sizes: The number of rows of each unit.
+
+    Returns:
+        Shape and dtype of `x`.
     """
     if is_uniform(sizes):
         rows, per_row = x.unflatten(0, (len(sizes), -1)), factors.to(x.dtype).view(-1, 1, 1)
@@ -34,7 +50,20 @@ def weighted_rows(x: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def linear_clipped_sum(a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
-    """sum_u factors[u] sum_{t in u} g_t a_t^T, (p, d), with a (rows, d) and g (rows, p) in unit order."""
+    """The clipped sum of a linear layer's weight gradients, sum_u f_u sum_{t in u} g_t a_t^T, without forming any of them.
+
+    Factors multiply float32 or float64 values only: rounding a product of factor and half-precision gradient could let a unit
+    exceed its bound.
+
+    Args:
+        a: (rows, d), the layer's inputs in unit order; any floating dtype.
+        g: (rows, p), the gradients of its outputs.
+        factors: (units,), finite; float32, or float64 for float64 records.
+        sizes: The number of rows of each unit.
+
+    Returns:
+        (p, d), float32 or float64.
+    """
     if runs_on_triton(a, g) and factors.dtype == torch.float32:
         from dp_flash_hf.kernels import clipped_sum_triton
 
@@ -45,7 +74,15 @@ def linear_clipped_sum(a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[in
 
 
 def add_linear_(out: Tensor, a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> None:
-    """out (p, d) += `linear_clipped_sum`, without forming it."""
+    """Add `linear_clipped_sum` to a sum, in place.
+
+    Args:
+        out: (p, d), float32 or float64.
+        a: As of `linear_clipped_sum`, as are the others.
+        g: See there.
+        factors: See there.
+        sizes: See there.
+    """
     if runs_on_triton(a, g) and _takes(out, factors):
         from dp_flash_hf.kernels import clipped_sum_triton
 
@@ -66,7 +103,15 @@ def _weighted(a: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> tu
 
 
 def add_embedding_(out: Tensor, ids: Tensor, g: Tensor, factors: Tensor, sizes: Sequence[int]) -> None:
-    """out (V, d) rows at ids (rows,) += factor of the unit times g (rows, d), in unit order."""
+    """Add the clipped sum of an embedding table's gradients, in place.
+
+    Args:
+        out: (V, d), float32 or float64.
+        ids: int64 (rows,), what was looked up, in unit order.
+        g: (rows, d), the gradients of what was found; any floating dtype.
+        factors: (units,), float32 or float64.
+        sizes: The number of rows of each unit.
+    """
     if runs_on_triton(g) and _takes(out, factors):
         from dp_flash_hf.kernels import clipped_sum_triton
 
@@ -76,7 +121,13 @@ def add_embedding_(out: Tensor, ids: Tensor, g: Tensor, factors: Tensor, sizes: 
 
 
 def add_per_unit_(out: Tensor, gradients: Tensor, factors: Tensor) -> None:
-    """out (*shape) += sum_u factors[u] gradients[u], with gradients (units, *shape)."""
+    """Add the clipped sum of gradients that were formed for each unit, in place.
+
+    Args:
+        out: ``(*shape)``, float32 or float64.
+        gradients: ``(units, *shape)``, float32 or float64.
+        factors: (units,), float32 or float64.
+    """
     if runs_on_triton(gradients) and gradients.dtype == torch.float32 and _takes(out.view(-1), factors):
         from dp_flash_hf.kernels import clipped_sum_triton
 

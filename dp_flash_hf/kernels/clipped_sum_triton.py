@@ -1,7 +1,7 @@
 """Sums of per-unit gradients weighted by clip factors, on the GPU (Triton): what `clipped_sum.py` computes with torch.
 
-Factors meet float32 sums of a unit's own rows, never numbers of 16 bits: rounding factor times g would let a unit exceed its
-bound. What a unit of factor 0 holds is not read. Every number of a sum is one program's, which adds in a fixed order: no
+Factors multiply float32 sums of a unit's own rows, never 16-bit values: rounding factor times g would let a unit exceed its
+bound. What a unit of factor 0 holds is not read. Every element of a sum has one program, which adds in a fixed order: no
 atomics, the same bits every time.
 """
 
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_flash_hf.kernels.ghost_norm_triton import (
+from dp_flash_hf.kernels.triton_common import (
     PRODUCT_OPTIONS,
     SUM_OPTIONS,
     dot,
@@ -122,7 +122,7 @@ def table_sum_kernel(
 
 @triton.jit(do_not_specialize=["n_units"], do_not_specialize_on_alignment=["factors"])
 def units_sum_kernel(gradients, unit_stride, size, factors, out, n_units, BLOCK: tl.constexpr):
-    """out += sum over units of factor times gradient, some numbers of it. Grid: (blocks,)."""
+    """out += sum over units of factor times gradient, some elements of it. Grid: (blocks,)."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(out + places, mask=places < size, other=0.0)
     for unit in range(n_units):
@@ -145,7 +145,7 @@ def _chunks(sizes: tuple[int, ...], rows: int, device: torch.device) -> tuple[Te
 
 @on_its_device
 def add_linear_(out: Tensor, a: Tensor, g: Tensor, factors: Tensor, sizes: tuple[int, ...], *, replace: bool = False) -> Tensor:
-    """out (p, d) float32 += sum_u factors[u] sum_{t in u} g_t a_t^T, or becomes it; the numbers of its rows side by side.
+    """out (p, d) float32 += sum_u factors[u] sum_{t in u} g_t a_t^T, or becomes it; the elements of its rows are adjacent.
 
     a: (rows, d), g: (rows, p), bfloat16, float16 or float32, in unit order. factors: (units,) float32.
     """

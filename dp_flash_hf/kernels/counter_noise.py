@@ -1,10 +1,11 @@
 """Random numbers that are a function of a key and a place: Philox4x32-10 and ChaCha20, in torch.
 
 Nothing is kept between calls, so nothing can be replayed by a copy, a pickle or a fork: whoever draws a fresh key for every
-use gets fresh numbers, and whoever holds the key gets the same ones again. The Triton kernels compute the same words.
+use gets fresh numbers, and whoever holds the key gets the same ones again. The Triton kernels compute the same words; this file
+is their specification.
 
-    Philox: key (k0, k1), counter (block, row, plane, stream), 4 words of 32 bits; column c has word c % 4 of block c // 4.
-    ChaCha20: key of 8 words, state words 12 to 15 are (block, row, plane, stream); column c has word c % 16 of block c // 16.
+- Philox: key (k0, k1), counter (block, row, plane, stream), 4 words of 32 bits; column c has word c % 4 of block c // 4.
+- ChaCha20: key of 8 words, state words 12 to 15 are (block, row, plane, stream); column c has word c % 16 of block c // 16.
 
 Streams are words of 32 bits too: the lower half says what for, the upper half how far into the tails of the normals.
 
@@ -34,15 +35,26 @@ _CHACHA_ROUND = (  # the quarter rounds of a column round, then of a diagonal ro
 
 
 def fresh_key(*, secure: bool) -> tuple[int, ...]:
-    """A key from the operating system: 8 words of 32 bits for ChaCha20 if `secure`, else 2 for Philox."""
+    """A key from the operating system's cryptographic source.
+
+    Example:
+        >>> len(fresh_key(secure=True)), len(fresh_key(secure=False))
+        (8, 2)
+
+    Args:
+        secure: Whether the key is for ChaCha20 (8 words of 32 bits) or for Philox (2 words), whose 64 bits are enough for
+            what needs no secret, such as dropout.
+    """
     return tuple(secrets.randbits(32) for _ in range(8 if secure else 2))
 
 
 def philox(key: Sequence[int], counter: Sequence[Tensor]) -> list[Tensor]:
-    """Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011).
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", doi 10.1145/2063384.2063405).
+
+    Fast and statistically sound, and not cryptographic: whoever sees enough of its words can find the key.
 
     Args:
-        key: 2 words.
+        key: 2 words of 32 bits.
         counter: 4 int64 tensors of words, broadcastable to each other.
 
     Returns:
@@ -59,10 +71,10 @@ def philox(key: Sequence[int], counter: Sequence[Tensor]) -> list[Tensor]:
 
 
 def chacha20(key: Sequence[int], counter: Sequence[Tensor]) -> list[Tensor]:
-    """The ChaCha20 block function (RFC 8439, section 2.3).
+    """The ChaCha20 block function (RFC 8439, section 2.3), cryptographic: its words cannot be told from random ones.
 
     Args:
-        key: 8 words.
+        key: 8 words of 32 bits.
         counter: 4 int64 tensors of words, the block counter and the nonce, broadcastable to each other.
 
     Returns:
@@ -91,20 +103,29 @@ def normals(
 ) -> Tensor:
     """Independent N(0, 1) numbers by Box-Muller from the words of columns 2m and 2m + 1; computed in float32.
 
-    u = (even word + 1/2) / 2^32, r = sqrt(-2 ln u), t = 2 pi (odd word) / 2^32: column 2m is r cos t, column 2m + 1 is r sin t.
+    With u = (even word + 1/2) / 2^32, r = sqrt(-2 ln u) and t = 2 pi (odd word) / 2^32, column 2m is r cos t and column 2m + 1
+    is r sin t.
     Where the even word is 0, the next level's word (stream + level 2^16) says where below 2^-32 u lies, and so on for LEVELS
     words: numbers reach to sqrt(514 ln 2) = 18.9. One level would end at 6.76, and where the sensitivity is several standard
     deviations, as for epsilon = 64, most of what one input gives would be what the other cannot.
 
+    Example:
+        >>> bool((normals((1, 2), (1, 2, 3, 5)) == normals((1, 2), (1, 2, 3, 5))).all())
+        True
+
     Args:
         key: 2 words of 32 bits (Philox), or 8 with `secure` (ChaCha20).
         shape: (B, H, Q, D).
-        device: where the numbers are computed; the words are the same everywhere, logarithms and sines to their last bit.
-        dtype: of the result.
-        secure: whether to use the cryptographic generator.
-        stream: numbers of different streams are independent under one key.
+        device: Where the numbers are computed; the words are the same everywhere, logarithms and sines to their last bit.
+        dtype: Of the result.
+        secure: Whether to use the cryptographic generator.
+        stream: Numbers of different streams are independent under one key.
 
-    Raises ValueError for a key of another length.
+    Returns:
+        (B, H, Q, D).
+
+    Raises:
+        ValueError: A key of another length.
     """
     batch, heads, rows, columns = shape
     whole_pairs = (batch, heads, rows, columns + columns % 2)
@@ -124,9 +145,23 @@ def normals(
 
 
 def keep_mask(key: Sequence[int], shape: Sequence[int], p: float, device: torch.device | str = "cpu") -> Tensor:
-    """(B, H, Q, K) bool, each True with probability 1 - round(p 2^32) / 2^32: which attention weights dropout keeps.
+    """Which attention weights `attention.flash_attention` keeps with dropout, for whoever has to compute the same without it.
 
-    `key` has 2 words: dropout needs no cryptographic generator. Raises ValueError unless 0 <= p <= 1.
+    Example:
+        >>> keep_mask((1, 2), (1, 1, 2, 3), 0.0).all()
+        tensor(True)
+
+    Args:
+        key: 2 words of 32 bits; dropout needs no cryptographic generator.
+        shape: (B, H, Q, K).
+        p: Probability of dropping a weight; the one used is round(p 2^32) / 2^32.
+        device: Where the mask is computed.
+
+    Returns:
+        bool (B, H, Q, K), True where a weight is kept.
+
+    Raises:
+        ValueError: Unless 0 <= p <= 1, or for a key of another length.
     """
     if not 0 <= p <= 1:
         raise invalid("p", expected="a probability", actual=p, remedy="give the share of weights to drop")

@@ -3,8 +3,11 @@
 CUDA tensors in bfloat16, float16 and float32 go to `ghost_norm_triton` where triton is installed; everything else, and all that
 has no kernel there, is computed here with torch.
 
-Everything is stored in *unit order*: the rows of unit 0, then those of unit 1, ..., with `sizes[u]` rows for unit u.
-Sums run in float32, or float64 for float64 inputs, whatever the dtype of the records.
+Everything is stored in *unit order*: the rows of unit 0, then those of unit 1, ..., with `sizes[u]` rows for unit u. A unit may
+have no row. Sums run in float32, or float64 for float64 inputs, whatever the dtype of the records.
+
+Where a unit's terms cancel each other so far that float32 could have lost its norm, the norm is computed again from the
+gradient itself, and what rounding may still hide is added to it: a unit made to cancel cannot hide a gradient from clipping.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ SMALLEST_BLOCK = 32
 
 
 class Gram(NamedTuple):
-    """X X^T of every unit in blocks: those on its diagonal, and those below it, which stand for the ones above too."""
+    """``X X^T`` of every unit in blocks: those on its diagonal, and those below it, which stand for the ones above too."""
 
     diagonal: list[Tensor]  # each (units * m, s, s)
     below: list[Tensor]  # each (units * m, s, t)
@@ -43,7 +46,7 @@ class Gram(NamedTuple):
 
 
 def gram(x: Tensor) -> Gram:
-    """x (units, k, d) -> X X^T of each unit, halved again and again so that nearly half of the products are never formed."""
+    """The Gram matrices of x (units, k, d), halved again and again so that nearly half of the products are never formed."""
     parts, below = [x.contiguous()], []  # contiguous, so that equal k means equal blocks
     while parts[0].shape[1] > SMALLEST_BLOCK:
         halves = []
@@ -59,12 +62,31 @@ def gram(x: Tensor) -> Gram:
 
 
 def linear_squared_norms(a: Tensor, gs: Sequence[Tensor], sizes: Sequence[int], longest_gram: float = math.inf) -> Tensor:
-    """||sum_{t in u} g_t a_t^T||_F^2 for every unit u and every output gradient g of layers that share the input a.
+    """Squared norms of per-unit gradients of linear layers that share an input, without forming the gradients: ghost norms.
 
-    a: (rows, d) inputs, gs: (rows, p) output gradients, p as it is in each, all in unit order. Returns (len(gs), units).
-    longest_gram: units of at most so many rows are computed from Gram matrices, longer ones from the gradient itself.
+    The weight gradient of unit u is G_u = sum_{t in u} g_t a_t^T, and ::
 
-    sum_{t,s in u} (a_t . a_s)(g_t . g_s): the ghost norm (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022, arXiv 2110.05679).
+        ||G_u||_F^2 = sum_{t,s in u} (a_t . a_s)(g_t . g_s)
+
+    (Goodfellow 2015, arXiv 1510.01799, for one row of each unit; Li et al. 2022, arXiv 2110.05679, for several). The Gram
+    matrix of the inputs is formed once for all layers.
+
+    Example:
+        >>> a, g = torch.randn(5, 3), torch.randn(5, 2)
+        >>> norms = linear_squared_norms(a, [g], sizes=(2, 3))
+        >>> torch.allclose(norms[0, 0], (g[:2].T @ a[:2]).square().sum())
+        True
+
+    Args:
+        a: (rows, d), the inputs, in unit order; any floating dtype.
+        gs: Each (rows, p), the gradients of one layer's outputs, in unit order; p may differ from layer to layer.
+        sizes: The number of rows of each unit, 0 allowed.
+        longest_gram: Units of at most so many rows are computed from Gram matrices, longer ones from the gradient itself; see
+            `cost_model.longest_gram` for where the one becomes slower than the other. The result is the same.
+
+    Returns:
+        (layers, units), float32, or float64 where `a` is. 0 for a unit without rows. Not finite for a unit whose rows are not,
+        and for no other.
     """
     if runs_on_triton(a, *gs):
         from dp_flash_hf.kernels import ghost_norm_triton
@@ -73,17 +95,17 @@ def linear_squared_norms(a: Tensor, gs: Sequence[Tensor], sizes: Sequence[int], 
     a, gs = upcast(a), [upcast(g) for g in gs]
     if is_uniform(sizes) and sizes[0] <= longest_gram:
         batch = [g.unflatten(0, (len(sizes), -1)) for g in gs]
-        return _gram_form(a.unflatten(0, (len(sizes), -1)), batch)
+        return _by_gram(a.unflatten(0, (len(sizes), -1)), batch)
     out = torch.zeros(len(gs), len(sizes), dtype=a.dtype, device=a.device)
     for unit, (a_u, *gs_u) in enumerate(zip(*(x.split(list(sizes)) for x in (a, *gs)), strict=True)):
         if 0 < len(a_u) <= longest_gram:
-            out[:, unit] = _gram_form(a_u[None], [g_u[None] for g_u in gs_u])[:, 0]
+            out[:, unit] = _by_gram(a_u[None], [g_u[None] for g_u in gs_u])[:, 0]
         elif len(a_u):
-            out[:, unit] = torch.stack([_direct_form(a_u, g_u, (a_u.norm(dim=1) * g_u.norm(dim=1)).sum()) for g_u in gs_u])
+            out[:, unit] = torch.stack([_by_gradient(a_u, g_u, (a_u.norm(dim=1) * g_u.norm(dim=1)).sum()) for g_u in gs_u])
     return out
 
 
-def _gram_form(a: Tensor, gs: Sequence[Tensor]) -> Tensor:
+def _by_gram(a: Tensor, gs: Sequence[Tensor]) -> Tensor:
     inputs = gram(a)
     lengths = inputs.lengths(len(a))
     out = []
@@ -91,19 +113,26 @@ def _gram_form(a: Tensor, gs: Sequence[Tensor]) -> Tensor:
         outputs = gram(g)
         norms, bound = inputs.dot(outputs, len(a)), (lengths * outputs.lengths(len(a))).sum(1)
         for unit in (norms < CANCELLED * bound.square()).nonzero().flatten().tolist():
-            norms[unit] = _direct_form(a[unit], g[unit], bound[unit])
+            norms[unit] = _by_gradient(a[unit], g[unit], bound[unit])
         out.append(norms)
     return torch.stack(out)
 
 
-def _direct_form(a: Tensor, g: Tensor, bound: Tensor) -> Tensor:
+def _by_gradient(a: Tensor, g: Tensor, bound: Tensor) -> Tensor:
     return (g.mT @ a).square().sum() + hidden_by_rounding(bound, len(a))
 
 
 def unit_gradients(a: Tensor, g: Tensor, sizes: Sequence[int], out: Tensor | None = None) -> Tensor:
-    """G_u = sum_{t in u} g_t a_t^T of every unit: (units, p, d), added to `out` where it is given.
+    """The weight gradient G_u = sum_{t in u} g_t a_t^T of every unit, formed.
 
-    a: (rows, d), g: (rows, p), both in unit order.
+    Args:
+        a: (rows, d), a linear layer's inputs in unit order; any floating dtype.
+        g: (rows, p), the gradients of its outputs.
+        sizes: The number of rows of each unit.
+        out: float32 or float64 (units, p, d) to which the gradients are added, in place of new tensors.
+
+    Returns:
+        `out`, or a new (units, p, d) in float32 or float64.
     """
     if runs_on_triton(a, g) and (out is None or out.dtype == torch.float32):
         from dp_flash_hf.kernels import ghost_norm_triton
@@ -121,7 +150,15 @@ def unit_gradients(a: Tensor, g: Tensor, sizes: Sequence[int], out: Tensor | Non
 
 
 def row_sums(g: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Rows g (rows, p), in unit order, summed over each unit: (units, p). A bias has these for per-unit gradients."""
+    """Rows summed over each unit: the per-unit gradients of a bias.
+
+    Args:
+        g: (rows, p) in unit order; any floating dtype.
+        sizes: The number of rows of each unit.
+
+    Returns:
+        (units, p), float32 or float64; zeros for a unit without rows.
+    """
     if runs_on_triton(g):
         from dp_flash_hf.kernels import ghost_norm_triton
 
@@ -134,9 +171,18 @@ def row_sums(g: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def embedding_squared_norms(ids: Tensor, g: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Squared norm of each unit's embedding gradient: rows of equal (unit, id) are one row of the table, and add first.
+    """Squared norm of each unit's gradient of an embedding table.
 
-    ids: LongTensor (rows,), g: (rows, d) output gradients, both in unit order. Returns (units,).
+    Rows of equal (unit, id) are gradients of one row of the table: they are added before they are squared, so that a token that
+    a text repeats counts as it does in the gradient. Nothing of the table's size is formed.
+
+    Args:
+        ids: int64 (rows,), what was looked up, in unit order.
+        g: (rows, d), the gradients of what was found; any floating dtype.
+        sizes: The number of rows of each unit.
+
+    Returns:
+        (units,), float32 or float64.
     """
     if runs_on_triton(g):
         from dp_flash_hf.kernels import ghost_norm_triton
@@ -156,10 +202,22 @@ def embedding_squared_norms(ids: Tensor, g: Tensor, sizes: Sequence[int]) -> Ten
 def tied_cross_terms(
     a: Tensor, g: Tensor, ids: Tensor, g_rows: Tensor, sizes: Sequence[int], row_sizes: Sequence[int]
 ) -> Tensor:
-    """<G_head, G_embedding>_F of each unit, for one matrix used as output layer and as embedding table.
+    """Inner products of the two gradients of a matrix that is both output layer and embedding table (tied weights).
 
-    a: (rows, d), g: (rows, V): records of the linear layer, `sizes` rows per unit. ids: LongTensor (looked up,), g_rows:
-    (looked up, d): records of the embedding, `row_sizes` per unit. Returns (units,): sum_{t,s in u} g_t[id_s] (a_t . g_rows_s).
+    The squared norm of their sum is ``|head|^2 + |table|^2 + 2 <head, table>``, and the last term is ::
+
+        sum_{t,s in u} g_t[id_s] (a_t . g_rows_s)
+
+    Args:
+        a: (rows, d), inputs of the output layer, in unit order; any floating dtype.
+        g: (rows, V), gradients of its outputs.
+        ids: int64 (looked up,), what was looked up, in unit order.
+        g_rows: (looked up, d), gradients of what was found.
+        sizes: The number of `rows` of each unit.
+        row_sizes: The number of each unit's lookups.
+
+    Returns:
+        (units,), float32 or float64.
     """
     a, g, g_rows = upcast(a), upcast(g), upcast(g_rows)
     out = torch.zeros(len(sizes), dtype=a.dtype, device=a.device)

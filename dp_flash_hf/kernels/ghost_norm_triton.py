@@ -2,16 +2,15 @@
 
 Rows are in unit order. Units differ in length, so programs do not index rows: tables made on the host from the sizes say which
 rows each program has, and no program reads a row of a unit that is not its own. Every program writes a result of its own and
-these are added in a fixed order: no atomics, the same bits every time. Sums run in float32; products of float32 numbers are
+these are added in a fixed order: no atomics, the same bits every time. Sums run in float32; products of float32 values are
 float32 products (no TF32).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, wraps
-from itertools import accumulate
-from typing import NamedTuple, ParamSpec, TypeVar
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,45 +18,38 @@ import triton.language as tl
 from torch import Tensor
 
 from dp_flash_hf.kernels.numerics import CANCELLED, HIDDEN
+from dp_flash_hf.kernels.triton_common import (
+    SUM_OPTIONS,
+    dot,
+    fitted,
+    on_device,
+    on_its_device,
+    product_options,
+    product_tiles,
+    rowwise,
+    run_ends,
+    unit_of_row,
+    unit_offsets,
+)
 
-# Launch options by bytes per number, compiled for compute capability 8.0, 9.0 and 10.0 without spills. BLOCK: rows on a side of
-# a Gram tile at most, smaller where units are shorter. Two tiles of 128 x 128 float32 sums, of inputs and output gradients,
-# take 128 registers a thread of 8 warps. ROWS or CHUNK of 32 make products of float32 numbers spill.
+# Launch options by bytes per element, see `triton_common`. BLOCK: rows on a side of a Gram tile at most, smaller where units
+# are shorter. Two tiles of 128 x 128 float32 sums, of inputs and output gradients, take 128 registers a thread of 8 warps.
+# CHUNK of 32 makes float32 products spill.
 GRAM_OPTIONS = {
     2: {"BLOCK": 128, "CHUNK": 64, "num_warps": 8, "num_stages": 3},
     4: {"BLOCK": 64, "CHUNK": 16, "num_warps": 8, "num_stages": 3},
 }
-PRODUCT_OPTIONS = {
-    2: {"P_BLOCK": 128, "D_BLOCK": 128, "ROWS": 64, "num_warps": 8, "num_stages": 3},
-    4: {"P_BLOCK": 64, "D_BLOCK": 64, "ROWS": 16, "num_warps": 8, "num_stages": 3},
-}
-# Largest blocks where rows do not all begin at 16 bytes: the address of every number is then held in registers.
-OUT_OF_STEP = {2: 64, 4: 32}
-SUM_OPTIONS = {"ROWS": 32, "D_BLOCK": 128, "num_warps": 4, "num_stages": 2}  # of row_sums_kernel and table_rows_kernel
-REDUCE_OPTIONS = {"BLOCK": 256, "num_warps": 4}  # of decide_kernel and settle_kernel
+REDUCE_OPTIONS = {"BLOCK": 256, "num_warps": 4}  # of decide_kernel and finish_kernel
 
 EPS = torch.finfo(torch.float32).eps
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 SHARING = 3  # output gradients that one launch takes for one input: q, k, v
 PROGRAMS = 128  # of direct_kernel for each unit: where there is one unit only, about one for each multiprocessor of a large GPU
 
-# Read and written one number at a time: how they are aligned is nothing to compile a kernel anew for.
+# Read and written one element at a time: how they are aligned is nothing to compile a kernel anew for.
 UNALIGNED = [
     *("tile_rows", "tile_columns", "tile_ends", "tile_starts", "direct", "offsets", "run_ends"),
     *("norm_parts", "bound_parts", "norms", "bounds", "redo", "parts"),
 ]
-
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def dot(left, right, sums):
-    """left right + sums, float32. Numbers of 16 bits go to the matrix units as they are, of float32 nothing is cut off."""
-    if INTERPRETED or left.dtype != right.dtype:  # the interpreter cannot multiply bfloat16; the products are the same
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, sums, input_precision="ieee")
 
 
 @triton.jit
@@ -242,7 +234,7 @@ def unit_gradients_kernel(
 
 
 @triton.jit(do_not_specialize=["n_units"], do_not_specialize_on_alignment=UNALIGNED)
-def settle_kernel(norms, bounds, redo, parts, offsets, n_units, programs, hidden, BLOCK: tl.constexpr):
+def finish_kernel(norms, bounds, redo, parts, offsets, n_units, programs, hidden, BLOCK: tl.constexpr):
     """Norms of units that were done again: sum of their parts, and what rounding may hide. Grid: (units, output gradients)."""
     unit = tl.program_id(0)
     out = tl.program_id(1) * n_units + unit
@@ -295,35 +287,6 @@ def table_rows_kernel(g, stride, width, order, run_ends, lengths, parts, hidden,
     tl.store(parts + first.to(tl.int64) * tl.num_programs(1) + block, square)
 
 
-def on_its_device(launches: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Decorator: what this launches runs on the device and stream of its first tensor, not on those that are current.
-
-    Backward passes run where their tensors are; norms and clipped sums are formed after them, by whoever called.
-    """
-
-    @wraps(launches)
-    def launched(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        first = next(x for x in args if isinstance(x, Tensor))
-        with torch.cuda.device_of(first):
-            return launches(*args, **kwargs)
-
-    return launched
-
-
-def on_device(device: torch.device, *columns: Sequence[int] | Tensor) -> tuple[Tensor, ...]:
-    """int32 tensors on the device, copied in one piece and without waiting for it."""
-    here = torch.cat([torch.as_tensor(column, dtype=torch.int32) for column in columns])
-    there = (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
-    parts: tuple[Tensor, ...] = there.split([len(column) for column in columns])
-    return parts
-
-
-@lru_cache(maxsize=16)
-def unit_offsets(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 (units + 1,): where each unit's rows begin, and where the last one's end. Kept, as all layers of a batch ask."""
-    return on_device(device, [0, *accumulate(sizes)])[0]
-
-
 class _Tiles(NamedTuple):
     rows: Tensor  # int32 (tiles,): first row of the first block
     columns: Tensor  # int32 (tiles,): first row of the second
@@ -342,25 +305,6 @@ def _tiles(sizes: tuple[int, ...], direct: tuple[bool, ...], block: int, device:
         counts.append(counts[-1] + own.shape[1])
         begin += size
     return _Tiles(*on_device(device, *torch.cat(pairs, 1), counts, direct))
-
-
-def rowwise(x: Tensor) -> Tensor:
-    """x (rows, d) with the numbers of a row beside each other, which is what kernels read."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def fitted(choices: dict[int, dict[str, int]], records: Sequence[Tensor], **widths: int) -> dict[str, int]:
-    """Launch options for records (rows, d) and for blocks no wider than what they are of: name of the block, and that width.
-
-    Blocks are powers of two, and at least 16, which is what matrix units take.
-    """
-    size = max(x.element_size() for x in records)
-    options = dict(choices[size])
-    in_step = all(x.data_ptr() % 16 == x.stride(0) % 16 == x.shape[1] % 16 == 0 for x in records)
-    for name, width in widths.items():
-        largest = options[name] if in_step else min(options[name], OUT_OF_STEP[size])
-        options[name] = min(largest, max(16, triton.next_power_of_2(width)))
-    return options
 
 
 @on_its_device
@@ -412,7 +356,7 @@ def linear_squared_norms(a: Tensor, gs: Sequence[Tensor], sizes: tuple[int, ...]
         direct_kernel[(programs, n_units)](
             a, g, a.stride(0), g.stride(0), d, g.shape[1], offsets, again, part, **product_options(a, g)
         )
-    settle_kernel[grid](norms, bounds, redo, parts, offsets, n_units, programs, HIDDEN * EPS, **REDUCE_OPTIONS)
+    finish_kernel[grid](norms, bounds, redo, parts, offsets, n_units, programs, HIDDEN * EPS, **REDUCE_OPTIONS)
     return norms
 
 
@@ -420,7 +364,7 @@ def linear_squared_norms(a: Tensor, gs: Sequence[Tensor], sizes: tuple[int, ...]
 def unit_gradients(a: Tensor, g: Tensor, sizes: tuple[int, ...], out: Tensor | None = None) -> Tensor:
     """G_u = sum_{t in u} g_t a_t^T of every unit, float32 (units, p, d), added to `out` where it is given.
 
-    a: (rows, d), g: (rows, p), bfloat16, float16 or float32, in unit order. out: float32, the numbers of a row side by side.
+    a: (rows, d), g: (rows, p), bfloat16, float16 or float32, in unit order. out: float32, the elements of a row adjacent.
     """
     a, g = rowwise(a), rowwise(g)
     (d, p), add = (a.shape[1], g.shape[1]), out is not None
@@ -435,18 +379,6 @@ def unit_gradients(a: Tensor, g: Tensor, sizes: tuple[int, ...], out: Tensor | N
     return out
 
 
-def product_options(a: Tensor, g: Tensor, choices: dict[int, dict[str, int]] = PRODUCT_OPTIONS) -> dict[str, int]:
-    """Launch options for tiles of g^T a. a: (rows, d), g: (rows, p)."""
-    return fitted(choices, [a, g], P_BLOCK=g.shape[1], D_BLOCK=a.shape[1])
-
-
-def product_tiles(a: Tensor, g: Tensor) -> int:
-    """How many tiles of g^T a there are."""
-    options = product_options(a, g)
-    tiles: int = triton.cdiv(g.shape[1], options["P_BLOCK"]) * triton.cdiv(a.shape[1], options["D_BLOCK"])
-    return tiles
-
-
 @on_its_device
 def row_sums(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Rows x (rows, p), in unit order, added over each unit: float32 (units, p)."""
@@ -456,17 +388,6 @@ def row_sums(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         grid = (len(sizes), triton.cdiv(x.shape[1], SUM_OPTIONS["D_BLOCK"]))
         row_sums_kernel[grid](x, x.stride(0), x.shape[1], unit_offsets(sizes, x.device), out, **SUM_OPTIONS)
     return out
-
-
-def run_ends(sorted_keys: Tensor) -> Tensor:
-    """int32 (n,): for each of the sorted keys, where the run of its like ends."""
-    return torch.searchsorted(sorted_keys, sorted_keys, right=True, out_int32=True)
-
-
-def unit_of_row(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 (rows,): the unit of each row in unit order."""
-    rows = torch.arange(sum(sizes), dtype=torch.int32, device=device)
-    return torch.searchsorted(unit_offsets(sizes, device)[1:], rows, right=True, out_int32=True)
 
 
 @on_its_device

@@ -1,10 +1,10 @@
-"""Softmax cross entropy of logits that are never all there: formed in blocks of columns, used, dropped (torch implementation).
+"""Softmax cross entropy of logits that never exist all at once: formed in blocks of columns, used, dropped.
 
 The loss and its gradient need one block of logits at a time (Wijmans et al. 2024, arXiv 2411.09009). So does a unit's norm, as
 the squared norm of a matrix is the sum of those of its blocks of rows, and so does the clipped sum, block by block.
 
 Sums run in float32, or float64 for float64 inputs. Gradients of logits are rounded to the dtype of the hidden states before
-anything is made of them, so that norms and clipped sums speak of the same numbers.
+anything is made of them, so that norms and clipped sums are those of the same values.
 """
 
 from __future__ import annotations
@@ -27,10 +27,27 @@ FEWEST_COLUMNS = 256
 
 
 def linear_cross_entropy(hidden: Tensor, head: Head, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """(losses, lse), both (rows,): -log softmax(logits)[label], 0 where the label is ignored, and log sum exp(logits).
+    """Every row's cross entropy and normaliser, with memory for one block of logits (Wijmans et al. 2024, arXiv 2411.09009).
 
-    hidden: (rows, d), any floating dtype; the head's numbers are cast to it. labels: int64 (rows,), below V, or `ignore_index`.
-    Raises IndexError for other labels on the CPU; on a GPU the kernel asserts.
+    Example:
+        >>> hidden, weight, labels = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([6, -100, 0])
+        >>> losses, lse = linear_cross_entropy(hidden, Head(weight), labels)
+        >>> expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
+        >>> torch.allclose(losses, expected, atol=1e-5)
+        True
+
+    Args:
+        hidden: (rows, d), any floating dtype; the head's weight and bias are cast to it.
+        head: The output layer.
+        labels: int64 (rows,), below V, or `ignore_index`.
+        ignore_index: The label of rows without a loss.
+
+    Returns:
+        Two tensors (rows,), float32 or float64: ``-log softmax(logits)[label]``, which is 0 where the label is ignored, and
+        ``log sum exp(logits)``.
+
+    Raises:
+        IndexError: A label outside the vocabulary, on the CPU; on a GPU the kernel asserts.
     """
     rows, size = len(hidden), len(head.weight)
     if runs_on_triton(hidden):
@@ -53,8 +70,17 @@ def linear_cross_entropy(hidden: Tensor, head: Head, labels: Tensor, ignore_inde
 class LogitGradients:
     """Gradients (rows, V) of a weighted sum of cross entropies with respect to h W^T + b, formed when they are asked for.
 
-    hidden: (rows, d). labels: int64 (rows,). lse: (rows,), of `linear_cross_entropy`. weights: (rows,), the gradient that came
-    back to every row's loss; a row of weight 0 is zero, whatever else it holds. kept: the result, once it is stored.
+    With softmax P and one-hot labels Y they are ``scale * weights * (P - Y)``, times ``1 - (logits / softcap)^2`` under a
+    soft-cap.
+
+    Args:
+        hidden: h (rows, d), any floating dtype, which is also that of the gradients.
+        head: The output layer.
+        labels: int64 (rows,); only those of rows with a weight are looked at.
+        lse: (rows,), the normalisers that `linear_cross_entropy` gave.
+        weights: (rows,), the gradient that came back to every row's loss, in the dtype of `lse`. A row of weight 0 is zero,
+            whatever else it holds.
+        kept: The gradients themselves (rows, V), where they are stored.
     """
 
     hidden: Tensor
@@ -66,7 +92,7 @@ class LogitGradients:
 
     @property
     def size(self) -> int:
-        """V."""
+        """The size V of the vocabulary."""
         return len(self.head.weight)
 
     def columns(self, columns: slice) -> Tensor:
@@ -105,7 +131,7 @@ class LogitGradients:
             yield columns, self.columns(columns)
 
     def whole(self) -> Tensor:
-        """(rows, V), all there."""
+        """All of them (rows, V)."""
         if self.kept is not None:
             return self.kept
         out = self.hidden.new_empty(len(self.hidden), self.size)
@@ -136,9 +162,18 @@ class Gradients(NamedTuple):
 def gradients(
     g: LogitGradients, sizes: tuple[int, ...], *, hidden: bool, norms: bool, bias: bool = False, keep: bool = False
 ) -> Gradients:
-    """Gradients of hidden states and bias, and the squared norms of ||sum_{t in u} g_t h_t^T||_F of every unit u.
+    """What a backward pass needs of the gradients of logits, from one pass over their blocks.
 
-    g: rows in unit order, `sizes[u]` of unit u. keep: store the gradients of all logits, in the dtype of the hidden states.
+    Args:
+        g: The gradients, rows in unit order.
+        sizes: The number of rows of each unit.
+        hidden: Whether to compute the gradients of the hidden states.
+        norms: Whether to compute the squared norms ``||sum_{t in u} g_t h_t^T||_F^2`` of every unit u.
+        bias: Whether to compute every unit's gradient of the bias.
+        keep: Whether to store the gradients of all logits, in the dtype of the hidden states.
+
+    Returns:
+        What was asked for; sums are float32, or float64 for float64 hidden states.
     """
     wide = upcast(g.hidden)
     n, dtype, device = len(sizes), wide.dtype, wide.device
@@ -161,15 +196,30 @@ def gradients(
 
 
 def add_cross_entropy_(out: Tensor, g: LogitGradients, factors: Tensor, sizes: tuple[int, ...]) -> None:
-    """out (V, d) += sum_u factors[u] sum_{t in u} g_t h_t^T; factors: (units,)."""
+    """Add the clipped sum of the head's weight gradients, block by block, in place.
+
+    Args:
+        out: (V, d), float32 or float64.
+        g: The gradients of the logits, rows in unit order.
+        factors: (units,).
+        sizes: The number of rows of each unit.
+    """
     for columns, block in g.blocks():
         add_linear_(out[columns], g.hidden, block, factors, sizes)
 
 
 def head_cross_terms(g: LogitGradients, ids: Tensor, g_rows: Tensor, sizes: Sequence[int], row_sizes: Sequence[int]) -> Tensor:
-    """As `ghost_norm.tied_cross_terms`: <G_head, G_embedding>_F of each unit, (units,), for a matrix that is both.
+    """As `ghost_norm.tied_cross_terms`, with the gradients of logits formed for the looked-up tokens only.
 
-    ids: int64 (looked up,), g_rows: (looked up, d), of the embedding, `row_sizes` per unit.
+    Args:
+        g: The gradients of the logits, rows in unit order.
+        ids: int64 (looked up,), what was looked up, in unit order.
+        g_rows: (looked up, d), gradients of what was found.
+        sizes: The number of rows of each unit in `g`.
+        row_sizes: The number of each unit's lookups.
+
+    Returns:
+        (units,), float32 or float64.
     """
     out = torch.zeros(len(sizes), dtype=upcast(g.hidden).dtype, device=g.hidden.device)
     start = 0

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_flash_hf.kernels.ghost_norm_triton import dot, on_its_device
+from dp_flash_hf.kernels.triton_common import dot, on_its_device
 from dp_flash_hf.kernels.types import Head
 
-# How the kernels are launched, by the bytes of a hidden state's numbers.
+# How the kernels are launched, by bytes per element of the hidden states.
 LAUNCH: dict[int, dict[str, int]] = {
     2: {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_WIDTH": 64, "num_warps": 8, "num_stages": 3},
     4: {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_WIDTH": 32, "num_warps": 4, "num_stages": 3},
@@ -68,8 +68,8 @@ def _dense(x: Tensor) -> Tensor:
 def _operands(hidden: Tensor, head: Head, start: int, stop: int) -> tuple[Any, ...]:
     weight = _dense(head.weight[start:stop])
     bias = hidden if head.bias is None else head.bias[start:stop].contiguous()
-    numbers = (len(hidden), stop - start, hidden.shape[1], hidden.stride(0), weight.stride(0))
-    return (hidden, weight, bias, *numbers, head.scale, 1.0 if head.softcap is None else head.softcap)
+    shapes = (len(hidden), stop - start, hidden.shape[1], hidden.stride(0), weight.stride(0))
+    return (hidden, weight, bias, *shapes, head.scale, 1.0 if head.softcap is None else head.softcap)
 
 
 def _options(head: Head) -> dict[str, bool]:

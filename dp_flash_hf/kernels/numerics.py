@@ -1,4 +1,4 @@
-"""kernels.numerics."""
+"""Which device and dtype a computation runs in, and what rounding may hide from a norm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ HIDDEN = 32  # see `hidden_by_rounding`
 
 @cache
 def has_triton(device: torch.device) -> bool:
-    """Whether this CUDA device runs the Triton kernels."""
+    """Whether this CUDA device runs the Triton kernels: an NVIDIA GPU from Ampere on, with triton installed.
+
+    Blackwell needs Triton 3.9; with an older one, as on every other device, torch computes the same.
+    """
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is not None or capability < (8, 0) or find_spec("triton") is None:  # 8.0: bfloat16 in matrix units
         return False
@@ -28,30 +31,44 @@ def has_triton(device: torch.device) -> bool:
 
 
 def runs_on_triton(*records: Tensor) -> bool:
-    """Whether Triton kernels take these records: bfloat16, float16 or float32 on an NVIDIA GPU, and triton.
+    """Whether the Triton kernels take these records: bfloat16, float16 or float32, on a device with `has_triton`.
 
-    Ampere and newer; Blackwell with Triton 3.9.
+    Example:
+        >>> runs_on_triton(torch.zeros(2, 3))  # on the CPU
+        False
     """
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     return all(x.is_cuda and x.dtype in dtypes for x in records) and has_triton(records[0].device)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in the dtype sums run in: float64 stays, everything else becomes float32."""
+    """`x` in the dtype that sums run in: float64 stays, everything else becomes float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def is_uniform(sizes: Sequence[int]) -> bool:
-    """Whether all units have the same number of rows, at least one."""
+    """Whether all units have the same number of rows, at least one, so that they can be one batch.
+
+    Example:
+        >>> is_uniform((3, 3)), is_uniform((3, 2)), is_uniform((0, 0)), is_uniform(())
+        (True, False, False, False)
+    """
     return len(sizes) > 0 and sizes[0] > 0 and all(size == sizes[0] for size in sizes)
 
 
 def hidden_by_rounding(bound: Tensor, rows: int | Tensor) -> Tensor:
-    """Square of the norm that rounding may hide in a sum of so many rows whose norms add up to `bound`.
+    """The square of the norm that rounding may hide in a sum.
 
-    Added to the squared norm of a sum that has cancelled: the clipped sum rounds in another order than its norm did, and a unit
-    made to cancel would otherwise leave more than C there. rows^(1/2) eps is the usual growth of rounding (Higham and Mary
-    2019, doi 10.1137/18M1226312); the factor keeps what is left below 2 % of C.
+    It is added to the squared norm of a sum that has cancelled: the clipped sum rounds in another order than its norm did, and
+    a unit made to cancel would otherwise leave more than C there. sqrt(rows) eps is the usual growth of rounding (Higham and
+    Mary 2019, doi 10.1137/18M1226312); the factor `HIDDEN` keeps what is left below 2 % of C.
+
+    Args:
+        bound: The norms of the terms, added up; float32 or float64, any shape. Its dtype is that of the sum.
+        rows: How many terms there are; a number, or a tensor of the same shape.
+
+    Returns:
+        Shape and dtype of `bound`.
     """
     lost = HIDDEN * torch.finfo(bound.dtype).eps * bound
     return torch.as_tensor(rows, dtype=bound.dtype, device=bound.device) * lost.square()

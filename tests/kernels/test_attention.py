@@ -23,8 +23,9 @@ import triton.language as tl
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.kernels import reference
 from dp_flash_hf.kernels.attention import flash_attention
-from dp_flash_hf.kernels.attention_backward import key_value_grad_kernel, query_grad_kernel, query_tiles
-from dp_flash_hf.kernels.attention_forward import attention_forward_kernel, config, key_tiles
+from dp_flash_hf.kernels.attention_backward import key_value_grad_kernel, query_grad_kernel
+from dp_flash_hf.kernels.attention_forward import attention_forward_kernel
+from dp_flash_hf.kernels.attention_tiles import config, key_tiles, query_tiles
 from dp_flash_hf.kernels.types import Release, SegmentTable
 from tests.kernels.test_counter_noise_triton import keep_mask, standard_normals
 

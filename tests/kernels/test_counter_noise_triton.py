@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from dp_flash_hf.kernels.attention_forward import signed
+from dp_flash_hf.kernels.attention_tiles import signed
 from dp_flash_hf.kernels.counter_noise_triton import (
     CHACHA,
     PHILOX,
