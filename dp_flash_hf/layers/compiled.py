@@ -1,8 +1,8 @@
-"""Layers inside a model that `torch.compile` traced, where nothing follows a tensor from Python.
+"""Layers inside a model that `torch.compile` traced, where no Python code follows a tensor.
 
 While a compiled model records, the layers of the common families compute with their parameters as constants, and tap their
 output: an operation of no effect, whose backward hands (input, output gradient) to `record`, an operator the compiler cannot
-look into. A tap's gradient of `Recorder.token` is 1 at each of its numbers, so none may be left out, and if the compiler merges
+look into. A tap's gradient of the token is 1 at each of its elements, so none may be left out, and if the compiler merges
 two of them, or replays one without Python, the gradients of the token say more than were recorded.
 
 Autograd leaves no gradient on a parameter that was tapped. Whatever else the model does with it leaves one, as everywhere.
@@ -151,7 +151,7 @@ class _Copies(torch.autograd.Function):
 
 
 class CompiledVariant:
-    """What a layer computes while a compiled model records.
+    """What a layer computes while a compiled model records: the same, with its parameters as constants and a tap on its output.
 
     Attributes of the layer: `_dp_number`, of its `_TappedLayer`, and `_dp_detail`, see `fits`.
     """
@@ -291,7 +291,7 @@ class RMSNormVariant(CompiledVariant, nn.RMSNorm):
 
 
 class ScaleVariant(CompiledVariant):
-    """A layer that multiplies every item by its weight (d,), or by numbers made of it: the RMS norms of most decoders.
+    """A layer that multiplies every item by its weight (d,), or by values made of it: the RMS norms of most decoders.
 
     Its own `forward` runs, with a copy of the weight for each item. `_dp_detail`: dimensions of what is multiplied.
     """
@@ -383,7 +383,12 @@ def _class_of(original: type[nn.Module]) -> type:
 
 
 class CompiledLayers:
-    """The attached layers of a compiled model, and what they become while it records."""
+    """The attached layers of a compiled model, and what they become while it records.
+
+    Args:
+        modules: The attached ones.
+        recorder: Theirs.
+    """
 
     def __init__(self, modules: Sequence[nn.Module], recorder: Recorder) -> None:
         self._modules, self._recorder = modules, recorder

@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_flash_hf.kernels.numerics import upcast
-from dp_flash_hf.layers.recorder import Recorder
-from dp_flash_hf.layers.tracking import Tracked, once, record
+from dp_flash_hf.layers.chain import once, record
+from dp_flash_hf.layers.recorder import recorder_of
+from dp_flash_hf.layers.tracking import Tracked
 from dp_flash_hf.layers.unit_layout import Layout
 
 
 class Routes(NamedTuple):
-    """Rows sorted by expert, and for each expert by unit, nobody's last.
+    """Rows sorted by expert, and for each expert by unit, those without a unit last.
 
     tokens: (rows,) the token that each row is. slots: (rows,) which of its experts (0..k-1) the row is for. units: (rows,)
-    the row's unit, n for nobody's. ends: rows before each expert's last, 0 first: (experts + 1) numbers.
+    the row's unit, n where it has none. ends: (experts + 1) rows before each expert's last, 0 first.
     """
 
     tokens: Tensor
@@ -33,7 +34,7 @@ class Routes(NamedTuple):
 
 
 def routes(index: Tensor, layout: Layout, n_experts: int) -> Routes:
-    """index: (tokens, k) the experts of each token; those of `n_experts` and above are nobody's work."""
+    """index: (tokens, k) the experts of each token; choices of `n_experts` and above are nothing to compute."""
     device = index.device
     of_token = layout.unit_of_row.to(device)
     of_token = torch.where(of_token < 0, layout.units.n, of_token)
@@ -100,7 +101,7 @@ class Experts:
     """Rule for such layers. Input: tokens (N, d), their experts (N, k), and the weights of these (N, k)."""
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # noqa: D102
-        recorder: Recorder = vars(self)["_dp_recorder"]
+        recorder = recorder_of(self)
         trained = [getattr(self, name) for name, p in self.named_parameters(recurse=False) if p.requires_grad]
         if not trained or not all(isinstance(p, Tracked) for p in trained) or self._is_expert_parallel:
             return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc, no-any-return]
@@ -117,9 +118,9 @@ class Experts:
         return out.to(hidden_states.dtype)
 
     def _project(self: Any, name: str, x: Tensor, layout: Layout, route: Routes) -> Tensor:
-        numbers = [getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None]
-        tracked = [t if isinstance(t, Tracked) else None for t in numbers]
-        plain = [t.plain if isinstance(t, Tracked) else t for t in numbers]
+        given = [getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None]
+        tracked = [t if isinstance(t, Tracked) else None for t in given]
+        plain = [t.plain if isinstance(t, Tracked) else t for t in given]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, plain = x.to(dtype), [None if t is None else t.to(dtype) for t in plain]

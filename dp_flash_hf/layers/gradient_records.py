@@ -1,8 +1,9 @@
-"""What layers leave behind in a backward pass, until the clip factors are known.
+"""What is kept of a parameter's per-unit gradients until the clip factors are known, and what is computed from it.
 
-A `Recorder` is shared by an engine and the layers it attached: layers ask it how their input is laid out and hand it what their
-backward saw; the engine reads per-unit norms from it and has it form the clipped sums (book-keeping, Bu et al. 2023,
-arXiv 2210.00038).
+A *use* is one call in which a parameter was combined with data: of a linear layer, of an output layer whose logits were
+deferred, or of an embedding. A `GradientRecord` holds all uses of one parameter, or its per-unit gradients where these are
+smaller, and gives squared norms and the clipped sum of the gradients, which are sums over the uses, without forming more than
+it has to.
 """
 
 from __future__ import annotations
@@ -39,10 +40,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @dataclass
 class LinearUse:
-    """Inputs a (rows, d) and output gradients g (rows, p) of one call, in unit order; the gradient is sum_t g_t a_t^T (p, d).
+    """One call of y = a W^T: the gradient of W is the sum of g_t a_t^T over a unit's rows, (p, d).
 
-    The parameter may have that many numbers in another shape (p, ...), as convolutions do.
-    part: which rows along the parameter's first dimension hold these numbers, as one expert of many; None for all.
+    The parameter may have as many elements in another shape (p, ...), as convolutions do.
+
+    Args:
+        a: Inputs (rows, d) in unit order, any floating dtype.
+        g: Gradients of the outputs (rows, p).
+        sizes: The number of rows of each unit.
+        part: Which rows of the parameter's first dimension W is, start and stop, as one expert of many; None for all.
     """
 
     a: Tensor
@@ -67,11 +73,11 @@ class LinearUse:
         return x.view(*x.shape[:dim], self.g.shape[1], self.a.shape[1])
 
     def add_to_units_(self, gradients: Tensor) -> None:
-        """gradients (units, *shape) += this use's per-unit gradients."""
+        """Add this use's per-unit gradients to `gradients`, ``(units, *shape)``."""
         unit_gradients(self.a, self.g, self.sizes, self._own(gradients, 1))
 
     def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
-        """out (*shape) += sum over units of factors (units,) times the unit's gradient."""
+        """Add the sum over units of `factors` (units,) times the unit's gradient to `out`, ``(*shape)``."""
         add_linear_(self._own(out, 0), self.a, self.g, factors, self.sizes)
 
     def squared_norms(self) -> tuple[Tensor, str]:
@@ -93,7 +99,11 @@ class LinearUse:
 class HeadUse:
     """One call of an output layer whose logits went to a cross entropy: a `LinearUse` whose g (rows, V) is formed in blocks.
 
-    squared: (units,), what the backward pass that had the blocks at hand made of them; None where nobody will ask.
+    Args:
+        g: The gradients of the logits, rows in unit order.
+        sizes: The number of rows of each unit.
+        squared: (units,), the squared norms, computed by the backward pass that had the blocks at hand; None where they are not
+            asked for.
     """
 
     g: LogitGradients
@@ -106,11 +116,11 @@ class HeadUse:
         return LinearUse(self.g.hidden, self.g.whole(), self.sizes)
 
     def add_to_units_(self, gradients: Tensor) -> None:
-        """gradients (units, V, d) += this use's per-unit gradients."""
+        """Add this use's per-unit gradients to `gradients`, (units, V, d)."""
         self.formed().add_to_units_(gradients)
 
     def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
-        """out (V, d) += sum over units of factors (units,) times the unit's gradient."""
+        """Add the sum over units of `factors` (units,) times the unit's gradient to `out`, (V, d)."""
         add_cross_entropy_(out, self.g, factors, self.sizes)
 
     def squared_norms(self) -> tuple[Tensor, str]:
@@ -131,19 +141,25 @@ class HeadUse:
 
 @dataclass
 class EmbeddingUse:
-    """Looked-up ids (rows,) and output gradients g (rows, d) of one call, in unit order."""
+    """One call of y = E[ids].
+
+    Args:
+        ids: int64 (rows,), what was looked up, in unit order.
+        g: Gradients of what was found (rows, d), any floating dtype.
+        sizes: The number of rows of each unit.
+    """
 
     ids: Tensor
     g: Tensor
     sizes: tuple[int, ...]
 
     def add_to_units_(self, gradients: Tensor) -> None:
-        """gradients (units, V, d) += this use's per-unit gradients."""
+        """Add this use's per-unit gradients to `gradients`, (units, V, d)."""
         for out, ids_u, g_u in zip(gradients, self.ids.split(self.sizes), upcast(self.g).split(self.sizes), strict=True):
             out.index_add_(0, ids_u, g_u)
 
     def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
-        """out (V, d) += sum over units of factors (units,) times the unit's gradient."""
+        """Add the sum over units of `factors` (units,) times the unit's gradient to `out`, (V, d)."""
         add_embedding_(out, self.ids, self.g, factors, self.sizes)
 
 
@@ -156,7 +172,16 @@ def linear_norms(uses: Sequence[LinearUse]) -> tuple[tuple[Tensor, ...], str]:
 
 
 class GradientRecord:
-    """All uses of one parameter in one backward pass: one gradient, so cross terms between its uses count."""
+    """All uses of one parameter in one backward pass.
+
+    They make one gradient: the norm is that of the sum over uses, so inner products between them count. Uses of a linear weight
+    are more rows of each unit; an output layer and an embedding table that are tied have a cross term
+    (`kernels.ghost_norm.tied_cross_terms`); for other mixtures per-unit gradients are formed.
+
+    Args:
+        shape: Of the parameter.
+        n_units: Units of the batch, those without rows included.
+    """
 
     def __init__(self, shape: torch.Size, n_units: int) -> None:
         self.shape, self.n_units = shape, n_units
@@ -166,7 +191,7 @@ class GradientRecord:
         self.norm_method = ""  # how `squared_norms` last computed them, in words
 
     def add(self, use: LinearUse | HeadUse | EmbeddingUse) -> None:
-        """Keep one more use, as it is or as per-unit gradients, as the planner says."""
+        """Keep one more use, as it is or as per-unit gradients, whichever `cost_model.keeps_gradients` says is smaller."""
         if not isinstance(use, EmbeddingUse) and self.linear:
             use = use.formed() if isinstance(use, HeadUse) else use
             self.linear = [other.formed() if isinstance(other, HeadUse) else other for other in self.linear]
@@ -182,7 +207,7 @@ class GradientRecord:
             self.linear.append(use)
 
     def add_per_unit(self, gradients: Tensor) -> None:
-        """Add per-unit gradients (units, *shape) formed by the layer itself."""
+        """Add per-unit gradients ``(units, *shape)`` float32 or float64, formed by the layer; they may change in place."""
         self.per_unit = gradients if self.per_unit is None else self.per_unit.add_(gradients)
         for use in self._uses:
             use.add_to_units_(self.per_unit)
@@ -199,7 +224,7 @@ class GradientRecord:
         return [*self.linear, *self.embedding]
 
     def squared_norms(self) -> Tensor:
-        """(units,) squared L2 norms."""
+        """Squared L2 norms of the per-unit gradients, (units,), float32 or float64; `norm_method` then says how it was done."""
         if self.per_unit is not None:
             self.norm_method = "per-unit gradient"
             # `vector_norm` adds up one square after the other, of millions too, which loses up to a hundredth of the sum; `sum`
@@ -231,7 +256,7 @@ class GradientRecord:
         for use in self.linear:
             uses.setdefault(use.part or (0, self.shape[0]), []).append(use)
         ends = sorted(uses)
-        if self.embedding or any(stop > start for (_, stop), (start, _) in pairwise(ends)):  # they share numbers
+        if self.embedding or any(stop > start for (_, stop), (start, _) in pairwise(ends)):  # they share elements
             like = upcast(self.linear[0].of_unit(0).g)
             self.add_per_unit(torch.zeros(self.n_units, *self.shape, dtype=like.dtype, device=like.device))
             return self.squared_norms()
@@ -263,7 +288,7 @@ class GradientRecord:
         return gradient[0]
 
     def clipped_sum(self, factors: Tensor) -> Tensor:
-        """(*shape): sum over units of factors (units,) times the unit's gradient."""
+        """The sum over units of `factors` (units,) times the unit's gradient, ``(*shape)`` in the dtype of `factors`."""
         if self.per_unit is None and not self.embedding and len(self.linear) == 1:
             (use,) = self.linear  # a product of its own is one pass over memory less than zeros and a sum
             if isinstance(use, LinearUse) and use.part is None:
@@ -273,7 +298,7 @@ class GradientRecord:
         return out
 
     def add_clipped_sum_(self, out: Tensor, factors: Tensor) -> None:
-        """out (*shape) += sum over units of factors (units,) times the unit's gradient."""
+        """Add the sum over units of `factors` (units,) times the unit's gradient to `out`, ``(*shape)``."""
         if self.per_unit is not None:
             add_per_unit_(out, self.per_unit, factors)
         for use in self._uses:

@@ -1,4 +1,4 @@
-"""Where each layer keeps which unit: learnt from the model itself, never guessed."""
+"""Which dimension of each layer's input runs over the batch: learnt from the model itself, never guessed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ Site = tuple[Hashable, int]  # where inputs come by, and how many leading dimens
 
 @dataclass
 class Place:
-    """Where the items of a batch stand in a layer's input, as proven on batches: in `dims` of its leading ones, () if the input
-    is the same for all items.
+    """Where the items of a batch stand in a layer's input, as proven on batches.
 
-    proofs: (length of the batch, sizes): the rows that each item had or, where nothing is any item's, the shape.
+    Args:
+        dims: The leading dimensions that run over items, () if the input is the same for all items.
+        proofs: Pairs of the length of a batch and of sizes: the rows that each item had or, with `dims` (), the shape.
     """
 
     dims: tuple[int, ...]
@@ -61,10 +62,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Observation:
-    """One way in which a parameter was seen to be combined with a tensor of data: a function of both.
+    """One way in which a parameter was seen to be combined with a tensor of data.
 
-    sizes: dimensions of what was made of the parameter, and of the data. dims: which of the data's run over items, where there
-    is one row for each; None if that is not certain. made_by: the functions that made it of the parameter.
+    Args:
+        func: The function of both.
+        sizes: How many dimensions what was made of the parameter has, and the data.
+        dims: Which of the data's run over items, where there is one row for each; None if that is not certain.
+        made_by: Names of the functions that made it of the parameter.
     """
 
     func: Callable[..., Any]
@@ -81,7 +85,7 @@ class Observation:
         return name in functions and self.dims == (0,) and len(self.sizes) == 2 and self.made_by <= _ELEMENTWISE | {*also}
 
 
-# Beside numbers of Python, these make as many numbers of a parameter, in the same places.
+# Beside Python scalars, these make as many values of a parameter, in the same places.
 _ELEMENTWISE = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "neg", "exp"} | {
     f"{left}{name}{right}" for name in ("add", "sub", "mul") for left, right in (("", ""), ("__", "__"), ("__r", "__"))
 }
@@ -90,17 +94,29 @@ _ELEMENTWISE = {"to", "type", "type_as", "float", "double", "half", "bfloat16", 
 class Layouts:
     """The layouts of one model's layers and of the operations that combine its parameters with data: its *sites*.
 
-    Nothing says which dimension of an input runs over units, so it is *learnt*, from forward passes: the whole
-    batch (`observe`), every unit alone (`compare`), and the whole batch with its activations perturbed (`perturb`). A site's
-    place is known when every unit's part of the whole is what that unit's own pass held there, and no other reading of the
-    shape says the same. Where any of it fails the site stays without a place, its gradient is left to autograd, and the
-    engine finds it there.
+    Nothing says which dimension of an input runs over units, so it is *learnt*, from forward passes without dropout:
+
+    - the whole batch (`observe`);
+    - every unit alone (`compare`): its input must be its part of what the whole batch held there, by one reading of the shape
+      and no other;
+    - the whole batch with its activations perturbed (`perturb`): shapes that follow the data cannot be relied on;
+    - the whole batch with its first row made shorter (`shorten`): all others must stay where they are.
+
+    Where any of it fails the site has no place, its gradient is left to autograd, and the engine finds it there. What is proven
+    for a batch of one length holds for that length, and between two lengths where items have the same rows at both, or rows in
+    proportion to them. A batch that was not conclusive (constant inputs, NaN) may be followed by one that is: see
+    `inconclusive` and `forget`.
+
+    Attributes:
+        inconclusive: Whether an input came in a shape that its place was not proven for.
+        calls: How often a forward pass uses each parameter.
+        learnt: How often layouts were learnt.
     """
 
     def __init__(self) -> None:
-        self.inconclusive = False  # whether an input came in a shape that its place was not proven for
-        self.calls: dict[nn.Parameter, int] = {}  # how often a forward pass uses each parameter
-        self.learnt = 0  # how often layouts were learnt
+        self.inconclusive = False
+        self.calls: dict[nn.Parameter, int] = {}
+        self.learnt = 0
         self._places: dict[Site, Place | None] = {}
         self._made_by: dict[Hashable, frozenset[str]] = {}
         self._unknown: set[Site] = set()  # come by since the layouts were learnt, but not then
@@ -238,28 +254,28 @@ class Layouts:
 
     def visit(self, site: Hashable, x: Tensor, lead: int) -> None:
         """A site was reached, in one of the passes, with x of `lead` leading dimensions."""
-        x = _one_number_per_row(x.detach(), lead)
+        x = _one_value_per_row(x.detach(), lead)
         if self._pass == "observe":
             self._seen.setdefault(site, []).append(x)
             return
         if site not in self._seen:
             return  # not on the whole batch's way: learnt once it is
-        number = self._visits.get(site, 0)
-        self._visits[site] = number + 1
+        call = self._visits.get(site, 0)
+        self._visits[site] = call + 1
         seen = self._seen[site]
-        if number >= len(seen) or seen[number].dim() != x.dim():
+        if call >= len(seen) or seen[call].dim() != x.dim():
             self._refuse(site)
             self._found[(site, x.dim())] = None
-        elif seen[number].shape != x.shape and self._pass != "compare":
+        elif seen[call].shape != x.shape and self._pass != "compare":
             self._refuse(site)
         elif self._pass == "shorten":
             place = self._found.get((site, x.dim()))
-            if place is not None and not _same(self._others(x, place), self._others(seen[number], place)):
+            if place is not None and not _same(self._others(x, place), self._others(seen[call], place)):
                 self._refuse(site)
         elif self._pass == "perturb":
             pass
         else:
-            key, place = (site, x.dim()), self._place(x, seen[number])
+            key, place = (site, x.dim()), self._place(x, seen[call])
             old = self._found.setdefault(key, place)
             if place is None or old is None or place.dims != old.dims:
                 self._found[key] = None
@@ -321,7 +337,7 @@ def _is_output(site: Site) -> bool:
     return isinstance(site[0], tuple) and site[0][-1] == "out"
 
 
-def _one_number_per_row(x: Tensor, lead: int) -> Tensor:
+def _one_value_per_row(x: Tensor, lead: int) -> Tensor:
     """(*lead, *features) -> (*lead,): enough to tell rows apart, and small enough to keep for every layer."""
     if x.dim() == lead:
         return x.double() if x.is_floating_point() else x

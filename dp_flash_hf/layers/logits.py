@@ -1,10 +1,10 @@
-"""Logits that are not formed before someone reads them.
+"""Deferred logits: they are not formed before something reads them.
 
-The output layer of a large vocabulary makes more numbers than the rest of a model, and nearly always one cross entropy is all
-that becomes of them. Where it would be large, the product of hidden states and a trained matrix is therefore put off: the model
-gets a `Logits` tensor without numbers. Casts, scales, a soft-cap and other ways to look at the same rows only make a note; a
-cross entropy is computed in blocks (`kernels.linear_cross_entropy`). Whatever else is done to it forms the numbers, as if they
-had been there from the start.
+The output layer of a large vocabulary makes more values than the rest of a model, and nearly always one cross entropy is all
+that becomes of them. Where it would be large, the product of hidden states and a trained matrix is therefore deferred: the
+model gets a `Logits` tensor without values. Casts, scales, a soft-cap and other ways to look at the same rows only make a note;
+a cross entropy is computed in blocks (`kernels.linear_cross_entropy`). Whatever else is done to it forms the values, as if
+they had been there from the start.
 """
 
 from __future__ import annotations
@@ -22,22 +22,32 @@ from torch import Tensor, nn
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels.linear_cross_entropy import Gradients, LogitGradients, gradients, linear_cross_entropy
 from dp_flash_hf.kernels.types import Head
+from dp_flash_hf.layers.chain import once, record
 from dp_flash_hf.layers.gradient_records import HeadUse, full_precision
-from dp_flash_hf.layers.tracking import Tracked, autocast_dtype, once, record, replaced
+from dp_flash_hf.layers.tracking import Tracked, autocast_dtype, replaced
 from dp_flash_hf.layers.unit_layout import Layout
 
 Step = Callable[[Tensor], Tensor]
-Numbers = tuple[Tensor, Tensor | None]  # of weight and bias
+Values = tuple[Tensor, Tensor | None]  # of weight and bias
 Origins = tuple[Tracked | None, Tracked | None]
 
 
-def deferred(x: Tensor, numbers: Numbers, origins: Origins, layout: Layout | None, form: Step) -> Tensor:
-    """x W^T + b, put off where that saves much.
+def deferred(x: Tensor, values: Values, origins: Origins, layout: Layout | None, form: Step) -> Tensor:
+    """x W^T + b, deferred where that saves much: from `Recorder.max_logit_bytes` on.
 
-    x: (*lead, d). numbers: of W (V, d) and b (V,), of which `origins` says where they come from. layout: None while layouts are
-    learnt, when nothing is recorded. form: x -> the product, as the model would have got it.
+    Not where a result made with these parameters was deferred and read before: from then on it is formed at once.
+
+    Args:
+        x: ``(*lead, d)``, any floating dtype.
+        values: W (V, d) and b (V,), or None.
+        origins: Where these come from, each None if it is not trained.
+        layout: Of the leading dimensions; None while layouts are learnt, when nothing is recorded.
+        form: x -> the product ``(*lead, V)``, as the model would have got it.
+
+    Returns:
+        ``(*lead, V)``: a `Logits`, or what `form` returns.
     """
-    (weight, bias), (w, b) = numbers, origins
+    (weight, bias), (w, b) = values, origins
     autocast = autocast_dtype(x.device)
     size = math.prod(x.shape[:-1]) * len(weight) * torch.float32.itemsize
     alike = x.shape[-1] == weight.shape[1] and (
@@ -58,7 +68,7 @@ def _parameters(origins: Origins) -> list[nn.Parameter]:
 
 
 class Product:
-    """x W^T + b that was put off, and what looks at it. Arguments as of `deferred`."""
+    """x W^T + b that was deferred, and what looks at it. Arguments as of `deferred`."""
 
     def __init__(
         self,
@@ -76,16 +86,16 @@ class Product:
         self._before = self._state()
         self._members: list[weakref.ref[Logits]] = []
         self._formed: list[tuple[Tensor, int]] = []  # and how often it had been changed in place then
-        self.in_blocks = False  # whether a cross entropy went around the numbers
+        self.in_blocks = False  # whether a cross entropy was computed without the values
 
     def form(self, x: Tensor) -> Tensor:
-        """The product of x, as autograd knows it if it is asked to. Raises PrivacyError when its numbers are no more."""
+        """The product of x, as autograd knows it if it is asked to. Raises PrivacyError when its values are no more."""
         self.require_unchanged()
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             return self._form(x)
 
     def require_unchanged(self) -> None:
-        """Raise PrivacyError when the numbers are no more."""
+        """Raise PrivacyError when the values are no more."""
         if self._state() != self._before:
             raise PrivacyError(
                 "logits were read after the weights they come from had changed, and had not been formed before: read them (any "
@@ -101,7 +111,7 @@ class Product:
         if not self.in_blocks and torch.is_grad_enabled():
             self.origins[0].recorder.read(_parameters(self.origins))
         with torch.inference_mode(False), torch.enable_grad():  # whoever reads them first, others may need their gradients
-            formed = [member.number() for member in [ref() for ref in self._members] if member is not None]
+            formed = [member.values_now() for member in [ref() for ref in self._members] if member is not None]
         self._formed = [(t, t._version) for t in formed]
 
     @property
@@ -114,9 +124,9 @@ class Product:
 
 
 class Note(NamedTuple):
-    """Numbers f(x W^T + b), some rows of it, in some shape.
+    """The values f(x W^T + b), some rows of them, in some shape.
 
-    outline: a tensor without numbers (meta) of this shape, layout and dtype. places: int64, the row of the product that stands
+    outline: a tensor without values (meta) of this shape, layout and dtype. places: int64, the row of the product that stands
     where; in the same shape without the last dimension. scale, softcap: f, as in `Head`.
     """
 
@@ -127,10 +137,10 @@ class Note(NamedTuple):
 
 
 class Logits(Tensor):
-    """What a `Note` says, to be formed once someone reads it.
+    """What a `Note` says, to be formed once something reads it.
 
-    parent, step: what this was made of, and how; no parent for the product itself. again: x -> the numbers for hidden states x.
-    formed: the numbers, once they are there.
+    parent, step: what this was made of, and how; no parent for the product itself. again: x -> the values for hidden states x.
+    formed: the values, once they are there.
     """
 
     product: Product
@@ -144,10 +154,10 @@ class Logits(Tensor):
         """The same, but for `step` once it is formed; the cross entropy does without."""
         return _made(self.product, self, step, self.note)
 
-    def number(self) -> Tensor:
-        """The numbers, by ordinary operations, and only once. For `Product.form_all`."""
+    def values_now(self) -> Tensor:
+        """The values, by ordinary operations, and only once. For `Product.form_all`."""
         if self.formed is None:
-            self.formed = self.step(self.product.x if self.parent is None else self.parent.number())
+            self.formed = self.step(self.product.x if self.parent is None else self.parent.values_now())
         return self.formed
 
     @classmethod
@@ -172,14 +182,14 @@ class Logits(Tensor):
                 "call it before the loss, or use strategy='microbatch'"
             )
 
-        def numbers(value: Any) -> Any:
+        def values(value: Any) -> Any:
             if not isinstance(value, Logits):
                 return value
             if value.formed is None:
                 value.product.form_all()
             return value.formed
 
-        args, kwargs = replaced(numbers, args, kwargs)
+        args, kwargs = replaced(values, args, kwargs)
         return func(*args, **kwargs)
 
     @classmethod
@@ -188,13 +198,13 @@ class Logits(Tensor):
         if func._schema.is_mutable:
             raise PrivacyError(f"{func} would change logits that are not formed; use strategy='microbatch'")
 
-        def numbers(value: Any) -> Any:
+        def values(value: Any) -> Any:
             if not isinstance(value, Logits):
                 return value
             return value.again(value.product.x.detach()) if value.formed is None else value.formed.detach()
 
         with torch.no_grad():
-            args, kwargs = replaced(numbers, args, kwargs or {})
+            args, kwargs = replaced(values, args, kwargs or {})
             return func(*args, **kwargs)
 
 
@@ -214,7 +224,7 @@ def _made(product: Product, parent: Logits | None, step: Step, note: Note) -> Lo
 
 
 class _Unformed(torch.autograd.Function):
-    """Ties logits without numbers to the hidden states: what autograd brings back to them is not lost, whoever used them."""
+    """Ties logits without values to the hidden states: what autograd brings back to them is not lost, whoever used them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, make: Callable[[], Logits], product: Product, again: Step) -> Logits:
@@ -258,7 +268,7 @@ def _index(logits: Logits, func: Any, index: Any) -> Logits | None:
     if not all(part is None or part is Ellipsis or type(part) is int or isinstance(part, slice) for part in parts):
         return None
     outline = logits.note.outline[index]
-    # Every number of a row is at the same place, so that a step of 0 shows that the last dimension is what it was.
+    # Every element of a row is at the same place, so that a step of 0 shows that the last dimension is what it was.
     places = logits.note.places.unsqueeze(-1).expand(logits.note.outline.shape)[index]
     if outline.dim() == 0 or outline.shape[-1] != logits.note.outline.shape[-1] or places.stride(-1) != 0:
         return None
@@ -282,7 +292,7 @@ def _cast(logits: Logits, func: Any, *args: Any, **kwargs: Any) -> Logits | None
 
 
 def _scaled(logits: Logits, func: Any, factor: Any, **kwargs: Any) -> Logits | None:
-    """A number for all."""
+    """One factor for all."""
     if kwargs or type(factor) not in (int, float) or factor == 0:
         return None
     scale, softcap = logits.note.scale, logits.note.softcap
@@ -426,7 +436,7 @@ def _rows(g: LogitGradients, rows: Tensor) -> LogitGradients:
 
 
 def _put_back(every: LogitGradients, order: Tensor, back: Tensor) -> Tensor:
-    """Gradients of hidden states in unit order -> where they stand, with those of rows that are nobody's."""
+    """Gradients of hidden states in unit order -> where they stand, with those of rows that have no unit."""
     out = torch.empty(len(every.hidden), back.shape[1], dtype=back.dtype, device=back.device)
     out[order] = back
     left = torch.ones(len(out), dtype=torch.bool, device=out.device)

@@ -1,4 +1,4 @@
-"""Rules for torch operations: how per-unit gradients arise where a parameter meets the data."""
+"""Rules for torch operations: how per-unit gradients arise where a parameter is combined with data."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from torch.nn.grad import conv2d_input
 
 from dp_flash_hf.kernels.ghost_norm import row_sums
 from dp_flash_hf.kernels.numerics import upcast
+from dp_flash_hf.layers.chain import once, per_item, record, unexpanded
 from dp_flash_hf.layers.gradient_records import LinearUse
-from dp_flash_hf.layers.logits import Numbers, Origins, deferred
+from dp_flash_hf.layers.logits import Origins, Values, deferred
 from dp_flash_hf.layers.tracking import (
     Call,
     Tracked,
     autocast_dtype,
     changes_its_argument,
     derived,
-    once,
     operation,
-    per_item,
-    record,
-    unexpanded,
     while_learning,
 )
 from dp_flash_hf.layers.unit_layout import Layout
@@ -33,11 +30,11 @@ from dp_flash_hf.layers.unit_layout import Layout
 
 
 class RecordedLinear(torch.autograd.Function):
-    """y = x W^T + b, whose backward gives the gradient of x and records those of W (p, d) and b (p,)."""
+    """y = x W^T + b, whose backward returns the gradient of x and records those of W (p, d) and b (p,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tracked: Origins, layout: Layout) -> Tensor:
-        """x: (*lead, d). weight and bias: plain numbers, of which `tracked` says where they come from."""
+        """x: (*lead, d). weight and bias: plain values, of which `tracked` says where they come from."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # what autocast itself multiplies, and keeps for backward
         ctx.save_for_backward(x, weight)
@@ -62,7 +59,20 @@ class RecordedLinear(torch.autograd.Function):
 
 
 def record_product(weight: Tracked, a: Tensor, g: Tensor, layout: Layout) -> None:
-    """Record y = a W^T with W (p, d). a: (*lead, d), g: (*lead, p)."""
+    """For rules: record the gradients of W in y = a W^T.
+
+    A unit's gradient is the sum of g_t a_t^T over its rows t. It is not formed where its norm is cheaper from Gram matrices of
+    inputs and output gradients (`kernels.ghost_norm`).
+
+    Args:
+        weight: W (p, d), a parameter or what was computed of parameters alone.
+        a: ``(*lead, d)``, the layer's input, in the dtype in which it was multiplied.
+        g: ``(*lead, p)``, the gradient of its output.
+        layout: Of the leading dimensions, as `layout_of` returned it in forward.
+
+    Raises:
+        PrivacyError: Outside `engine.backward`.
+    """
     rows = weight.rows
     if rows is None:
         use = LinearUse(layout.arrange(a), layout.arrange(g), layout.sizes)
@@ -77,7 +87,19 @@ def record_product(weight: Tracked, a: Tensor, g: Tensor, layout: Layout) -> Non
 
 
 def record_bias(bias: Tracked, g: Tensor, layout: Layout) -> None:
-    """Record y = x + b with b (p,). g: (*lead, p)."""
+    """For rules: record the gradients of b in y = x + b, sums over each unit's rows.
+
+    Any parameter whose gradient adds up over rows like that of a bias can be recorded so, as the scale of a norm with
+    ``g * normalised``.
+
+    Args:
+        bias: b (p,), a parameter or what was computed of parameters alone.
+        g: ``(*lead, p)``, the gradient of the output.
+        layout: Of the leading dimensions, as `layout_of` returned it in forward.
+
+    Raises:
+        PrivacyError: Outside `engine.backward`.
+    """
     record(bias, row_sums(layout.arrange(g), layout.sizes))
 
 
@@ -88,22 +110,22 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     found = None if layout is None else _sorted(weight, bias)
     if layout is None or found is None:
         return None
-    numbers, origins = found
+    values, origins = found
 
     def form(x: Tensor) -> Tensor:
-        return RecordedLinear.apply(x, *numbers, origins, layout)  # type: ignore[no-any-return, no-untyped-call]
+        return RecordedLinear.apply(x, *values, origins, layout)  # type: ignore[no-any-return, no-untyped-call]
 
-    return deferred(input, numbers, origins, layout, form)
+    return deferred(input, values, origins, layout, form)
 
 
 @while_learning(F.linear)
 def learnt_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Put off where it would be while recording: forming it would take as much memory."""
+    """Deferred where it would be while recording: forming it would take as much memory."""
     found = None if isinstance(input, Tracked) or weight.dim() != 2 else _sorted(weight, bias)
     if found is None:
         return call.run()  # type: ignore[no-any-return]
-    numbers, origins = found
-    return deferred(input, numbers, origins, None, lambda x: F.linear(x, *numbers))
+    values, origins = found
+    return deferred(input, values, origins, None, lambda x: F.linear(x, *values))
 
 
 @operation("matmul", "__matmul__", "mm")
@@ -129,15 +151,15 @@ def _recorded(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) ->
     return None if found is None else RecordedLinear.apply(x, *found[0], found[1], layout)  # type: ignore[no-untyped-call]
 
 
-def _sorted(weight: Tensor, bias: Tensor | None) -> tuple[Numbers, Origins] | None:
-    """The numbers of weight and bias, and what is tracked of them; None if one needs a gradient and is not tracked."""
+def _sorted(weight: Tensor, bias: Tensor | None) -> tuple[Values, Origins] | None:
+    """The values of weight and bias, and what is tracked of them; None if one needs a gradient and is not tracked."""
     if any(t is not None and not isinstance(t, Tracked) and t.requires_grad for t in (weight, bias)):
         return None
     origins = (weight if isinstance(weight, Tracked) else None, bias if isinstance(bias, Tracked) else None)
-    return (_numbers(weight), None if bias is None else _numbers(bias)), origins
+    return (_plain(weight), None if bias is None else _plain(bias)), origins
 
 
-def _numbers(t: Tensor) -> Tensor:
+def _plain(t: Tensor) -> Tensor:
     return t.plain if isinstance(t, Tracked) else t
 
 
@@ -384,10 +406,10 @@ class RecordedOperation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, layouts: list[Layout | None], out: Tensor, plain: Tensor, *data: Tensor) -> Tensor:
-        """out: the result. layouts: of call.tensors, and of `out`. plain: some numbers that require a gradient."""
+        """out: the result. layouts: of call.tensors, and of `out`. plain: something that requires a gradient."""
         ctx.save_for_backward(*data)
         ctx.call, ctx.layouts, ctx.autocast = call.emptied(), layouts, autocast_dtype(plain.device)
-        return out.clone()  # it may be a view, which nobody could change in place
+        return out.clone()  # it may be a view, which could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -396,16 +418,16 @@ class RecordedOperation(torch.autograd.Function):
         call, units = ctx.call, ctx.call.recorder.units
         *layouts, out_layout = ctx.layouts
         out_whole = Layout(units, (), ())
-        numbers = {id(t): x.detach() for t, x in zip(call.data, ctx.saved_tensors, strict=True)}
-        numbers |= {id(t): _numbers(t).detach() for t in call.tensors if id(t) not in numbers}
+        values = {id(t): x.detach() for t, x in zip(call.data, ctx.saved_tensors, strict=True)}
+        values |= {id(t): _plain(t).detach() for t in call.tensors if id(t) not in values}
         gradients = [torch.zeros(units.n, *t.shape, dtype=upcast(g).dtype, device=g.device) for t in call.tracked]
         with torch.enable_grad(), torch.autocast(g.device.type, ctx.autocast, enabled=ctx.autocast is not None):
             needed = [t for t, need in zip(call.data, ctx.needs_input_grad[4:], strict=True) if need]
-            found = iter(_vjp(call, numbers, needed, g) if needed else ())
+            found = iter(_vjp(call, values, needed, g) if needed else ())
             inputs = [next(found) if need else None for need in ctx.needs_input_grad[4:]]
             for unit in (unit for unit in range(units.n) if units.sizes[unit]):
                 parts = {
-                    id(t): numbers[id(t)] if layout is None else layout.take(numbers[id(t)], unit)
+                    id(t): values[id(t)] if layout is None else layout.take(values[id(t)], unit)
                     for t, layout in zip(call.tensors, layouts, strict=True)
                 }
                 own = _vjp(call, parts, call.tracked, out_layout.take(g, unit))
@@ -418,10 +440,10 @@ class RecordedOperation(torch.autograd.Function):
         return (None, None, None, None, *inputs)
 
 
-def _vjp(call: Call, numbers: dict[int, Tensor], of: list[Tensor], g: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of some arguments of a call made with these numbers."""
-    leaves = {id(t): numbers[id(t)].detach().requires_grad_() for t in of}
-    out = call.run(*((t, leaves.get(id(t), numbers[id(t)])) for t in call.tensors))
+def _vjp(call: Call, values: dict[int, Tensor], of: list[Tensor], g: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of some arguments of a call made with these values."""
+    leaves = {id(t): values[id(t)].detach().requires_grad_() for t in of}
+    out = call.run(*((t, leaves.get(id(t), values[id(t)])) for t in call.tensors))
     return torch.autograd.grad(out, [leaves[id(t)] for t in of], g, allow_unused=True)
 
 

@@ -1,4 +1,8 @@
-"""layers.recorder."""
+"""What an engine and its layers share in a batch: layers ask how their input is laid out and hand over what backward saw.
+
+The engine reads per-unit norms from it, and has it form the clipped sums once the clip factors are known (book-keeping, Bu et
+al. 2023, arXiv 2210.00038), or at once in a second backward pass.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,16 @@ from dp_flash_hf.units import Units
 # Logits of fewer bytes than this, in float32, are formed at once: deferring them would cost time and save little.
 MAX_LOGIT_BYTES = 2**28
 
-# idle: layers behave as without the library. learn: layouts are being learnt, nothing is recorded.
-# record: keep what backward saw. norms: keep norms only. sum: clip factors are known, add to the sums at once.
 Phase = Literal["idle", "learn", "record", "norms", "sum"]
+
+
+ATTRIBUTE = "_dp_recorder"  # of an attached module: its recorder
+
+
+def recorder_of(module: nn.Module) -> Recorder:
+    """The recorder that an attached module reports to."""
+    recorder: Recorder = vars(module)[ATTRIBUTE]
+    return recorder
 
 
 class TwoPassError(PrivacyError):
@@ -30,14 +41,41 @@ class TwoPassError(PrivacyError):
 
 
 class Recorder:
-    """Shared by an engine and its layers. Layers use `tracks`, `layout` and what records."""
+    """What an engine and the layers attached to it share.
+
+    Layers ask `tracks` and `layout`, and record in backward by `linear`, `embedding`, `head` and `per_unit`; rules do so
+    through `rules.layout_of`, `record_product`, `record_bias` and `record`. The engine calls `start`, reads `squared_norms`,
+    `reached` and `left_over`, and takes `records`.
+
+    One record of a parameter holds all its uses in a batch, since a norm is that of their sum. What the phases mean:
+
+    - idle: layers behave as without the library.
+    - learn: layouts are being learnt, and nothing is recorded.
+    - record: what backward saw is kept until clip factors are known.
+    - norms: only norms are kept; a record goes as soon as its parameter's last use has come by.
+    - sum: clip factors are known, and what backward sees is added to the sums at once.
+
+    Attributes:
+        phase: One of the above.
+        units: The units of the present batch.
+        layouts: What has been learnt about layers' inputs.
+        records: By parameter, what was recorded in phase "record".
+        norm_methods: By parameter, how its gradient's norm was last computed, in words for people.
+        unplaced: Parameters whose gradients layers of a compiled model could not record in this batch.
+        left_over: Of parameters that FSDP2 sharded, those that autograd took a gradient of by itself.
+        max_logit_bytes: See below.
+
+    Args:
+        groups: The clipping group, 0, 1, ..., of every parameter that is trained.
+        max_logit_bytes: Logits of at least so many bytes, in float32, are deferred (`layers.logits`).
+    """
 
     def __init__(self, groups: dict[nn.Parameter, int], max_logit_bytes: int = MAX_LOGIT_BYTES) -> None:
         self.phase: Phase = "idle"
         self.units = Units.rows(0)
         self.layouts = Layouts()
         self.records: dict[nn.Parameter, GradientRecord] = {}
-        self.norm_methods: dict[nn.Parameter, str] = {}  # how the norm of each parameter was last computed
+        self.norm_methods: dict[nn.Parameter, str] = {}
         self.max_logit_bytes = max_logit_bytes
         # Of a compiled model, see `layers.compiled`. token: what taps give their gradients to, while it records. taps: how many
         # did since `start`. unplaced: parameters whose gradients they could not record. kept: the last input that was copied.
@@ -54,7 +92,7 @@ class Recorder:
         self._read: set[nn.Parameter] = set()
         self._factors: Tensor | None = None
         self._sums: dict[nn.Parameter, Tensor] = {}
-        # Of parameters that FSDP2 split up: by module and name, because something else stands there while the module runs, ...
+        # Of parameters that FSDP2 sharded: by module and name, because something else stands there while the module runs, ...
         self._sharded: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self._gathered: dict[nn.Parameter, nn.Parameter] = {}  # ... the whole parameter, and whose it is
         self.left_over: set[nn.Parameter] = set()  # of these, what autograd took a gradient of by itself
@@ -90,7 +128,7 @@ class Recorder:
             gathered.grad = None  # else FSDP2 would keep it, or add it up over ranks
 
     def layout(self, module: nn.Module, x: Tensor, feature_dims: int = 1) -> Layout | None:
-        """How the input x (*lead, *features) of a layer is laid out, or None when that is not certain.
+        """How the input x ``(*lead, *features)`` of a layer is laid out, or None when that is not certain.
 
         None makes the layer compute as without the library; the gradient that autograd then leaves tells the engine.
         """
@@ -112,9 +150,14 @@ class Recorder:
     def linear(
         self, parameter: nn.Parameter, a: Tensor, g: Tensor, layout: Layout, part: tuple[int, int] | None = None
     ) -> None:
-        """Record y = x W^T with gradient sum g_t a_t^T. a: (*lead, d), g: (*lead, p).
+        """Record y = a W^T, whose gradient is the sum of g_t a_t^T over a unit's rows.
 
-        part: W is these rows, start and stop, of the parameter's first dimension; None: all of it.
+        Args:
+            parameter: W, or what W is a part of.
+            a: ``(*lead, d)``, any floating dtype.
+            g: ``(*lead, p)``, the gradient of y, any floating dtype.
+            layout: Of the leading dimensions.
+            part: W is these rows, start and stop, of the parameter's first dimension; None: all of it.
         """
         if part == (0, len(parameter)):
             part = None
@@ -127,9 +170,9 @@ class Recorder:
         self._add(parameter, LinearUse(a, g, sizes, part))
 
     def defers(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether a result made with these parameters is to be put off: not where one before was read and had to be formed.
+        """Whether a result made with these parameters is to be deferred: not where one before was read and had to be formed.
 
-        If it is, one call with them may leave several records, or none: nobody knows yet what becomes of the result.
+        If it is, one call with them may leave several records, or none: it is not known yet what becomes of the result.
         """
         if not self._read.isdisjoint(parameters) or not self._gathered.keys().isdisjoint(parameters):
             return False  # what FSDP2 gathered may be gone when the result is formed
@@ -137,7 +180,7 @@ class Recorder:
         return True
 
     def read(self, parameters: Sequence[nn.Parameter]) -> None:
-        """A result made with these parameters was put off in vain."""
+        """A result made with these parameters was deferred in vain."""
         self._read.update(parameters)
 
     def head(self, parameter: nn.Parameter, use: HeadUse) -> None:
@@ -147,14 +190,14 @@ class Recorder:
     def embedding(
         self, parameter: nn.Parameter, ids: Tensor, g: Tensor, layout: Layout, padding_idx: int | None = None
     ) -> None:
-        """Record y = E[ids]. ids: LongTensor (*lead,), g: (*lead, d); rows at `padding_idx` get no gradient."""
+        """Record y = E[ids]. ids: int64 ``(*lead,)``, g: ``(*lead, d)``; rows at `padding_idx` get no gradient."""
         if padding_idx is not None:
             g = g.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
         arranged = layout.arrange(ids.unsqueeze(-1)).squeeze(-1)
         self._add(parameter, EmbeddingUse(arranged, layout.arrange(g), layout.sizes))
 
     def per_unit(self, parameter: nn.Parameter, gradients: Tensor) -> None:
-        """Record per-unit gradients (units, *parameter.shape), float32 or float64, formed by the layer itself."""
+        """Record per-unit gradients ``(units, *parameter.shape)``, float32 or float64, formed by the layer itself."""
         self._add(parameter, gradients)
 
     # What layers of a compiled model tell.
@@ -191,7 +234,7 @@ class Recorder:
     # What the engine does.
 
     def add_sharded(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        """FSDP2 split this parameter up, and while the module runs something else, the whole of it, stands at this name."""
+        """FSDP2 sharded this parameter, and while the module runs something else, the whole of it, stands at this name."""
         self._sharded[module, name] = parameter
 
     @property
@@ -231,7 +274,7 @@ class Recorder:
         return self._norms if self._norms is not None else like.new_zeros(self.units.n, self._n_groups)
 
     def _add_norms(self, records: dict[nn.Parameter, GradientRecord]) -> None:
-        """Add the norms of these records; layers that share an input are computed together."""
+        """Add the norms of these records; those of layers that share an input in one go."""
         sharing: dict[object, list[tuple[nn.Parameter, GradientRecord, LinearUse]]] = {}
         for parameter, record in records.items():
             use = record.only_linear

@@ -1,9 +1,9 @@
-"""Parameters on their way to the operation that meets the data.
+"""Parameters on their way to the operation that combines them with data.
 
 While an engine records, a module hands out its trained parameters as `Tracked` tensors. Whatever a model computes from
 parameters alone (slices, casts, exponentials, lookups that are the same for every row) stays tracked, together with how it was
-computed. The operation in which one of them meets the data is where per-unit gradients arise: a rule for that operation
-(`layers.operations`) records them, and `chain` takes them back to the parameters.
+computed. The operation in which one of them is combined with data is where per-unit gradients arise: a rule for that operation
+(`layers.operations`) records them, and `layers.chain` takes them back to the parameters.
 
 An operation that nothing is known about is computed as without the library. Autograd then leaves a gradient behind, and the
 engine finds it there.
@@ -13,26 +13,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.layers.recorder import Recorder
 from dp_flash_hf.layers.unit_layout import Layout
-from dp_flash_hf.units import Units
 
-# Of their second argument they take the shape or the dtype, and no number.
+# Of their second argument they take the shape or the dtype, and no value.
 _AS_ANOTHER = {"expand_as", "view_as", "reshape_as", "type_as"}
 _HOOKS = {"register_hook", "retain_grad"}
 
 
-class _How(NamedTuple):
-    """The call that made a tracked tensor of others; `part` of its result where that is a sequence."""
+class Origin(NamedTuple):
+    """The call that made a tracked tensor of others.
+
+    Args:
+        func: A torch function.
+        args: Its arguments, tracked tensors among them.
+        kwargs: Likewise by name.
+        part: Which item of the result it is, where that is a sequence.
+        autocast: The dtype of autocast during the call, None if it was off.
+    """
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
@@ -44,18 +48,24 @@ class _How(NamedTuple):
 class Tracked(Tensor):
     """A parameter that is being trained (`how` is None), or what was computed of such parameters alone.
 
-    plain: the same numbers as autograd knows them. version: how often they had been changed in place, through whatever view,
-    when they were what `how` says.
+    Attached modules hand out their trained parameters as these while an engine records, so a rule finds them where the layer
+    has its weights. They behave as the tensors they are; an operation that combines one with data calls its rule.
+
+    Attributes:
+        recorder: Of the engine that records.
+        plain: The same values as autograd knows them. Rules compute with these, lest an operation be recorded twice.
+        how: The call that this is the result of; None for a parameter.
+        version: How often the values had been changed in place, through whatever view, when they were what `how` says.
     """
 
     recorder: Recorder
     plain: Tensor
-    how: _How | None
+    how: Origin | None
     version: int
 
     @staticmethod
-    def of(plain: Tensor, recorder: Recorder, how: _How | None = None) -> Tracked:
-        """Track these numbers. A use that goes unnoticed still leaves autograd's gradient on the parameter."""
+    def of(plain: Tensor, recorder: Recorder, how: Origin | None = None) -> Tracked:
+        """Track these values. A use that goes unnoticed still leaves autograd's gradient on the parameter."""
         tracked: Tracked = plain.as_subclass(Tracked)
         tracked.recorder, tracked.plain, tracked.how, tracked.version = recorder, plain, how, plain._version
         return tracked
@@ -104,7 +114,7 @@ def derived(func: Callable[..., Any], x: Any, *args: Any) -> Any:
     """func(x, *args), tracked if x is."""
     if not isinstance(x, Tracked):
         return func(x, *args)
-    return Tracked.of(func(x.plain, *args), x.recorder, _How(func, (x, *args), {}, None, None))
+    return Tracked.of(func(x.plain, *args), x.recorder, Origin(func, (x, *args), {}, None, None))
 
 
 class Call:
@@ -131,7 +141,7 @@ class Call:
         return self.func(*args, **kwargs)
 
     def emptied(self) -> Call:
-        """The same call with tensors of no numbers for its data, in the same order, so that it keeps none of them alive."""
+        """The same call with meta tensors for its data, in the same order, so that it keeps none of them alive."""
         hollow = {id(x): torch.empty_like(x, device="meta", requires_grad=False) for x in self.data}
         return Call(self.func, *replaced(lambda value: hollow.get(id(value), value), self.args, self.kwargs))
 
@@ -159,8 +169,8 @@ class Call:
             return ()
         if self.recorder.units.is_single:
             return ()
-        number = next(i for i, t in enumerate(self.varying) if t is x)
-        return self.recorder.layouts.dims((self.site, number), _lead(x), self.recorder.units)
+        place = next(i for i, t in enumerate(self.varying) if t is x)
+        return self.recorder.layouts.dims((self.site, place), _lead(x), self.recorder.units)
 
     def output_dims(self, out: Tensor) -> tuple[int, ...] | None:
         """As `dims`, for the result."""
@@ -196,118 +206,9 @@ class Call:
         return None if dims is None else tuple(dim + width - x.dim() for dim in dims)
 
 
-def per_item(tracked: Tracked, layout: Layout) -> Tensor:
-    """The tracked numbers, expanded against a broadcast result so that every item has its own; backward records them."""
-    shape = list((1,) * (len(layout.lead) - tracked.dim()) + tuple(tracked.shape))
-    for dim in layout.dims:
-        shape[dim] = layout.lead[dim]
-    out: Tensor = _PerItem.apply(tracked.plain, tuple(shape), tracked, layout)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _PerItem(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, plain: Tensor, shape: tuple[int, ...], tracked: Tracked, layout: Layout) -> Tensor:
-        ctx.tracked, ctx.layout = tracked, layout
-        return plain.expand(shape)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
-        once(ctx)
-        tracked, layout = ctx.tracked, ctx.layout
-        own = tuple(dim - len(layout.lead) + tracked.dim() for dim in layout.dims)
-        if any(dim >= 0 and tracked.shape[dim] > 1 for dim in own):  # the rows of a unit are already its own
-            gradients = Layout(layout.units, tuple(g.shape), layout.dims).parts(g)
-        else:
-            gradients = Layout(layout.units, tuple(g.shape), layout.dims).sums(g)
-        record(tracked, gradients.reshape(layout.units.n, *tracked.shape))
-        return (None,) * 4
-
-
-def once(ctx: Any) -> None:
-    """Raise PrivacyError where a backward pass comes by for the second time: what it recorded would count twice."""
-    if getattr(ctx, "recorded", False):
-        raise PrivacyError(
-            "gradients were taken twice through one forward pass, as for a saliency or a penalty, and would be recorded twice; "
-            "use engine.backward(loss_fn, batch) with strategy='auto'"
-        )
-    ctx.recorded = True
-
-
-def unexpanded(tracked: Tracked) -> Tracked:
-    """What a tracked tensor was before it was repeated for all rows."""
-    while tracked.how is not None and getattr(tracked.how.func, "__name__", "") in ("expand", "expand_as"):
-        tracked = tracked.how.args[0]
-    return tracked
-
-
-def record(tracked: Any, gradients: Tensor) -> None:
-    """Take the per-unit gradients (units, *shape) of a tracked tensor to its parameters, and record them there."""
-    recorder, how = tracked.recorder, tracked.how
-    if how is None:
-        recorder.per_unit(tracked.plain, gradients)
-    elif how.func is F.embedding and len(how.args) in (2, 3) and not how.kwargs and how.args[1].how is None:
-        # A lookup for all rows: as many rows of the table for every unit, not whole tables.
-        ids, table, padding_idx = (*how.args, None)[:3]
-        padding_idx = None if padding_idx is None else padding_idx % len(table.plain)
-        units, n = recorder.units, ids.numel()
-        layout = Layout(Units.rows(units.n), (units.n, n), (0,))
-        recorder.embedding(table.plain, ids.reshape(1, n).expand(units.n, n), gradients.flatten(1, -2), layout, padding_idx)
-    else:
-        for parameter, own in chain(tracked, gradients).items():
-            recorder.per_unit(parameter, own)
-
-
-def chain(tracked: Tracked, gradients: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Per-unit gradients (units, *shape) of a tracked tensor -> of the parameters it was computed from.
-
-    The computation is repeated rather than kept: checkpointing allows what it saved to be read once only.
-    Raises PrivacyError if it gives other numbers than before.
-    """
-    with torch.enable_grad():
-        leaves = {p: p.detach().requires_grad_() for p in tracked.parameters}
-        again = _rebuild(tracked, leaves, {})
-    if not torch.equal(again.detach(), tracked.plain.detach()) and not bool(again.isnan().any()):
-        names = [tuple(p.shape) for p in leaves]
-        raise PrivacyError(
-            f"parameters of shapes {names} gave other numbers when what the model computes of them alone was repeated; freeze "
-            "them, or use strategy='microbatch'"
-        )
-    wanted = gradients.to(again.dtype)
-    try:
-        found = torch.autograd.grad(again, list(leaves.values()), wanted, retain_graph=True, is_grads_batched=True)
-    except RuntimeError:  # an operation that vmap cannot batch
-        each = [torch.autograd.grad(again, list(leaves.values()), g, retain_graph=True) for g in wanted]
-        found = tuple(torch.stack(own) for own in zip(*each, strict=True))
-    # Autograd hands out broadcast views, and one tensor for several parameters, to which nothing could be added.
-    wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in found]
-    copied = [g.clone(memory_format=torch.contiguous_format) for g in wide]
-    return dict(zip(leaves, copied, strict=True))
-
-
-def _rebuild(tracked: Tracked, leaves: dict[nn.Parameter, Tensor], made: dict[int, Tensor]) -> Tensor:
-    if tracked.how is None:
-        return leaves[tracked.plain]  # type: ignore[index]
-    if id(tracked) not in made:
-        func, args, kwargs, part, autocast = tracked.how
-
-        def swap(value: Any) -> Any:
-            return _rebuild(value, leaves, made) if isinstance(value, Tracked) else value
-
-        args, kwargs = replaced(swap, args, kwargs)
-        with _autocast(tracked.device, autocast):
-            out = func(*args, **kwargs)
-        made[id(tracked)] = out if part is None else out[part]
-    return made[id(tracked)]
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast as it is now, None where it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 # --- what becomes of a call -----------------------------------------------------------------------------------------------
@@ -394,7 +295,7 @@ def _derived(call: Call) -> Any:
 
     def track(value: Any, part: int | None) -> Any:
         if isinstance(value, Tensor) and value.requires_grad:
-            return Tracked.of(value, call.recorder, _How(call.func, call.args, call.kwargs, part, autocast))
+            return Tracked.of(value, call.recorder, Origin(call.func, call.args, call.kwargs, part, autocast))
         return value
 
     if isinstance(out, (tuple, list)):
@@ -410,9 +311,9 @@ def _learn(call: Call) -> Any:
     out = call.run() if rule is None else rule(call, *call.args, **call.kwargs)
     if not isinstance(out, Tensor) or not out.requires_grad:
         return out
-    for number, x in enumerate(before):
-        layouts.visit((call.site, number), x.plain if isinstance(x, Tracked) else x, _lead_dims(x))
-    if type(out) is Tensor:  # else it has no numbers yet, and belongs to an operation whose rule asks for its input only
+    for place, x in enumerate(before):
+        layouts.visit((call.site, place), x.plain if isinstance(x, Tracked) else x, _lead_dims(x))
+    if type(out) is Tensor:  # else it has no values yet, and belongs to an operation whose rule asks for its input only
         layouts.visit((call.site, "out"), out, _lead_dims(out))
     for parameter in call.site[1]:
         layouts.count(parameter)
@@ -449,7 +350,7 @@ def _is_frozen(t: Tensor) -> bool:
 
 
 def _lead_dims(x: Tensor) -> int:
-    # One number stands for the last dimension, if there are more than two: all operands of all layers are kept for a while.
+    # One value stands for the last dimension, if there are more than two: all operands of all layers are kept for a while.
     return x.dim() if x.dim() < 3 else x.dim() - 1
 
 

@@ -1,4 +1,4 @@
-"""layers.unit_layout."""
+"""Where the rows of each privacy unit stand in a tensor, and how sums over units are taken."""
 
 from __future__ import annotations
 
@@ -16,8 +16,22 @@ from dp_flash_hf.units import Units
 class Layout:
     """Where the items of a batch stand in the leading dimensions of a tensor.
 
-    lead: the leading sizes. dims: the dimension(s) of `lead` that run over items, outermost first; empty when everything
-    belongs to one single unit.
+    An *item* is a row of the batch, or a token of a packed one; `units` says which unit it belongs to, if any. In a tensor
+    ``(*lead, *features)`` the items stand along some of the leading dimensions: along the first for hidden states
+    (rows, length, d), along both for packed ones, along the second for a model that puts the sequence first.
+
+    Example:
+        >>> two_rows_of_unit_0_one_of_unit_1 = Units("rows", torch.tensor([0, 0, 1]), 2)
+        >>> layout = Layout(two_rows_of_unit_0_one_of_unit_1, lead=(3, 4), dims=(0,))
+        >>> layout.sizes
+        (8, 4)
+        >>> layout.arrange(torch.zeros(3, 4, 5)).shape
+        torch.Size([12, 5])
+
+    Args:
+        units: The unit of every item.
+        lead: The leading sizes.
+        dims: The dimensions of `lead` that run over items, outermost first; empty when everything belongs to one single unit.
     """
 
     units: Units
@@ -31,7 +45,7 @@ class Layout:
 
     @property
     def unit_of_row(self) -> Tensor:
-        """The unit of each row (prod(lead),), -1 for nobody's, where items come first."""
+        """int64 (prod(lead),): the unit of each row, -1 where it has none; for layouts in which items come first."""
         rows = math.prod(self.lead)
         if self.whole:
             return torch.full((rows,), self.units.last)
@@ -44,14 +58,14 @@ class Layout:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Rows of each unit in the result of `arrange`."""
+        """The number of rows of each unit in the result of `arrange`; 0 for units that are not in the batch."""
         rows = math.prod(self.lead)
         if self.whole:
             return tuple(rows if size else 0 for size in self.units.sizes)
         return tuple(size * (rows // self.units.n_items) for size in self.units.sizes)
 
     def arrange(self, x: Tensor) -> Tensor:
-        """(*lead, d) -> (rows, d) in unit order; rows of nobody are left out."""
+        """The rows of x ``(*lead, d)`` in unit order, (rows, d); those without a unit (padding) are left out."""
         if self.whole:
             return x.reshape(-1, x.shape[-1])
         if self.dims != (0,) and self.dims != (0, 1):
@@ -59,14 +73,14 @@ class Layout:
         return self.units.arrange(x.reshape(self.units.n_items, -1, x.shape[-1]))
 
     def take(self, x: Tensor, unit: int) -> Tensor:
-        """The part of x (*lead, ...) that belongs to one unit: x itself, but for the dimension that runs over items."""
+        """The part of x ``(*lead, ...)`` that belongs to one unit: x itself, but for the dimension that runs over items."""
         if self.whole:
             return x
         (dim,) = self.dims
         return x.index_select(dim, self._rows_of(unit).to(x.device))
 
     def put_(self, out: Tensor, part: Tensor, unit: int) -> None:
-        """Add to the part of out (*lead, ...) that belongs to one unit."""
+        """Add to the part of out ``(*lead, ...)`` that belongs to one unit."""
         if self.whole:
             out.add_(part)
         else:
@@ -74,7 +88,11 @@ class Layout:
             out.index_add_(dim, self._rows_of(unit).to(out.device), part.to(out.dtype))
 
     def sums(self, g: Tensor) -> Tensor:
-        """(*lead, ...) -> (units, ...): the sum over each unit's items, upcast; dimensions that ran over items are left out."""
+        """Sum g ``(*lead, ...)`` over each unit's items.
+
+        Returns:
+            (units, ...) without the dimensions that run over items; float32, or float64 where g is.
+        """
         g = upcast(g)
         if self.whole:
             out = torch.zeros(self.units.n, *g.shape, dtype=g.dtype, device=g.device)
@@ -89,7 +107,11 @@ class Layout:
         return out.index_add_(0, self.units.of_item[owned].to(g.device), per_item[owned.to(g.device)])
 
     def parts(self, g: Tensor) -> Tensor:
-        """(*lead, ...) -> (units, *lead, ...): for each unit what is its own, and zeros, upcast."""
+        """For each unit a copy of g ``(*lead, ...)`` with zeros in place of what is not its own.
+
+        Returns:
+            ``(units, *lead, ...)``, float32, or float64 where g is.
+        """
         g = upcast(g)
         out = torch.zeros(self.units.n, *g.shape, dtype=g.dtype, device=g.device)
         if self.whole:
