@@ -261,7 +261,7 @@ def key_value_grad_kernel(
         mask=inside & (width < D)[None, :],
     )
     if CLIPPED:
-        value_grad = grad_before_clipping(value_grad, value, factors, norms_ptr + kv_head)
+        value_grad = grad_before_clipping(value_grad, value, factors, norms_ptr, kv_head)
     value_tile = tile_offsets(vg_row, vg_head, vg_stride, batch_row, kv_head, k_start, first, columns)
     tl.store(
         value_grad_ptr + value_tile + width_v[None, :],

@@ -169,12 +169,12 @@ def query_tiles(
 
 
 @triton.jit
-def grad_before_clipping(value_grad, value, factors, limit_ptr):
-    """Gradient of value rows v from that of the rows v' = v min(1, C / |v|) that attention used; limit_ptr: where C is."""
+def grad_before_clipping(value_grad, value, factors, norms_ptr, kv_head):
+    """Gradient of value rows v from that of the rows v' = v min(1, C / |v|) that attention used."""
     # v' = C v / |v| where |v| > C, so dv = C / |v| (dv' - u (u . dv')) with u = v / |v|; else dv = dv'.
     direction = value.to(tl.float32)
     norm = tl.sqrt(tl.sum(direction * direction, 1))
-    clipped = norm > tl.load(limit_ptr)
+    clipped = norm > tl.load(norms_ptr + kv_head)
     direction = direction / tl.where(clipped, norm, 1.0)[:, None]
     radial = tl.where(clipped, tl.sum(direction * value_grad, 1), 0.0)
     return factors[:, None] * (value_grad - direction * radial[:, None])
