@@ -60,6 +60,7 @@ def too_large(builds: Sequence[Build]) -> list[Build]:
     return [build for build in builds if build.shared > SHARED_MEMORY[build.chip]]
 
 
+@pytest.mark.complete
 def test_default_configurations(tmp_path: Path) -> None:
     """Head widths 64 and 128 in bfloat16, exact and privatised; norms, clipped sums, and cross entropies."""
     names, builds = compile_all(tmp_path)

@@ -464,6 +464,7 @@ def pods(folder: Path) -> dict[str, str]:
     return {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", **meeting, "HOME": str(folder)}
 
 
+@pytest.mark.complete
 def test_two_pods_train_as_one_run(data: Path, tmp_path: Path) -> None:
     """The pods' own command, which is the same for the Job and for Kubeflow; a folder is their volume."""
     command = [*arguments("Job"), *sizes(data, tmp_path / "run")]
@@ -472,7 +473,7 @@ def test_two_pods_train_as_one_run(data: Path, tmp_path: Path) -> None:
     assert f"no checkpoint in {tmp_path / 'run'}" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_pods_fail_together_and_go_on_together(data: Path, tmp_path: Path) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     recipe = [str(tmp_path / "dying.py") if part == "lora_finetune" else part for part in arguments("Job")]
@@ -483,7 +484,7 @@ def test_pods_fail_together_and_go_on_together(data: Path, tmp_path: Path) -> No
     assert f"resuming from {tmp_path / 'run' / 'checkpoint-1'}" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_torchrun_on_one_machine_starts_again_what_died(data: Path, tmp_path: Path) -> None:
     command, _ = commands("torchrun")
     (tmp_path / "dying.py").write_text(DYING)
@@ -495,7 +496,7 @@ def test_torchrun_on_one_machine_starts_again_what_died(data: Path, tmp_path: Pa
     assert f"resuming from {tmp_path / 'run' / 'checkpoint-1'}" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_torchrun_on_several_machines(data: Path, tmp_path: Path) -> None:
     """Two agents of one process each, which meet at HOST."""
     _, command = commands("torchrun")
@@ -507,6 +508,7 @@ def test_torchrun_on_several_machines(data: Path, tmp_path: Path) -> None:
     check(tmp_path / "run", 2)
 
 
+@pytest.mark.complete
 def test_accelerate_launch_on_one_machine(data: Path, tmp_path: Path) -> None:
     command, _, _ = commands("accelerate launch")
     command = [*command[:2], "--cpu", "--num_processes", "1", *command[2:]]
@@ -514,7 +516,7 @@ def test_accelerate_launch_on_one_machine(data: Path, tmp_path: Path) -> None:
     check(tmp_path / "run", 1)
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_accelerate_launch_on_several_machines(data: Path, tmp_path: Path) -> None:
     """Two launchers of one process each; where there is no GPU, gloo joins them."""
     _, command, _ = commands("accelerate launch")
@@ -540,7 +542,7 @@ lifted.__enter__()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_accelerate_launch_with_fsdp2(data: Path, tmp_path: Path) -> None:
     """The first process is killed when it has written its part of the first checkpoint, and the command is given again."""
     (tmp_path / "dying.py").write_text(DYING.replace("lora_finetune", "full_finetune") + LIFTED)
@@ -574,6 +576,7 @@ def on_local_ray(recipe: str, data: Path, folder: Path, restarts: int) -> str:
     return run_together(["python", "-c", LOCAL_RAY, script, *here, *overrides], folder=folder)
 
 
+@pytest.mark.complete
 def test_ray_train_with_two_workers(data: Path, tmp_path: Path) -> None:
     printed = on_local_ray("lora_finetune", data, tmp_path, restarts=0)
     check(tmp_path / "run", 2)
@@ -581,7 +584,7 @@ def test_ray_train_with_two_workers(data: Path, tmp_path: Path) -> None:
     assert "LOAD_FAST" not in printed  # what dill reads, and datasets hashes, reached dill and no log
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_ray_train_goes_on_when_a_worker_dies(data: Path, tmp_path: Path) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     printed = on_local_ray("dying.py", data, tmp_path, restarts=1)
