@@ -31,6 +31,7 @@ def test_a_missing_or_failing_peer_leaves_a_note(monkeypatch: pytest.MonkeyPatch
     def failing(work: Work, length: int) -> tuple[nn.Module, Step]:
         raise RuntimeError("out of memory")
 
+    monkeypatch.setitem(bench._MEASURED_SECONDS, "cpu", 0.01)
     methods = {BASELINE: METHODS[BASELINE], "Opacus hooks": missing, "Opacus ghost": failing}
     monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: advance())
     turns: list[None] = []
@@ -119,6 +120,7 @@ def test_an_option_that_means_nothing_to_a_preset_is_refused(capsys: pytest.Capt
 
 
 def test_the_table_of_texts_counts_no_padding(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: 3 * 2**20)
     monkeypatch.setitem(bench._MEASURED_SECONDS, "cpu", 0.01)
     sizes = ["--layers", "1", "--width", "64", "--vocabulary", "50", "--batch", "3"]
     main(["bench", "--padding-free", *sizes, "--repeats", "1", "--threads", "1"])
