@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test coverage gpu docs
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+SHARD ?= 1/1
+
+.PHONY: quickstart test test-all test-slow coverage gpu docs
 
 # On public text: what earlier runs spent on it, which its folder remembers, may be forgotten.
 quickstart: .venv/installed
@@ -14,11 +17,20 @@ test: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	$(PYTEST)
+
+# First `make test`, then the documentation, and then the tests that `make test` leaves out: those marked `complete`, and every
+# architecture of Transformers, or with SHARD=1/4 every fourth of them from the first on.
+test-all: test docs
+	$(PYTEST) -m 'complete or coverage' --coverage-shard=$(SHARD)
+
+# About an hour: kill storms, memory as it is measured, every configuration of every kernel. One at a time, for they measure.
+test-slow: .venv/installed-dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
 # Every architecture of Transformers, exact or refused; writes docs/coverage.md.
 coverage: .venv/installed-dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m coverage -n auto --coverage-table=docs/coverage.md
+	$(PYTEST) -m coverage --coverage-table=docs/coverage.md
 
 # Everything that only a GPU shows, in under nine minutes; writes docs/benchmarks_gpu.md. Without make, or in an environment that
 # has torch, triton and the packages of pyproject.toml already: python -m tests.gpu

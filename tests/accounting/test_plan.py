@@ -78,7 +78,7 @@ def test_max_steps_is_exact(accountant: AccountantName, target: float) -> None:
     assert plan.epsilon(affordable) <= target < plan.epsilon(affordable + 1)
 
 
-@pytest.mark.parametrize("accountant", [pytest.param("pld", marks=pytest.mark.slow), "rdp"])
+@pytest.mark.parametrize("accountant", [pytest.param("pld", marks=pytest.mark.complete), "rdp"])
 def test_noise_is_calibrated_to_what_is_left_of_a_budget(accountant: AccountantName) -> None:
     spent = Ledger(accountant)
     spent.record(PoissonSampler(1000, 10), 0.9, 50)

@@ -79,7 +79,7 @@ def test_the_command_prints_one_table(capsys: pytest.CaptureFixture[str], monkey
     assert "once per logical batch" in below
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_compiled_models_scaled_down(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "peak_memory", lambda work, length, method, advance: 3 * 2**20)
     monkeypatch.setitem(bench._MEASURED_SECONDS, "cpu", 0.01)

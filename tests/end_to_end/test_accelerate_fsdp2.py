@@ -113,7 +113,7 @@ def test_a_trainer_on_gpus() -> None:
         ("offload", False, 1, 1),
         ("plain", True, 3, 2),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            pytest.param(*case, marks=pytest.mark.complete)
             for case in (
                 ("activation checkpointing", False, 1, 1),
                 ("kept whole after forward", False, 1, 1),
@@ -211,8 +211,8 @@ def looped(replicas: int = 0, precision: str | None = None, strategy: Strategy =
     [
         (2, 1, "two_pass"),
         (4, 2, "bookkeeping"),
-        pytest.param(2, 1, "bookkeeping", marks=pytest.mark.slow),
-        pytest.param(4, 2, "two_pass", marks=pytest.mark.slow),
+        pytest.param(2, 1, "bookkeeping", marks=pytest.mark.complete),
+        pytest.param(4, 2, "two_pass", marks=pytest.mark.complete),
     ],
 )
 def test_a_loop_with_the_plugin_is_a_loop_in_one_process(size: int, replicas: int, strategy: str) -> None:

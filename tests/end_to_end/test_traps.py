@@ -88,7 +88,7 @@ def test_6_1_the_sum_that_gets_noise_is_that_of_the_drawn_units_clipped_one_by_o
     assert worst_error(name, tmp_path, monkeypatch, seed=3) <= ROUNDING
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_6_1_also_of_a_compiled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The preflight runs compiled too, and none of it falls back to eager."""
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the settings of a process's first trainer

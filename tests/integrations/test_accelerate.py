@@ -628,7 +628,7 @@ def test_settings_changed_later_are_refused_too(monkeypatch: pytest.MonkeyPatch)
         private.backward(next(iter(private.loader)))
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_a_compiled_model_gives_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     seen: list[Seen] = []

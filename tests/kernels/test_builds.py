@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for the GPUs it is meant for, without spilling registers and within their shared memory.
 
-Nothing here needs a GPU. `pytest tests/kernels/test_builds.py -s` prints what the compilers made of each kernel; with
-`-m slow`, of every configuration, head width, dtype and feature.
+Nothing here needs a GPU. `pytest tests/kernels/test_builds.py -m complete -s` prints what the compilers made of each kernel;
+with `-m slow`, of every configuration, head width, dtype and feature.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ def too_large(builds: Sequence[Build]) -> list[Build]:
 
 
 @pytest.mark.complete
-def test_default_configurations(tmp_path: Path) -> None:
+def test_default_configurations(pytestconfig: pytest.Config) -> None:
     """Head widths 64 and 128 in bfloat16, exact and privatised; norms, clipped sums, and cross entropies."""
-    names, builds = compile_all(tmp_path)
+    assert pytestconfig.cache is not None
+    names, builds = compile_all(pytestconfig.cache.mkdir("kernels"))  # a kernel that did not change is not built again
     print(f"\n{table(builds)}")
     assert {build.kernel for build in builds} == names, "a kernel that no call in builds.py launches"
     assert not too_large(builds)

@@ -194,13 +194,20 @@ def check_model(model: Any, name: str, *, backend: str, dtype: torch.dtype, stra
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(("name", "attention"), [("gpt2", "sdpa"), ("gpt2", "dp_flash"), ("qwen3", "dp_flash")])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("gpt2", "dp_flash"),
+        pytest.param("gpt2", "sdpa", marks=pytest.mark.complete),
+        pytest.param("qwen3", "dp_flash", marks=pytest.mark.complete),
+    ],
+)
 def test_ragged_batches_of_one_graph_equal_the_oracle(name: str, attention: str) -> None:
     """Positions for all rows, Conv1D, biases and tied embeddings; norms of rows and of heads."""
     check_family(name, attention, backend="aot_eager", dtype=torch.float64, tolerance=1e-11)
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 @ATTENTION
 @pytest.mark.parametrize(
     "name", ["llama", "llama_tied", "qwen3", "bert", "gemma3", "opt", "roberta", "distilbert", "bert_classifier"]
@@ -210,7 +217,7 @@ def test_more_families_equal_the_oracle(name: str, attention: str) -> None:
     check_family(name, attention, backend="aot_eager", dtype=torch.float64, tolerance=1e-11)
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 @ATTENTION
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "qwen3"])
 @pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass"])
@@ -219,7 +226,7 @@ def test_families_compiled_by_inductor_equal_the_oracle(name: str, strategy: str
     check_family(name, attention, backend="inductor", dtype=torch.float32, strategy=strategy, tolerance=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_adapters_equal_the_oracle() -> None:
     peft = pytest.importorskip("peft")
     adapters = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
@@ -227,7 +234,7 @@ def test_adapters_equal_the_oracle() -> None:
     check_model(model, "llama", backend="aot_eager", dtype=torch.float64, strategy="bookkeeping", tolerance=1e-11)
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 @pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass"])
 def test_checkpointed_layers_equal_the_oracle(strategy: str) -> None:
     model = tiny("llama").train()  # it has no dropout
@@ -235,6 +242,7 @@ def test_checkpointed_layers_equal_the_oracle(strategy: str) -> None:
     check_model(model, "llama", backend="aot_eager", dtype=torch.float64, strategy=strategy, tolerance=1e-11)
 
 
+@pytest.mark.complete
 def test_a_small_model_compiled_by_inductor_equals_the_oracle() -> None:
     model = small()
     compiled: Any = torch.compile(model, dynamic=True)
@@ -436,7 +444,7 @@ def test_dropout_is_repeated_in_the_second_pass() -> None:
     assert distance(found[0][1], found[1][1]) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_autocast_rounds_as_it_does_eagerly() -> None:
     model = tiny("llama", torch.float32)
     compiled: Any = torch.compile(model, backend="aot_eager", dynamic=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -28,6 +28,8 @@ from tests.support.oracle import clipped_sum, distance, each_row, grads, rows_of
 
 VOCABULARY = 61
 FAST: Any = ("bookkeeping", "two_pass")
+FLAT_WAYS = tuple(product(("flat",), FAST))
+FAST_WAYS = tuple(product(("flat", "per_layer"), FAST))
 THRESHOLD = 16 * VOCABULARY * 4  # bytes
 
 
@@ -111,7 +113,7 @@ def own_loss(model: Any) -> Callable[[Any], Tensor]:
 def test_models(name: str, seen: Seen) -> None:
     model, batch = built(name, torch.float32), batch_of("llama")
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (name in TIED)
-    assert_exact(model, own_loss(model), batch, each_row(batch), 1e-5, strategies=FAST, clippings=("flat", "per_layer"))
+    assert_exact(model, own_loss(model), batch, each_row(batch), 1e-5, ways=FAST_WAYS)
     assert seen.blocks > 0
     assert (seen.formed == 0) == (name != WIDE)
 
@@ -125,7 +127,7 @@ def test_the_same_as_with_all_logits_there(name: str, seen: Seen) -> None:
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), batch["labels"][:, 1:].flatten(), reduction="sum")
 
-    assert_exact(model, loss, batch, each_row(batch), 1e-12, strategies=FAST, clippings=("flat", "per_layer"))
+    assert_exact(model, loss, batch, each_row(batch), 1e-12, ways=FAST_WAYS)
     assert seen.blocks > 0
     assert (seen.formed == 0) == (name != WIDE)
 
@@ -164,9 +166,9 @@ def test_packed_rows_and_unassigned_tokens(name: str, seen: Seen) -> None:
 
     parts = [{k: v[:, a:b] for k, v in batch.items()} for a, b in pairwise(ends)]
     tolerance = 1e-5 if name == "gemma2" else 1e-12  # Gemma's norms round to float32 whatever the model's dtype
-    assert_exact(model, loss, batch, parts, tolerance, units=boundaries, strategies=FAST, clippings=("flat",))
+    assert_exact(model, loss, batch, parts, tolerance, units=boundaries, ways=FLAT_WAYS)
     batch["labels"][:, ends[3] :] = -100  # the last text is no one's, and so is its loss
-    assert_exact(model, loss, batch, parts[:3], tolerance, units=boundaries[:4], strategies=FAST, clippings=("flat",))
+    assert_exact(model, loss, batch, parts[:3], tolerance, units=boundaries[:4], ways=FLAT_WAYS)
     assert seen.formed == 0
 
 
@@ -174,11 +176,11 @@ def test_units_of_several_rows_in_any_order(seen: Seen) -> None:
     model, batch = built("gemma2", torch.float32), batch_of("llama", rows=6)
     ids = torch.tensor([0, 1, 0, 2, 1, 2])
     parts = [rows_of(batch, rows) for rows in ([0, 2], [1, 4], [3, 5])]
-    assert_exact(model, own_loss(model), batch, parts, 1e-5, units=ids, strategies=FAST, clippings=("flat",))
+    assert_exact(model, own_loss(model), batch, parts, 1e-5, units=ids, ways=FLAT_WAYS)
     assert seen.formed == 0
     ids[3] = ids[5] = -1
     batch["labels"][[3, 5]] = -100
-    assert_exact(model, own_loss(model), batch, parts[:2], 1e-5, units=ids, strategies=FAST, clippings=("flat",))
+    assert_exact(model, own_loss(model), batch, parts[:2], 1e-5, units=ids, ways=FLAT_WAYS)
 
 
 # --- whatever is done to them ---------------------------------------------------------------------------------------------
@@ -317,7 +319,7 @@ def test_whatever_is_done_to_them(use: str, seen: Seen) -> None:
     parts = each_row(batch)
     if use != "with a parameter" and use not in BELOW:
         model.shift.requires_grad_(False)
-    assert_exact(model, loss, batch, parts, tolerance, strategies=FAST, clippings=("flat",))
+    assert_exact(model, loss, batch, parts, tolerance, ways=FLAT_WAYS)
     assert (seen.formed > 0) == (use in FORMED)
     if use in BLOCKS:
         assert seen.blocks > 0
@@ -357,7 +359,7 @@ def test_one_word_of_as_many_rows_as_words(seen: Seen) -> None:
         return F.cross_entropy(model(batch["input_ids"])[..., 3], batch["input_ids"][:, 0], reduction="sum")
 
     batch = {"input_ids": ids}
-    assert_exact(model, loss, batch, each_row(batch), 1e-12, strategies=FAST, clippings=("flat",))
+    assert_exact(model, loss, batch, each_row(batch), 1e-12, ways=FLAT_WAYS)
     assert seen.formed > 0
 
 
@@ -397,7 +399,7 @@ def test_a_hook_on_logits_runs(seen: Seen) -> None:
         return _entropy(logits, batch["labels"])
 
     batch = {"input_ids": torch.randint(0, VOCABULARY, (4, 5)), "labels": torch.randint(0, VOCABULARY, (4, 5))}
-    assert_exact(model, loss, batch, each_row(batch), 1e-12, strategies=FAST, clippings=("flat",))
+    assert_exact(model, loss, batch, each_row(batch), 1e-12, ways=FLAT_WAYS)
     assert called
 
 
@@ -472,7 +474,7 @@ def test_checkpointed_layers(reentrant: bool, threshold: int, monkeypatch: pytes
     if reentrant:
         model.enable_input_require_grads()
     model.train()
-    assert_exact(model, own_loss(model), batch, each_row(batch), 1e-5, strategies=FAST, clippings=("flat",))
+    assert_exact(model, own_loss(model), batch, each_row(batch), 1e-5, ways=FLAT_WAYS)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -579,7 +581,7 @@ def test_a_reader_in_inference_mode_takes_no_gradient_away(seen: Seen) -> None:
         return entropy + 0.1 * logits.logsumexp(-1).square().sum()  # type: ignore[no-any-return]
 
     batch = {"input_ids": torch.randint(0, VOCABULARY, (4, 5))}
-    assert_exact(model, loss, batch, each_row(batch), 1e-12, strategies=FAST, clippings=("flat",))
+    assert_exact(model, loss, batch, each_row(batch), 1e-12, ways=FLAT_WAYS)
     assert seen.blocks > 0
     assert seen.formed > 0
 

@@ -558,6 +558,7 @@ def test_dpo_trains_on_pairs(prompt: str, decoder: str, tmp_path: Path, capsys: 
 QUICK = ["hidden_size=16", "num_layers=1", "num_heads=2", "max_length=16", "logging_steps=1", "per_device_eval_batch_size=256"]
 
 
+@pytest.mark.complete
 def test_quickstart_runs_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dp_flash_hf.recipes.quickstart", "max_steps=2", f"output_dir={tmp_path}", *QUICK]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -594,7 +595,7 @@ def all_docstrings() -> list[str]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_the_whole_quickstart_learns(tmp_path: Path) -> None:
     """From uniform over bytes (ln 259 = 5.56) to knowing the common letters and words."""
     command = [sys.executable, "-m", "dp_flash_hf.recipes.quickstart", f"output_dir={tmp_path}"]
