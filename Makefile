@@ -1,7 +1,10 @@
 # Each target sets up .venv by itself; nothing is installed again until pyproject.toml or constraints.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# What pip says goes to a file, which is shown where it fails.
+PIP_SAID := > .venv/pip.log 2>&1 || { cat .venv/pip.log >&2; exit 1; }
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
 
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 SHARD ?= 1/1
@@ -10,8 +13,8 @@ SHARD ?= 1/1
 
 # On public text: what earlier runs spent on it, which its folder remembers, may be forgotten.
 quickstart: .venv/installed
-	rm -rf runs/quickstart
-	HF_HUB_OFFLINE=1 $(BIN)/dp-flash train quickstart
+	@rm -rf runs/quickstart
+	@HF_HUB_OFFLINE=1 $(BIN)/dp-flash train quickstart
 
 test: .venv/installed-dev
 	$(BIN)/ruff check
@@ -43,15 +46,19 @@ docs: .venv/installed-docs
 
 # torch comes first and by itself: it is the largest, and which build of it is found (CPU, CUDA) is up to pip's configuration.
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(INSTALL) $(shell grep '^torch==' constraints.txt)
-	$(INSTALL) --editable .
-	touch $@
+	@echo "Making .venv, and installing $(TORCH) in it: the largest download ..."
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) $(TORCH) $(PIP_SAID)
+	@echo "Installing dp-flash-hf and what else it needs ..."
+	@$(INSTALL) --editable . $(PIP_SAID)
+	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(INSTALL) --editable '.[dev]'
-	touch $@
+	@echo "Installing what the tests need ..."
+	@$(INSTALL) --editable '.[dev]' $(PIP_SAID)
+	@touch $@
 
 .venv/installed-docs: .venv/installed
-	$(INSTALL) --editable '.[docs]'
-	touch $@
+	@echo "Installing what builds the documentation ..."
+	@$(INSTALL) --editable '.[docs]' $(PIP_SAID)
+	@touch $@

@@ -5,19 +5,26 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import os
 import re
+import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import transformers
 import yaml
 from accelerate.utils.operations import broadcast_object_list
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from rich import box
+from rich.console import Console
 from rich.progress import track
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from rich.table import Table
+from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from dp_flash_hf.accounting.spend_log import FILE_NAME
 from dp_flash_hf.errors import invalid
@@ -26,6 +33,8 @@ from dp_flash_hf.integrations.trainer import DPCallback
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 
 _HEADING = "## Differential privacy"  # of report.to_model_card()
+warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")  # the default of Trainer, also on a CPU
+
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -180,6 +189,72 @@ def save(trainer: Trainer, dp: DPCallback | None) -> None:
         card = folder / "README.md"  # peft writes one, which is kept above
         above = card.read_text(encoding="utf-8").partition(_HEADING)[0] if card.exists() else f"# {folder.name}\n\n"
         card.write_text(above + report.to_model_card(), encoding="utf-8")
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Show training as one line that changes with each step, in place of all that a Trainer prints; see `Progress`."""
+    for usual in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(usual)
+    trainer.add_callback(Progress())
+    transformers.logging.disable_progress_bar()  # of the weights that are written
+
+
+class Progress(ProgressCallback):
+    """A bar with the loss and epsilon of the last step that was logged; in a file or a pipe, a line for each tenth of training.
+
+    The loss is that of the training data, and not private: epsilon does not cover what this shows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begun, self._tenths = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self._begun = time.monotonic()
+        if sys.stderr.isatty() and not args.disable_tqdm:
+            super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        pass
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: D102
+        loss = logs.get("not_private/loss", logs.get("loss"))
+        if loss is None or not state.is_world_process_zero:  # an evaluation, or the end
+            return
+        figures = {"loss": f"{loss:.3f}"}
+        if "privacy/epsilon" in logs:
+            figures["epsilon"] = f"{logs['privacy/epsilon']:.3f}"
+        step, steps = state.global_step, state.max_steps
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(figures)
+        elif 10 * step // steps > self._tenths:
+            self._tenths = 10 * step // steps
+            text = ", ".join(f"{name} {figure}" for name, figure in figures.items())
+            print(f"step {step} of {steps}: {text}, {time.monotonic() - self._begun:.0f} s", flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+
+def show_rows(rows: dict[str, str]) -> None:
+    """Print a table of names and what belongs to them."""
+    table = Table(box=box.ROUNDED, show_header=False)
+    for name, text in rows.items():
+        table.add_row(name, text)
+    Console().print(table, markup=False)
+
+
+def command() -> str:
+    """What to type for `dp-flash` here: a virtual environment need not be activated."""
+    beside = Path(sys.executable).with_name("dp-flash")
+    return os.path.relpath(beside) if shutil.which("dp-flash") is None and beside.exists() else "dp-flash"
 
 
 _NOISE_SEED = (PrivacyConfig, "seed")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import (
@@ -23,9 +25,9 @@ from transformers import (
     set_seed,
 )
 
-from dp_flash_hf import DPCallback, PrivacyConfig
+from dp_flash_hf import DPCallback, PrivacyConfig, PrivacyReport
 from dp_flash_hf.cli.common import run
-from dp_flash_hf.recipes.common import docstrings, leaving_nothing_behind, read_options, save
+from dp_flash_hf.recipes.common import command, docstrings, leaving_nothing_behind, read_options, save, show_progress, show_rows
 
 EVERY = 16  # one docstring in this many is held out
 
@@ -42,14 +44,29 @@ class Model:
     prompt: str = field(default="Return the ", metadata={"help": "how the sample begins"})
 
 
+LIBRARY = Path(sysconfig.get_path("stdlib"))
+
+
 def read_docstrings() -> list[str]:
     """The docstrings of the standard library, in the order of files and lines."""
-    return docstrings(Path(sysconfig.get_path("stdlib")))
+    return docstrings(LIBRARY)
+
+
+def introduce(count: int, model: Any, privacy: PrivacyConfig, plan: PrivacyReport) -> None:
+    """Say what is about to happen."""
+    print(
+        f"Data     {count:,} docstrings of {LIBRARY}; one in {EVERY} is held out\n"
+        f"Model    a Llama decoder of {model.num_parameters() / 1e6:.2f} M parameters that reads bytes, from random weights\n"
+        f"Privacy  epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g}: the model would be much the same "
+        "without any one docstring\n"
+        f"Steps    {plan.planned_steps}, of about {plan.expected_batch_size:g} docstrings each; some minutes on two cores\n"
+    )
 
 
 def main(overrides: Sequence[str]) -> None:
     """Run the recipe with `key=value` overrides of quickstart.yaml."""
     options, privacy, args = read_options(__file__, overrides, Model, PrivacyConfig, TrainingArguments)
+    print("Training a small language model with differential privacy.\n")
 
     # Data: bytes of each docstring; the loss is over all of them.
     tokenizer = ByT5Tokenizer(extra_ids=0)
@@ -83,17 +100,33 @@ def main(overrides: Sequence[str]) -> None:
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             processing_class=tokenizer,
         )
-        dp = DPCallback(privacy).attach(trainer)
+        dp = DPCallback(privacy, strategy="bookkeeping").attach(trainer)
+    show_progress(trainer)
+    introduce(len(rows), model, privacy, dp.report())
     before = trainer.evaluate()["eval_loss"]
+    begun = time.monotonic()
     trainer.train()
+    seconds = time.monotonic() - begun
     after = trainer.evaluate()["eval_loss"]
-
     save(trainer, dp)
-    print(dp.report().to_text())
-    print(f"\nloss per byte on {len(held_out)} held-out docstrings: {before:.3f} before training, {after:.3f} after")
+
+    report = dp.report()
     prompt = tokenizer(options.prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
     sample = model.generate(**prompt, do_sample=True, temperature=0.5, max_length=options.max_length)
-    print(f"sample: {tokenizer.decode(sample[0], skip_special_tokens=True)!r}")
+    show_rows(
+        {
+            "loss per byte": f"{before:.3f} before training, {after:.3f} after, held out",
+            "epsilon": f"{report.epsilon:.3f} at delta {report.delta:g}",
+            "steps": f"{report.steps} in {seconds:.0f} s",
+            "sample": repr(tokenizer.decode(sample[0], skip_special_tokens=True)),
+            "model": args.output_dir,
+            "privacy report": f"{args.output_dir}/report.json, and README.md for a model card",
+        }
+    )
+    dp_flash = command()
+    print("Next, with more privacy, or with data of your own:")
+    print(f"  {dp_flash} train quickstart target_epsilon=1 output_dir=runs/more_private")
+    print(f"  {dp_flash} recipes ls")
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ class DPCallback(TrainerCallback, ExportableState):
         for callback in () if self._trainer is None else self._trainer.callback_handler.callbacks:
             bar = getattr(callback, "training_bar", None) if isinstance(callback, ProgressCallback) else None
             if bar is not None and logs is not None and "privacy/epsilon" in logs:
-                bar.set_postfix(epsilon=f"{logs['privacy/epsilon']:.3f}")
+                bar.set_postfix(epsilon=f"{logs['privacy/epsilon']:.3f}", refresh=False)
 
     # What replaces the trainer's own methods.
 
