@@ -33,6 +33,7 @@ from dp_flash_hf.recipes.common import (
     read_options,
     require_columns,
     save,
+    show_progress,
 )
 
 
@@ -46,7 +47,7 @@ class Options:
     split: str = field(default="train", metadata={"help": "split of a Hub name or folder"})
     eval_split: str = field(default="test", metadata={"help": "split of eval_dataset"})
     text_column: str = field(default="text", metadata={"help": "what is classified"})
-    label_column: str = field(default="label", metadata={"help": "strings or numbers; each different one is a class"})
+    label_column: str = field(default="label", metadata={"help": "strings or integers; each different one is a class"})
     max_length: int = field(default=128, metadata={"help": "tokens kept of each text"})
     lora_rank: int = field(
         default=0, metadata={"help": "0: train all weights; above: an adapter of this rank, and the classifier"}
@@ -121,6 +122,7 @@ def main(overrides: Sequence[str]) -> None:
         )
         if options.private:
             dp = DPCallback(privacy).attach(trainer)
+    show_progress(trainer)
     trainer.train(resume_from_checkpoint=checkpoint(args))
 
     save(trainer, dp)

@@ -99,7 +99,7 @@ def tokenize_texts(
     """Rows of input_ids and labels for a causal language model: the prompt (no labels), the text, the end-of-text token.
 
     `text`, `prompt` and `unit` name columns; the last is kept, for `PrivacyConfig.privacy_unit`. Each row is cut to
-    `max_length` tokens by itself; rows are never packed together, because a packed row would hold several privacy units.
+    `max_length` tokens by itself; rows are never packed, because a packed row would hold several privacy units.
     """
     require_columns(rows, text, *([] if prompt is None else [prompt]))
 
@@ -151,7 +151,7 @@ def checkpoint(args: TrainingArguments, *, private: bool = True) -> str | bool |
     """What `trainer.train` is to resume: what `resume_from_checkpoint` names; with `true` the newest whole one, if any.
 
     A run that is killed and started again by the same command needs no other one the first time. Where training is private,
-    DPCallback chooses, and continues the books of a run that was killed before its first checkpoint. Every process gets the
+    DPCallback chooses, and continues the spend log of a run that was killed before its first checkpoint. Every process gets the
     answer of the first, since folders on a network may look different from each machine for a while.
     """
     asked = args.resume_from_checkpoint
@@ -202,15 +202,16 @@ def show_progress(trainer: Trainer) -> None:
 class Progress(ProgressCallback):
     """A bar with the loss and epsilon of the last step that was logged; in a file or a pipe, a line for each tenth of training.
 
-    The loss is that of the training data, and not private: epsilon does not cover what this shows.
+    What is measured on held-out data during training gets lines of its own. The loss is that of the training data, and not
+    private: epsilon does not cover what this shows.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._begun, self._tenths = 0.0, 0
+        self._training, self._begun, self._tenths = False, 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        self._begun = time.monotonic()
+        self._training, self._begun = state.is_world_process_zero, time.monotonic()
         if sys.stderr.isatty() and not args.disable_tqdm:
             super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
@@ -220,27 +221,38 @@ class Progress(ProgressCallback):
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
         pass
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: D102
-        loss = logs.get("not_private/loss", logs.get("loss"))
-        if loss is None or not state.is_world_process_zero:  # an evaluation, or the end
+        if not self._training:
             return
-        figures = {"loss": f"{loss:.3f}"}
-        if "privacy/epsilon" in logs:
-            figures["epsilon"] = f"{logs['privacy/epsilon']:.3f}"
-        step, steps = state.global_step, state.max_steps
-        if self.training_bar is not None:
+        names = {"not_private/loss": "loss", "loss": "loss", "privacy/epsilon": "epsilon"}
+        figures = {name: f"{logs[key]:.3f}" for key, name in names.items() if key in logs}
+        measured = {key: f"{value:.4g}" for key, value in logs.items() if _MEASURED.match(key) and isinstance(value, float)}
+        if measured:
+            self._say(state, measured)
+        elif "loss" in figures and self.training_bar is not None:
             self.training_bar.set_postfix(figures)
-        elif 10 * step // steps > self._tenths:
-            self._tenths = 10 * step // steps
-            text = ", ".join(f"{name} {figure}" for name, figure in figures.items())
-            print(f"step {step} of {steps}: {text}, {time.monotonic() - self._begun:.0f} s", flush=True)
+        elif "loss" in figures and 10 * state.global_step // state.max_steps > self._tenths:
+            self._tenths = 10 * state.global_step // state.max_steps
+            self._say(state, figures)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self._training = False
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
+
+    def _say(self, state: Any, figures: dict[str, str]) -> None:
+        text = ", ".join(f"{name} {figure}" for name, figure in figures.items())
+        line = f"step {state.global_step} of {state.max_steps}: {text}, {time.monotonic() - self._begun:.0f} s"
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+_MEASURED = re.compile(r"eval_(?!runtime|\w*_per_second|model_preparation_time)")  # but not how long it took
 
 
 def show_rows(rows: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """Classify texts that leave their owners only with noise: each text is released once, and nothing else sees it.
 
 As in DP-Forward (Du et al., CCS 2023, arXiv:2309.06746), noise is added inside the forward pass, for training and at inference
-alike, and the classifier behind it is trained on noised numbers, so that it knows how to read them. Before the noise stands
+alike, and the classifier behind it is trained on noised values, so that it knows how to read them. Before the noise stands
 only what is public: a frozen encoder, and the names of the labels. The fewer directions a text can go, the less of it drowns,
 so what is released is not every token's hidden state but how near the text is to each label's name.
 
@@ -10,7 +10,7 @@ Each text is released once and that is kept, so the classifier may take as many 
 
 What is promised differs from the other recipes. There, whether a training example was used hardly changes the model (add or
 remove one, in the centre's hands). Here any other text of the same length could stand in a text's place, test texts included,
-and whoever sees what was released learns which it was only as well as epsilon allows: nobody has to be trusted with texts. That
+and whoever sees what was released learns which it was only as well as epsilon allows: no one has to be trusted with texts. That
 costs far more noise, and is why epsilon is so large here. At 64 it protects little against whoever wonders which of two given
 texts it was: of texts that are as unlike as can be, the better guess is right 99.996 times in 100, and of texts near two
 different labels 99.7 times. At 8 it is right 80 times, and 72.
@@ -48,7 +48,7 @@ class Options:
     split: str = field(default="train", metadata={"help": "split of a Hub name or folder"})
     eval_split: str = field(default="test", metadata={"help": "split of eval_dataset"})
     text_column: str = field(default="text", metadata={"help": "what is classified; private"})
-    label_column: str = field(default="label", metadata={"help": "strings or numbers; each different one is a class; public"})
+    label_column: str = field(default="label", metadata={"help": "strings or integers; each different one is a class; public"})
     max_length: int = field(default=128, metadata={"help": "tokens kept of each text"})
     sharpness: float = field(default=20.0, metadata={"help": "of the likeness to labels: softmax(sharpness * cosine)"})
     release_batch_size: int = field(default=64, metadata={"help": "texts whose scores are computed at a time"})

@@ -25,6 +25,7 @@ from dp_flash_hf.recipes.common import (
     read_options,
     require_columns,
     save,
+    show_progress,
 )
 
 
@@ -81,6 +82,7 @@ def main(overrides: Sequence[str]) -> None:
         )
         dp = DPCallback(privacy, max_tokens_per_device=options.max_tokens).attach(trainer)
     trainer.model.print_trainable_parameters()
+    show_progress(trainer)
     trainer.train(resume_from_checkpoint=checkpoint(args))
 
     save(trainer, dp)

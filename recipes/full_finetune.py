@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from dp_flash_hf import DPCallback, PrivacyConfig
 from dp_flash_hf.cli.common import run
-from dp_flash_hf.recipes.common import checkpoint, leaving_nothing_behind, load_rows, read_options, save, tokenize_texts
+from dp_flash_hf.recipes.common import (
+    checkpoint,
+    leaving_nothing_behind,
+    load_rows,
+    read_options,
+    save,
+    show_progress,
+    tokenize_texts,
+)
 
 
 @dataclass
@@ -58,6 +66,7 @@ def main(overrides: Sequence[str]) -> None:
             processing_class=tokenizer,
         )
         dp = DPCallback(privacy).attach(trainer)
+    show_progress(trainer)
     trainer.train(resume_from_checkpoint=checkpoint(args))
 
     save(trainer, dp)

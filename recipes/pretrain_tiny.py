@@ -36,6 +36,7 @@ from dp_flash_hf.recipes.common import (
     read_options,
     require_columns,
     save,
+    show_progress,
 )
 
 EVERY = 64  # one text in this many is held out
@@ -45,7 +46,9 @@ EVERY = 64  # one text in this many is held out
 class Options:
     """The model's size and the public text."""
 
-    texts: list[str] = field(default_factory=list, metadata={"help": "more PUBLIC text: txt or md files, or rows as elsewhere"})
+    texts: list[str] = field(
+        default_factory=list, metadata={"help": "more PUBLIC text: txt or md files, or rows, as of other recipes"}
+    )
     text_column: str = field(default="text", metadata={"help": "column of those of the texts that have columns"})
     packages: bool = field(default=True, metadata={"help": "read the installed packages; false if any of them is not public"})
     vocab_size: int = field(default=4096, metadata={"help": "tokens of the byte-level BPE tokenizer"})
@@ -136,6 +139,7 @@ def main(overrides: Sequence[str]) -> None:
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
             processing_class=tokenizer,
         )
+    show_progress(trainer)
     trainer.train(resume_from_checkpoint=checkpoint(args, private=False))
 
     save(trainer, None)

@@ -30,6 +30,7 @@ from dp_flash_hf.recipes.common import (
     read_options,
     require_columns,
     save,
+    show_progress,
 )
 
 
@@ -57,7 +58,7 @@ class Options:
 
 
 def held_out_apart(rows: Dataset, column: str, share: float) -> tuple[Dataset, Dataset]:
-    """The rows to learn and those held out; rows with the same value of `column` stay together.
+    """The rows to learn and those held out; all rows with the same value of `column` go to one side.
 
     Where a row goes depends on its own value alone: to add or remove a row moves no other, as privacy accounting assumes.
     """
@@ -157,6 +158,7 @@ def main(overrides: Sequence[str]) -> None:
     prompts = [prompt for prompt, _ in examples]
     before = answers(trainer.model, tokenizer, prompts, options.max_new_tokens)
     loss_before = None if held_out is None else trainer.evaluate()["eval_loss"]
+    show_progress(trainer)
     trainer.train(resume_from_checkpoint=checkpoint(args))
     loss_after = None if held_out is None else trainer.evaluate()["eval_loss"]
     after = answers(trainer.model, tokenizer, prompts, options.max_new_tokens)

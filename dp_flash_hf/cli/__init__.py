@@ -1,1 +1,1 @@
-"""`dp-flash`, the command line: one file per command, `main` that puts them together, `common` that they share."""
+"""`dp-flash`, the command line: one file per command, `main` that assembles them, `common` that they share."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dp_flash_hf.cli.common import whole, whole_numbers
+from dp_flash_hf.cli.common import several_whole, whole
 
 if TYPE_CHECKING:
     from dp_flash_hf.cli.common import Commands
@@ -26,7 +26,7 @@ def add_parsers(commands: Commands) -> None:
     )
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="what is measured (default: cpu)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
-    parser.add_argument("--lengths", type=whole_numbers, help="tokens per row, comma-separated (default: the preset's)")
+    parser.add_argument("--lengths", type=several_whole, help="tokens per row, comma-separated (default: the preset's)")
     parser.add_argument("--batch", type=whole, help="rows of the physical batch (default: the preset's; 32 texts)")
     parser.add_argument("--layers", type=whole, help="decoder layers (default: the preset's)")
     parser.add_argument("--width", type=whole, help="hidden size, a multiple of 64 (default: the preset's)")

@@ -78,12 +78,12 @@ def whole(text: str) -> int:
     return int(value)
 
 
-def numbers(text: str) -> list[float]:
+def several(text: str) -> list[float]:
     """The type of an argument that is one or several comma-separated numbers above 0."""
     return [above_zero(part) for part in text.split(",")]
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
+def several_whole(text: str) -> tuple[int, ...]:
     """The type of an argument that is one or several comma-separated whole numbers above 0."""
     return tuple(whole(part) for part in text.split(","))
 

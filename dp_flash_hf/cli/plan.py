@@ -8,7 +8,7 @@ import sys
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from dp_flash_hf.cli.common import AUTO_CLASSES, above_zero, add_task, config_of, numbers, show, table, whole, whole_numbers
+from dp_flash_hf.cli.common import AUTO_CLASSES, above_zero, add_task, config_of, several, several_whole, show, table, whole
 
 if TYPE_CHECKING:
     from dp_flash_hf.accounting.plan import PrivacyPlan
@@ -31,11 +31,11 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument("--units", type=whole, help="privacy units (usually: examples) in the dataset")
     parser.add_argument("--batch", type=whole, help="expected units per optimizer step")
     parser.add_argument("--delta", type=above_zero, help="default: units ** -1.1")
-    parser.add_argument("--epsilon", type=numbers, help="target epsilon: calibrates the noise, or counts the steps it affords")
-    parser.add_argument("--noise-multiplier", type=numbers, help="noise standard deviation / max_grad_norm")
+    parser.add_argument("--epsilon", type=several, help="target epsilon: calibrates the noise, or counts the steps it affords")
+    parser.add_argument("--noise-multiplier", type=several, help="noise standard deviation / max_grad_norm")
     steps = parser.add_mutually_exclusive_group()
-    steps.add_argument("--steps", type=whole_numbers, help="optimizer steps")
-    steps.add_argument("--epochs", type=numbers, help="passes over the data: so many times units / batch steps")
+    steps.add_argument("--steps", type=several_whole, help="optimizer steps")
+    steps.add_argument("--epochs", type=several, help="passes over the data: so many times units / batch steps")
     parser.add_argument("--accountant", default="pld", help="pld (default), prv or rdp")
     parser.add_argument("--max-batch-size", type=whole, help="truncated Poisson sampling: the most units of one step")
     _add_memory(parser)

@@ -2,7 +2,7 @@
 
     python ray_train.py --workers 8 --gpu --storage /shared lora_finetune output_dir=runs/lora bf16=true
 
---storage is a folder that every node sees, and where relative paths begin: checkpoints, the spend record and Ray's own files
+--storage is a folder that every node sees, and where relative paths begin: checkpoints, the spend log and Ray's own files
 are there. When a worker dies, Ray starts all of them again, and they go on from the last checkpoint.
 """
 

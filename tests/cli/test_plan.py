@@ -50,14 +50,14 @@ def test_plan_counts_the_steps_a_budget_affords(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])
 def test_plan_of_memory_counts_a_step(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """MiB of every part, from a configuration alone: four numbers for each of AdamW's, activations with checkpointing fewer."""
+    """MiB of every part, from a configuration alone: 4 values per parameter with AdamW, fewer activations if checkpointed."""
     config = LlamaConfig(
         vocab_size=2048, hidden_size=512, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, use_cache=False
     )
     config.save_pretrained(tmp_path)
     command = ["plan", "--memory", "--model", str(tmp_path), "--task", task, "--batch-rows", "4", "--length", "128"]
     layer = 4 * 512 * 512 + 3 * 512 * 1024 + 2 * 512
-    numbers = 2048 * 512 + 6 * layer + 512 + (2048 * 512 if task == "causal-lm" else 2 * 512)
+    values = 2048 * 512 + 6 * layer + 512 + (2048 * 512 if task == "causal-lm" else 2 * 512)
     tables = []
     for option in ([], ["--checkpointing"]):
         main([*command, *option])
@@ -66,9 +66,9 @@ def test_plan_of_memory_counts_a_step(task: str, tmp_path: Path, capsys: pytest.
         rows = {name: [int(part.replace(",", "")) for part in parts] for name, *parts in printed_rows(printed)}
         assert list(rows) == ["non-private", "bookkeeping", "two_pass"]
         for weights, gradients, states, activations, records, total in rows.values():
-            assert abs(weights - 4 * numbers / 2**20) <= 1
-            assert abs(gradients - 4 * numbers / 2**20) <= 1
-            assert abs(states - 8 * numbers / 2**20) <= 1
+            assert abs(weights - 4 * values / 2**20) <= 1
+            assert abs(gradients - 4 * values / 2**20) <= 1
+            assert abs(states - 8 * values / 2**20) <= 1
             assert abs(total - sum((weights, gradients, states, activations, records))) <= 3  # rounding
         tables.append(rows)
     without, with_checkpointing = tables
@@ -77,7 +77,7 @@ def test_plan_of_memory_counts_a_step(task: str, tmp_path: Path, capsys: pytest.
     main([*command, "--lora", "4", "--dtype", "bfloat16", "--optimizer", "sgd"])
     adapters = printed_rows(capsys.readouterr().out)
     assert [row[3] for row in adapters] == ["0"] * 3
-    assert all(abs(int(row[1]) - 2 * numbers / 2**20) <= 1 for row in adapters)
+    assert all(abs(int(row[1]) - 2 * values / 2**20) <= 1 for row in adapters)
     main([*command, "--autocast"])
     printed = capsys.readouterr().out
     assert "in float32 under bfloat16 autocast" in printed
@@ -89,7 +89,7 @@ def test_plan_of_memory_counts_a_step(task: str, tmp_path: Path, capsys: pytest.
     assert "with the weights that FSDP2 gathers" in printed
     for name, *parts in printed_rows(printed):
         weights, gradients, states, activations, _, _ = (int(part.replace(",", "")) for part in parts)
-        assert abs(weights - numbers / 2**20) <= 1
-        assert abs(gradients - numbers / 2**20) <= 1
-        assert abs(states - 2 * numbers / 2**20) <= 1
+        assert abs(weights - values / 2**20) <= 1
+        assert abs(gradients - values / 2**20) <= 1
+        assert abs(states - 2 * values / 2**20) <= 1
         assert activations - without[name][3] > 4 * layer / 2**20

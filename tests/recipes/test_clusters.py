@@ -460,8 +460,8 @@ Trainer._save_checkpoint = write_and_die
 
 def pods(folder: Path) -> dict[str, str]:
     """The variables of torchrun as the Job or Kubeflow sets them, for one process a pod, and a home of their own."""
-    meeting = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": free_port()}
-    return {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", **meeting, "HOME": str(folder)}
+    rendezvous = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": free_port()}
+    return {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", **rendezvous, "HOME": str(folder)}
 
 
 @pytest.mark.complete
@@ -498,7 +498,7 @@ def test_torchrun_on_one_machine_starts_again_what_died(data: Path, tmp_path: Pa
 
 @pytest.mark.complete
 def test_torchrun_on_several_machines(data: Path, tmp_path: Path) -> None:
-    """Two agents of one process each, which meet at HOST."""
+    """Two agents of one process each, whose rendezvous is at HOST."""
     _, command = commands("torchrun")
     endpoint = f"--rdzv_endpoint=127.0.0.1:{free_port()}"
     changed = {"--rdzv_endpoint=127.0.0.1:29500": endpoint, "--nproc_per_node=8": "--nproc_per_node=1"}

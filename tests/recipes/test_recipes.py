@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
+import io
 import json
 import re
 import shlex
@@ -23,6 +24,8 @@ from transformers import (
     BertForSequenceClassification,
     ByT5Tokenizer,
     LlamaConfig,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -31,6 +34,7 @@ from dp_flash_hf import PrivacyConfig, PrivacyReport
 from dp_flash_hf.accounting.spend_log import FILE_NAME
 from dp_flash_hf.cli import main as cli
 from dp_flash_hf.recipes import common
+from tests.cli import printed_rows
 
 FOLDER = Path(dp_flash_hf.__file__).parent / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -151,17 +155,17 @@ def test_a_file_that_is_not_keys_and_values_is_refused(tmp_path: Path) -> None:
 # Data.
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "folder", "folder of csv"])
-def test_rows_load_from_files_and_folders(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folder", "folder of csv"])
+def test_rows_load_from_files_and_folders(kind: str, tmp_path: Path) -> None:
     rows = Dataset.from_dict({"text": ["a", "b,\nc"], "label": ["x", "y"]})
-    source = tmp_path / f"rows.{form}" if "folder" not in form else tmp_path / "rows"
-    if form == "csv":
+    source = tmp_path / f"rows.{kind}" if "folder" not in kind else tmp_path / "rows"
+    if kind == "csv":
         rows.to_csv(source)
-    elif form == "jsonl":
+    elif kind == "jsonl":
         rows.to_json(source)
-    elif form == "parquet":
+    elif kind == "parquet":
         rows.to_parquet(source)
-    elif form == "folder":
+    elif kind == "folder":
         rows.save_to_disk(source)
     else:
         source.mkdir()
@@ -203,7 +207,7 @@ def test_a_refused_setup_leaves_no_folder_but_keeps_what_was_there(tmp_path: Pat
 
 
 def test_the_checkpoint_to_go_on_from(tmp_path: Path) -> None:
-    """Privately DPCallback chooses it; it is told to as soon as there are checkpoints or books."""
+    """Privately DPCallback chooses it; it is asked to as soon as there are checkpoints or a spend log."""
     folder = tmp_path / "run"
 
     def asked(value: str | None, *, private: bool) -> str | bool | None:
@@ -555,6 +559,47 @@ def test_dpo_trains_on_pairs(prompt: str, decoder: str, tmp_path: Path, capsys: 
     assert re.search(r"preferred in [\d.]+ of 64 held-out pairs", capsys.readouterr().out)
 
 
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("private", [True, False])
+def test_progress_is_one_line_with_loss_and_epsilon(
+    terminal: bool, private: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a file or a pipe one for each tenth of training; what is measured on held-out data has a line of its own in both."""
+    screen = _Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    args, control = TrainingArguments(output_dir="", use_cpu=True, disable_tqdm=False), TrainerControl()
+    state = TrainerState(max_steps=40, is_world_process_zero=True)
+    progress = common.Progress()
+    progress.on_log(args, state, control, logs={"eval_loss": 9.0})  # before training: the recipe says it
+    progress.on_train_begin(args, state, control)
+    for state.global_step in range(1, 41):
+        progress.on_step_end(args, state, control)
+        loss = {"not_private/loss": 2.0, "privacy/epsilon": state.global_step / 10} if private else {"loss": 2.0}
+        progress.on_log(args, state, control, logs={**loss, "learning_rate": 0.1})
+        if state.global_step == 20:
+            progress.on_log(args, state, control, logs={"eval_loss": 3.0, "eval_runtime": 1.0, "eval_samples_per_second": 1.0})
+    progress.on_log(args, state, control, logs={"not_private/train_loss": 2.0, "privacy/epsilon": 4.0})
+    progress.on_train_end(args, state, control)
+    progress.on_log(args, state, control, logs={"eval_loss": 9.0})
+    printed = capsys.readouterr().out
+    lines = printed.splitlines() + [line for line in screen.getvalue().splitlines() if line.startswith("step")]
+    assert "step 20 of 40: eval_loss 3, 0 s" in lines
+    assert "9" not in "".join(lines)
+    if terminal:
+        assert len(lines) == 1
+        last = screen.getvalue().rstrip().rpartition("\r")[2]
+        assert "training: 100%" in last
+        assert ("loss=2.000, epsilon=4.000" if private else "loss=2.000") in last
+    else:
+        assert len(lines) == 10 + 1
+        assert lines[-1] == f"step 40 of 40: loss 2.000{', epsilon 4.000' if private else ''}, 0 s"
+
+
 QUICK = ["hidden_size=16", "num_layers=1", "num_heads=2", "max_length=16", "logging_steps=1", "per_device_eval_batch_size=256"]
 
 
@@ -567,8 +612,15 @@ def test_quickstart_runs_as_a_module(tmp_path: Path) -> None:
     assert report.private
     assert report.steps == 2
     assert report.epsilon <= 8
-    assert report.to_text() in done.stdout
-    assert re.search("sample: ['\"]Return the ", done.stdout)  # of bytes, quotes among them
+    rows = dict(printed_rows(done.stdout))
+    assert rows["epsilon"] == f"{report.epsilon:.3f} at delta {report.delta:g}"
+    assert rows["steps"].startswith("2 in ")
+    assert rows["sample"][1:].startswith("Return the ")
+    assert re.search(r"Privacy +epsilon 8 at delta 1e-05", done.stdout)
+    assert re.findall(r"^step (\d) of 2: loss [\d.]+, epsilon [\d.]+, \d+ s$", done.stdout, re.MULTILINE) == ["1", "2"]
+    assert "Next" in done.stdout
+    assert "{" not in done.stdout  # nothing that was logged is printed as it is
+    assert not done.stderr
 
 
 def test_a_copied_recipe_runs_with_its_own_yaml(
@@ -584,7 +636,7 @@ def test_a_copied_recipe_runs_with_its_own_yaml(
     report = _report(tmp_path / "runs" / "quickstart")
     assert report.target_epsilon == 5
     assert report.n_units == 300  # of 320, one in 16 held out: the copy's own lines ran
-    assert "on 20 held-out docstrings" in capsys.readouterr().out
+    assert "320 docstrings of" in capsys.readouterr().out
 
 
 _FEW = """def read_docstrings() -> list[str]:
@@ -601,7 +653,7 @@ def test_the_whole_quickstart_learns(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dp_flash_hf.recipes.quickstart", f"output_dir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    losses = re.search(r"held-out docstrings: ([\d.]+) before training, ([\d.]+) after", done.stdout)
+    losses = re.search(r"([\d.]+) before training, ([\d.]+) after", done.stdout)
     assert losses
     assert float(losses[1]) > 5
     assert float(losses[2]) < 3
