@@ -46,9 +46,10 @@ class ClippingEngine:
     >>> engine.detach()
 
     **Guarantee.** Let g_u be the gradient of unit u's part of the loss, times its `loss_scale`, over all trained parameters.
-    Between two calls of `zero_grad()` the engine adds up f_u g_u over all units of all physical batches, with factors f_u such
-    that every f_u g_u has L2 norm at most `max_grad_norm`; see `mechanisms.clipping.clip_factors`. Adding or removing one unit
-    therefore changes the sum by at most `max_grad_norm`, up to the rounding of float32 (float64), provided that
+    Between two calls of `zero_grad()` the engine adds up f_u g_u over all units of all physical batches, with factors f_u (one
+    for each layer with clipping="per_layer") such that every f_u g_u has L2 norm at most `max_grad_norm`; see
+    `mechanisms.clipping.clip_factors`. Adding or removing one unit therefore changes the sum by at most `max_grad_norm`, up to
+    the rounding of float32 (float64), provided that
 
     - the loss is a sum of terms that each depend on one unit alone, so it is divided by no count taken from the batch;
     - the model computes no unit from another one, in training mode, which excludes batch normalisation;
@@ -56,7 +57,7 @@ class ClippingEngine:
     - every unit lies in one physical batch as a whole. One that is given in two is clipped twice, and moves the sum by twice
       as much.
 
-    Layers that break the second are refused when the engine is made, batches that do when they come. `check` tests the first
+    Layers known to break the second are refused when the engine is made, such batches when they come. `check` tests the first
     two on a batch of your own, the preflight of `DPCallback` and `make_private` on the training data.
 
     **Edge cases.**
