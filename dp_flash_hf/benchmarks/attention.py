@@ -38,7 +38,16 @@ _TURN_SECONDS = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionWork:
-    """For every head width and length: as many rows as make up `batch` tokens, and as many heads as make up `width`."""
+    """What attention is measured on.
+
+    Attributes:
+        device: "cuda"; anything else is refused where figures are printed.
+        dtype: Of queries, keys and values: a name in torch.
+        batch: Tokens: as many rows as make them up at a length.
+        width: As many heads as make it up at a head width.
+        head_widths: Each is measured at every length.
+        lengths: Tokens per row.
+    """
 
     device: str
     dtype: str
@@ -67,9 +76,17 @@ class Ceilings(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of one method at one length; None with the reason in `note` where it did not run.
+    """What was measured of one method at one length.
 
-    ratio: its time over dp_flash's. roof: the least time that the ceilings allow, over its time.
+    Attributes:
+        head_width: Width of a head.
+        length: Tokens per row.
+        method: Its name.
+        seconds: Of a forward and a backward pass; None, as all that follows, where it did not run.
+        operations_per_second: Floating-point operations.
+        ratio: Its time over that of dp_flash.
+        roof: The least time that the ceilings allow, over its time.
+        note: Why it did not run.
     """
 
     head_width: int
@@ -90,7 +107,11 @@ def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def privatised(query: Tensor, key: Tensor, value: Tensor, *, words: int) -> Tensor:
     """Ours, with values clipped to what about half of them exceed, and noise.
 
-    words: of the key, 2 for Philox, 8 for ChaCha20.
+    Args:
+        query: (rows, length, heads, width), as key and value.
+        key: What queries are compared with.
+        value: What is clipped, weighted and noised.
+        words: Of the noise's key: 2 for Philox, 8 for ChaCha20.
     """
     heads, width = query.shape[2:]
     release = Release(
@@ -264,7 +285,12 @@ def measure(
 def print_table(work: AttentionWork, *, repeats: int) -> None:
     """Measure, and print one table with what was measured under it.
 
-    Raises ValueError where there is no CUDA device.
+    Args:
+        work: What it is measured on.
+        repeats: Rounds.
+
+    Raises:
+        ValueError: Where there is no CUDA device, or `work` names another.
     """
     require_device("cuda", "attention is measured on one")
     if work.device != "cuda":

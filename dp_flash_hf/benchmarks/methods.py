@@ -40,9 +40,20 @@ Method = Callable[["Work", int], tuple[nn.Module, Step]]  # of some work, at a l
 class Work:
     """A Llama decoder with an untied head (Opacus' ghost clipping refuses tied ones) and the batches it is trained on.
 
-    heads are 64 wide and the feed-forward layers 4 * width. autocast: bfloat16 autocast over float32 weights. lora: rank of
-    adapters on all linear layers but the head, which are then all that is trained; 0: everything is. checkpointing: the layers
-    keep their inputs only, and compute the rest again in the backward pass. compiled: `torch.compile` traces the whole model.
+    Heads are 64 wide, and feed-forward layers 4 * width.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        autocast: bfloat16 autocast over float32 weights.
+        layers: Decoder layers.
+        width: Hidden size, a multiple of 64.
+        vocabulary: Tokens that the head tells apart.
+        batch: Rows of the physical batch.
+        lengths: Tokens per row; everything is measured at each of them.
+        threads: CPU threads.
+        lora: Rank of adapters on all linear layers but the head, which are then all that is trained; 0: everything is.
+        checkpointing: Layers keep their inputs only, and compute the rest again in the backward pass.
+        compiled: `torch.compile` traces the whole model.
     """
 
     device: str
@@ -61,7 +72,13 @@ class Work:
 def model_of(work: Work, length: int, attention: str) -> Any:
     """The decoder to train, the same weights at every call, in training mode on the device.
 
-    Raises ImportError for `work.lora` without peft.
+    Args:
+        work: What is built.
+        length: Tokens per row at most.
+        attention: Its attn_implementation.
+
+    Raises:
+        ImportError: For `work.lora` without peft.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -103,7 +120,14 @@ def non_private(work: Work, length: int) -> tuple[nn.Module, Step]:
 def dp_flash(
     work: Work, length: int, strategy: Strategy = "bookkeeping", max_logit_bytes: int = MAX_LOGIT_BYTES
 ) -> tuple[nn.Module, Step]:
-    """The model, and a step of it with `ClippingEngine` and dp_flash attention."""
+    """The model, and a step of it with `ClippingEngine` and dp_flash attention.
+
+    Args:
+        work: The model and its batches.
+        length: Tokens per row.
+        strategy: See `ClippingEngine`.
+        max_logit_bytes: See `ClippingEngine`.
+    """
     tokens = tokens_of(work, length)
     batch = {"input_ids": tokens, "labels": tokens}
     return _private(work, length, batch, None, [length] * work.batch, strategy, max_logit_bytes)
@@ -235,9 +259,15 @@ def _squared_norms(layer: nn.Module, x: Tensor, g: Tensor) -> Tensor:
 
 
 def opacus(work: Work, length: int, mode: str) -> tuple[nn.Module, Step]:
-    """The model, and a step of it with Opacus' PrivacyEngine; `mode` is its grad_sample_mode, "hooks" or "ghost".
+    """The model, and a step of it with Opacus' PrivacyEngine, at noise multiplier 0: no method's step contains noise.
 
-    Noise multiplier 0, so that no method's step contains noise.
+    Args:
+        work: The model and its batches.
+        length: Tokens per row.
+        mode: Its grad_sample_mode, "hooks" or "ghost".
+
+    Raises:
+        ImportError: Without opacus.
     """
     from opacus import PrivacyEngine
     from torch.utils.data import DataLoader, TensorDataset

@@ -37,17 +37,17 @@ def take_turns(
     """Time every method in every round, each beginning with the method after the one before began with.
 
     Args:
-        makers: what makes each method's step, by its name.
-        timed: takes a step and a count; runs it so often and returns seconds per step.
-        turn_seconds: how long a turn lasts at least: it has as many steps as that takes.
-        repeats: rounds.
-        advance: called after each turn, and once after each method was made.
+        makers: What makes each method's step, by its name.
+        timed: Takes a step and a count; runs it so often and returns seconds per step.
+        turn_seconds: How long a turn lasts at least: it has as many steps as that takes.
+        repeats: Rounds.
+        advance: Called after each turn, and once after each method was made.
 
     Returns:
         Seconds per step of each method in each round; and for each peer that does not run, why.
 
     Raises:
-        Exception: whatever a method of this package, or the one without privacy, raises.
+        Exception: Whatever a method of this package, or the one without privacy, raises.
     """
     steps: dict[str, Step] = {}
     notes: dict[str, str] = {}
@@ -102,10 +102,10 @@ def peak_memory(work: Work, length: int, method: str, advance: Callable[[], None
     that was freed before.
 
     Args:
-        work: the model and its batches.
-        length: tokens per row.
-        method: a key of `methods.BY_NAME`.
-        advance: called at the end.
+        work: The model and its batches.
+        length: Tokens per row.
+        method: A key of `methods.BY_NAME`.
+        advance: Called at the end.
     """
     try:
         if work.device == "cuda":

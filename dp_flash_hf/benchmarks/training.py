@@ -61,9 +61,16 @@ _MEASURED_SECONDS = {"cpu": 3.0, "cuda": 0.5}  # a turn has as many steps as it 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of one method at one length; None with the reason in `note` where it did not run.
+    """What was measured of one method at one length.
 
-    ratio and memory_ratio are over the non-private method. memory: bytes at the peak, beyond those of the imported libraries.
+    Attributes:
+        length: Tokens per row.
+        method: Its name.
+        tokens_per_second: None, as all that follows, where it did not run.
+        ratio: Speed over that of the first method.
+        memory: Bytes at the peak, beyond those of the imported libraries.
+        memory_ratio: Memory over that of the first method.
+        note: Why it did not run.
     """
 
     length: int
@@ -109,16 +116,16 @@ def measure(work: Work, methods: Methods, *, repeats: int, advance: Callable[[],
     """Measure every method at every length.
 
     Args:
-        work: the model and its batches.
-        methods: what trains it, by name; ratios are to the first.
-        repeats: rounds.
-        advance: called after each of `turns(work, methods, repeats)` turns, for a progress bar.
+        work: The model and its batches.
+        methods: What trains it, by name; ratios are to the first.
+        repeats: Rounds.
+        advance: Called after each of `turns(work, methods, repeats)` turns, for a progress bar.
 
     Returns:
         A row for every length and method, in that order. A peer that does not run has its reason in `note`.
 
     Raises:
-        Exception: whatever a method of this package, or the one without privacy, raises.
+        Exception: Whatever a method of this package, or the one without privacy, raises.
     """
     torch.set_num_threads(work.threads)
     rows = []
@@ -174,11 +181,11 @@ def print_table(preset: Preset, *, repeats: int) -> None:
     """Measure a preset, and print one table with what was measured under it.
 
     Args:
-        preset: the model, its batches and the methods.
-        repeats: rounds.
+        preset: The model, its batches and the methods.
+        repeats: Rounds.
 
     Raises:
-        ValueError: if the preset's device is not here.
+        ValueError: If the preset's device is not here.
     """
     work, methods = preset
     if methods is ON_TEXTS:

@@ -10,8 +10,17 @@ from dp_flash_hf.cli.common import several_whole, whole
 if TYPE_CHECKING:
     from dp_flash_hf.cli.common import Commands
 
-# The keys of benchmarks.training.PRESETS, and attention; stated here too, so that --help need not import them.
-PRESETS = ("cpu", "memory", "cuda", "full", "lora", "vocab", "compile", "attention")
+# The keys of benchmarks.training.PRESETS, and attention: stated here too, so that --help need not import them.
+PRESETS = {
+    "cpu": "private training beside Opacus and beside training without privacy",
+    "memory": "each strategy with and without gradient checkpointing; 126 M parameters, on the CPU",
+    "compile": "models given to torch.compile, and not",
+    "cuda": "as cpu, on a GPU, in bfloat16 autocast",
+    "full": "all weights, 512 tokens per row, on a GPU",
+    "lora": "adapters of rank 16, on a GPU",
+    "vocab": "a vocabulary of 128k tokens, on a GPU",
+    "attention": "attention alone, beside torch's and that of the flash-attn package if it is installed, on a GPU",
+}
 
 
 def add_parsers(commands: Commands) -> None:
@@ -19,12 +28,11 @@ def add_parsers(commands: Commands) -> None:
     parser = commands.add_parser(
         "bench",
         help="speed and memory beside non-private training and peers",
-        description="Presets: cpu and cuda, training beside Opacus; memory, strategies with and without checkpointing, 126 M "
-        "parameters on the CPU; compile, compiled beside eager; on a GPU also full, all weights in bfloat16 at 512 tokens, "
-        "lora, adapters of rank 16, vocab, a head of 128k tokens, and attention, the kernels beside torch's and those of the "
-        "flash-attn package, where it is installed.",
+        description="Measure speed and memory on this machine, methods taking turns. Presets:\n"
+        + "".join(f"\n  {name:10} {what}" for name, what in PRESETS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="what is measured (default: cpu)")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", metavar="PRESET", help="what is measured (default: cpu)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
     parser.add_argument("--lengths", type=several_whole, help="tokens per row, comma-separated (default: the preset's)")
     parser.add_argument("--batch", type=whole, help="rows of the physical batch (default: the preset's; 32 texts)")
@@ -43,7 +51,7 @@ def bench(options: argparse.Namespace) -> None:
     """Measure what the options name, and print it.
 
     Raises:
-        ValueError: for an option that the preset does not have, or a device that is not here.
+        ValueError: For an option that the preset does not have, or a device that is not here.
     """
     from dataclasses import fields, replace
 

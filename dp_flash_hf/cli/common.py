@@ -29,11 +29,11 @@ def run(command: Callable[[], None], *, traceback: bool = False) -> None:
     Those are ValueError, PrivacyError, OSError and ImportError. Any other error is a bug, and is raised as it is.
 
     Args:
-        command: what is called, without arguments.
-        traceback: raise every error as it is.
+        command: What is called, without arguments.
+        traceback: Raise every error as it is.
 
     Raises:
-        SystemExit: with status 2, for an error that the user can correct.
+        SystemExit: With status 2, for an error that the user can correct.
     """
     try:
         command()
@@ -109,7 +109,7 @@ def config_of(name: str) -> Any:
     """The configuration of a model, read from the Hub or a folder, with a padding token.
 
     Raises:
-        OSError: if there is none under this name.
+        OSError: If there is none under this name.
     """
     import transformers
 

@@ -30,8 +30,8 @@ def doctor(options: argparse.Namespace) -> None:
     """Print versions, devices and what is computed how; with `options.model`, also of each kind of its layers.
 
     Raises:
-        OSError: if there is no such model.
-        UnsupportedError: if it cannot be trained privately.
+        OSError: If there is no such model.
+        UnsupportedError: If it cannot be trained privately.
     """
     show(_machine())
     if options.model is not None:

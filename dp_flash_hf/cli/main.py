@@ -19,10 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the `dp-flash` command.
 
     Args:
-        arguments: those of the command line, without the program's name; None takes them from `sys.argv`.
+        arguments: Those of the command line, without the program's name; None takes them from `sys.argv`.
 
     Raises:
-        SystemExit: status 0 after `--help` or `--version`; status 2, after one line on stderr, for an error that the user can
+        SystemExit: Status 0 after `--help` or `--version`; status 2, after one line on stderr, for an error that the user can
             correct. With `--traceback` such an error is raised as it is.
     """
     options = _parser().parse_args(arguments)

@@ -65,7 +65,7 @@ def plan(options: argparse.Namespace) -> None:
     """Print the table that the options ask for.
 
     Raises:
-        ValueError: if they do not say enough, or contradict each other, or the budget does not afford one step.
+        ValueError: If they do not say enough, or contradict each other, or the budget does not afford one step.
     """
     if options.memory:
         _plan_memory(options)
@@ -77,7 +77,7 @@ def _plan_privacy(options: argparse.Namespace) -> None:
     from dp_flash_hf.accounting.ledger import ADJACENCY
 
     if options.units is None or options.batch is None:
-        raise ValueError("plan: give --units and --batch, or --memory")
+        raise ValueError("plan: give --units and --batch, or --memory; see dp-flash plan --help")
     if options.delta is None:
         options.delta = options.units**-1.1
     rows = _plans(options)

@@ -35,8 +35,8 @@ def train(options: argparse.Namespace) -> None:
     """Run `options.recipe` with `options.overrides`.
 
     Raises:
-        FileNotFoundError: if it ends in .py and there is no such file.
-        ValueError: if it is neither a file nor the name of a recipe.
+        FileNotFoundError: If it ends in .py and there is no such file.
+        ValueError: If it is neither a file nor the name of a recipe.
     """
     from importlib import import_module
 
@@ -60,8 +60,8 @@ def copy_recipe(options: argparse.Namespace) -> None:
     """Copy the script and the YAML file of `options.recipe` to `options.folder`, and print how to run the copy.
 
     Raises:
-        ValueError: if there is no such recipe.
-        FileExistsError: if one of the files is there already; then nothing is written.
+        ValueError: If there is no such recipe.
+        FileExistsError: If one of the files is there already; then nothing is written.
     """
     name = _known(options.recipe)
     copies = [options.folder / f"{name}{suffix}" for suffix in (".py", ".yaml")]

@@ -57,6 +57,7 @@ PLAN = ["plan", "--units", "1000", "--batch", "50"]
         (["plan", "--memory", "--model", "gone", "--batch-rows", "2", "--length", "8", "--ranks", "0"], "--ranks: expected"),
         (["doctor", "--model", "gone"], "gone"),
         (["bench", "--lengths", "many"], "--lengths"),
+        (["bench", "--preset", "gpu"], "'gpu' (choose from"),
     ],
     ids=" ".join,
 )
