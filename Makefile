@@ -42,7 +42,7 @@ gpu: .venv/installed-dev
 
 # The documentation in build/docs/index.html; any warning is an error. Nothing is downloaded while it is built or read.
 docs: .venv/installed-docs
-	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
 
 # torch comes first and by itself: it is the largest, and which build of it is found (CPU, CUDA) is up to pip's configuration.
 .venv/installed: pyproject.toml constraints.txt

@@ -282,7 +282,9 @@ def test_the_image_is_the_one_of_the_pods_and_can_build_the_package(tmp_path: Pa
 
 def commands(first: str) -> list[list[str]]:
     """The commands of the page that begin with `first`, with this machine for HOST."""
-    lines = [line for text in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in text.splitlines()]
+    lines = [
+        line for text in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in text.replace("\\\n", " ").splitlines()
+    ]
     line = [line.replace("HOST", "127.0.0.1").replace("--machine_rank R", "--machine_rank 1") for line in lines]
     return [shlex.split(text) for text in line if text.startswith(first)]
 
