@@ -438,6 +438,15 @@ def test_arguments_out_of_range(options: dict[str, Any], name: str) -> None:
         ClippingEngine(Toy(), **options)
 
 
+@pytest.mark.parametrize("name", ["max_grad_norm", "clipping", "strategy", "norms", "dropped_units"])
+def test_what_noise_and_counts_rely_on_cannot_be_set(name: str) -> None:
+    """Noise is drawn for the bound that the engine says it has."""
+    engine = ClippingEngine(Toy(), max_grad_norm=1.0)
+    with pytest.raises(AttributeError):
+        setattr(engine, name, 2.0)
+    assert engine.max_grad_norm == 1.0
+
+
 def test_models_that_cannot_be_trained_privately() -> None:
     norms = (
         nn.BatchNorm1d(3),
