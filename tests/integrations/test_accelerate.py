@@ -116,7 +116,8 @@ def test_auto_estimates_under_autocast_too(monkeypatch: pytest.MonkeyPatch) -> N
     assert engine.chosen == "two_pass"
 
 
-def test_what_cannot_be_estimated_keeps_books_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.estimates_memory
+def test_what_cannot_be_estimated_uses_bookkeeping_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(training_module.logger, "warning", said.append)
 

@@ -329,7 +329,7 @@ def test_the_called_head_evaluates_as_the_fused_one(tmp_path: Path) -> None:
         assert during.seen != [fused]
         got = next(logs for logs in trainer.state.log_history if "eval_loss" in logs)
         for name in wanted:
-            if not any(word in name for word in ("runtime", "second", "num_tokens", "model_preparation_time")):
+            if not any(word in name for word in ("runtime", "second", "num_tokens", "epoch", "preparation")):
                 assert got[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), name
 
 
@@ -566,7 +566,7 @@ def test_nothing_without_noise_is_logged_unmarked(
     after = trainer.evaluate()
     for name in after:
         if not any(word in name for word in ("runtime", "second", "num_tokens", "epsilon", "epoch")):
-            assert during[name] == pytest.approx(after[name], rel=1e-6), name
+            assert during[name] == pytest.approx(after[name], rel=1e-4, abs=1e-5), name  # with the head called, and fused
     monkeypatch.setattr(trl_trainers, "mark_metrics", lambda trainer: None)
     assert unmarked(logged(make, tmp_path)[0]) >= {"num_tokens"}
 
@@ -576,7 +576,7 @@ def test_looks_at_training_data_would_be_logged_as_evaluation(tmp_path: Path, mo
     monkeypatch.setattr(trl_trainers, "without_metrics", lambda trainer: nullcontext())
     everything, trainer = logged(sft, tmp_path)
     during = next(logs for logs in everything if "eval_loss" in logs)
-    assert during["eval_entropy"] != pytest.approx(trainer.evaluate()["eval_entropy"], rel=1e-6)
+    assert during["eval_entropy"] != pytest.approx(trainer.evaluate()["eval_entropy"], rel=1e-4, abs=1e-5)
 
 
 # What couples units.
