@@ -33,7 +33,7 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trai
 from dp_flash_hf import AttentionPrivacy, Privatized, privatize, verify_cut
 from dp_flash_hf.cli.common import run
 from dp_flash_hf.recipes.classification import accuracy, encode
-from dp_flash_hf.recipes.common import leaving_nothing_behind, load_rows, read_options, require_columns
+from dp_flash_hf.recipes.common import leaving_nothing_behind, load_rows, read_options, require_columns, show_progress
 
 
 @dataclass
@@ -153,6 +153,7 @@ def main(overrides: Sequence[str]) -> None:
             eval_dataset=held_out,
             compute_metrics=accuracy,
         )
+    show_progress(trainer)
     trainer.train()
     trainer.save_model()
     report = privatized.report()
