@@ -1,4 +1,6 @@
-"""Draws docs/images/quickstart.svg, the picture of the README: held-out loss and epsilon over the steps of a run. Needs matplotlib.
+"""Draws docs/images/quickstart.svg, the picture of the README: held-out loss and epsilon over the steps of a run.
+
+Needs matplotlib.
 
     dp-flash train quickstart output_dir=RUN eval_strategy=steps eval_steps=5 logging_steps=5 save_strategy=steps save_steps=100
     python docs/images/quickstart.py RUN/checkpoint-100/trainer_state.json
