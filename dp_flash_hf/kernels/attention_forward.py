@@ -243,7 +243,7 @@ def value_factors_kernel(
     max_rows, kv_heads, v_row, v_head, v_stride, factor_stride,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of each value row in a segment, min(1, C / |v|), so that clipping costs attention one multiplication per weight."""
+    """Of each value row v in a segment, ``min(1, C / |v|)``, so that clipping costs attention one multiplication per weight."""
     segment, kv_head, first = keys_of_program(max_rows, kv_heads, BLOCK_N)
     n_k = tl.load(k_length_ptr + segment)
     if first >= n_k:

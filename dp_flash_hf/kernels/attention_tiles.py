@@ -170,7 +170,7 @@ def query_tiles(
 
 @triton.jit
 def grad_before_clipping(value_grad, value, factors, norms_ptr, kv_head):
-    """Gradient of value rows v from that of the rows v' = v min(1, C / |v|) that attention used."""
+    """Gradient of value rows v from that of the rows ``v' = v min(1, C / |v|)`` that attention used."""
     # v' = C v / |v| where |v| > C, so dv = C / |v| (dv' - u (u . dv')) with u = v / |v|; else dv = dv'.
     direction = value.to(tl.float32)
     norm = tl.sqrt(tl.sum(direction * direction, 1))
@@ -199,7 +199,7 @@ def sizes(max_rows: int, heads: int, pattern: Pattern) -> tuple[float, ...]:
         slope, height = pattern.scale / pattern.softcap, pattern.softcap * LOG2E.value
     drop_below = min(round(pattern.dropout * 2**32), 2**32 - 1)
     window = 0 if pattern.window is None else min(pattern.window, 2**30)
-    length_class = triton.next_power_of_2(max_rows)  # lengths of one class are tuned together
+    length_class = triton.next_power_of_2(max_rows)  # lengths of one class share what was tuned
     return max_rows, length_class, heads, window, slope, height, signed([drop_below])[0], 1.0 / (1.0 - pattern.dropout)
 
 

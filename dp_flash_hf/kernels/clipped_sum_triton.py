@@ -177,7 +177,7 @@ def add_embedding_(out: Tensor, ids: Tensor, g: Tensor, factors: Tensor, sizes: 
 
 @on_its_device
 def add_per_unit_(out: Tensor, gradients: Tensor, factors: Tensor) -> None:
-    """out (*shape) float32, contiguous, += sum_u factors[u] gradients[u]; gradients (units, *shape) and factors float32."""
+    """out ``(*shape)`` float32, contiguous, += sum_u factors[u] gradients[u]; gradients (units, ...) and factors float32."""
     gradients, factors = gradients.contiguous(), factors.contiguous()
     if gradients.numel():
         units_sum_kernel[(triton.cdiv(out.numel(), UNITS_OPTIONS["BLOCK"]),)](

@@ -71,7 +71,7 @@ def philox(key: Sequence[int], counter: Sequence[Tensor]) -> list[Tensor]:
 
 
 def chacha20(key: Sequence[int], counter: Sequence[Tensor]) -> list[Tensor]:
-    """The ChaCha20 block function (RFC 8439, section 2.3), cryptographic: its words cannot be told from random ones.
+    """The ChaCha20 block function (RFC 8439, section 2.3), cryptographic: its words are indistinguishable from random ones.
 
     Args:
         key: 8 words of 32 bits.

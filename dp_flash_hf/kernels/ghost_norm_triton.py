@@ -111,7 +111,7 @@ def gram_kernel(
 ):
     """Of one pair of blocks of a unit's rows: sum of (A A^T) o (G G^T) for each of COUNT output gradients, A A^T formed once.
 
-    Pairs off the diagonal stand for two. On the diagonal also sum_t |a_t| |g_t|. Grid: (tiles,).
+    Pairs off the diagonal stand for two. On the diagonal also ``sum_t |a_t| |g_t|``. Grid: (tiles,).
     """
     tile = tl.program_id(0)
     first = tl.load(tile_rows + tile)

@@ -56,7 +56,7 @@ def attention(
         bias: broadcastable to (B, H, Q, K).
         keep: bool (B, H, Q, K): weights that are not kept become 0, the others are divided by 1 - dropout.
         dropout: The probability that `keep` was drawn with.
-        clip_norms: (G,); value rows of a key/value head are scaled down to at most this norm, v min(1, C / |v|).
+        clip_norms: (G,); value rows of a key/value head are scaled down to at most this norm, ``v min(1, C / |v|)``.
         noise: (B, H, Q, E), added to every query of a segment, also to one that sees nothing.
 
     Returns:

@@ -16,7 +16,7 @@ _MADE = "_dp_swap"  # of a derived class: the ClassSwap that made it, and the cl
 
 
 class ClassSwap:
-    """One reason to swap the classes of modules; all modules that are swapped for it can be told and restored.
+    """One reason to swap the classes of modules; modules that are swapped for it can be recognised and restored.
 
     Derived classes are made once for each pair of an original class and what is added to it. They carry the original's name and
     module, so that a model prints as before.

@@ -339,7 +339,7 @@ def _tracked(module: Any, recorder: Recorder) -> tuple[Any, Any]:
 
 
 def _layout(recorder: Recorder, module: nn.Module, call: Call, x: Tensor, feature_dims: int = 1) -> Layout | None:
-    """How the input of a layer is laid out. If that is not certain the engine is told, for autograd left no gradient."""
+    """How the input of a layer is laid out. If that is not certain the recorder notes it, for autograd left no gradient."""
     layout = call.layout(x, feature_dims)
     if layout is None:
         recorder.add_unplaced(p for p in module.parameters(recurse=False) if recorder.tracks(p))

@@ -308,7 +308,7 @@ class Layouts:
             self._found[(site, seen.dim())] = None
 
     def _place(self, alone: Tensor, whole: Tensor) -> Place | None:
-        """Where the compared unit's items stand in `whole`, given what its own pass held, both (*lead,); None if unproven."""
+        """Where the compared unit's items stand in `whole`, given its own pass, both ``(*lead,)``; None if unproven."""
         units, items = self._whole, self._items.to(whole.device)
         length = self._length[0] if self._length else 0
         if alone.shape == whole.shape:
@@ -338,7 +338,7 @@ def _is_output(site: Site) -> bool:
 
 
 def _one_value_per_row(x: Tensor, lead: int) -> Tensor:
-    """(*lead, *features) -> (*lead,): enough to tell rows apart, and small enough to keep for every layer."""
+    """``(*lead, *features)`` -> ``(*lead,)``: enough to tell rows apart, and small enough to keep for every layer."""
     if x.dim() == lead:
         return x.double() if x.is_floating_point() else x
     x = upcast(x.flatten(lead))

@@ -32,7 +32,7 @@ Values = tuple[Tensor, Tensor | None]  # of weight and bias
 Origins = tuple[Tracked | None, Tracked | None]
 
 
-def deferred(x: Tensor, values: Values, origins: Origins, layout: Layout | None, form: Step) -> Tensor:
+def deferred(x: Tensor, values: Values, origins: Origins, layout: Layout | None, compute: Step) -> Tensor:
     """x W^T + b, deferred where that saves much: from `Recorder.max_logit_bytes` on.
 
     Not where a result made with these parameters was deferred and read before: from then on it is formed at once.
@@ -42,10 +42,10 @@ def deferred(x: Tensor, values: Values, origins: Origins, layout: Layout | None,
         values: W (V, d) and b (V,), or None.
         origins: Where these come from, each None if it is not trained.
         layout: Of the leading dimensions; None while layouts are learnt, when nothing is recorded.
-        form: x -> the product ``(*lead, V)``, as the model would have got it.
+        compute: x -> the product ``(*lead, V)``, as the model would have got it.
 
     Returns:
-        ``(*lead, V)``: a `Logits`, or what `form` returns.
+        ``(*lead, V)``: a `Logits`, or what `compute` returns.
     """
     (weight, bias), (w, b) = values, origins
     autocast = autocast_dtype(x.device)
@@ -54,13 +54,13 @@ def deferred(x: Tensor, values: Values, origins: Origins, layout: Layout | None,
         autocast is not None or all(t.dtype == x.dtype for t in (weight, bias) if t is not None)
     )
     if not alike or w is None or w.how is not None or size < w.recorder.max_logit_bytes:
-        return form(x)
+        return compute(x)
     if not w.recorder.defers(_parameters(origins)):
-        return form(x)
-    product = Product(x, weight, bias, w, b, layout, autocast, form)
+        return compute(x)
+    product = Product(x, weight, bias, w, b, layout, autocast, compute)
     outline = torch.empty(*x.shape[:-1], len(weight), dtype=autocast or x.dtype, device="meta")
     places = torch.arange(math.prod(x.shape[:-1]), device=x.device).view(x.shape[:-1])
-    return _made(product, None, product.form, Note(outline, places))
+    return _made(product, None, product.compute, Note(outline, places))
 
 
 def _parameters(origins: Origins) -> list[nn.Parameter]:
@@ -79,20 +79,20 @@ class Product:
         b: Tracked | None,
         layout: Layout | None,
         autocast: torch.dtype | None,
-        form: Step,
+        compute: Step,
     ) -> None:
         self.x, self.weight, self.bias, self.origins, self.layout, self.autocast = x, weight, bias, (w, b), layout, autocast
-        self._form = form
+        self._compute = compute
         self._before = self._state()
         self._members: list[weakref.ref[Logits]] = []
         self._formed: list[tuple[Tensor, int]] = []  # and how often it had been changed in place then
         self.in_blocks = False  # whether a cross entropy was computed without the values
 
-    def form(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """The product of x, as autograd knows it if it is asked to. Raises PrivacyError when its values are no more."""
         self.require_unchanged()
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            return self._form(x)
+            return self._compute(x)
 
     def require_unchanged(self) -> None:
         """Raise PrivacyError when the values are no more."""
@@ -387,7 +387,7 @@ class RecordedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, loss: _Loss) -> Tensor:
-        """x: (*lead, d). Returns (rows,), 0 where the label is ignored."""
+        """x: ``(*lead, d)``. Returns (rows,), 0 where the label is ignored."""
         hidden = x.reshape(-1, x.shape[-1]).to(loss.autocast or x.dtype)
         with full_precision(x.device):
             losses, lse = linear_cross_entropy(

@@ -34,7 +34,7 @@ class RecordedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tracked: Origins, layout: Layout) -> Tensor:
-        """x: (*lead, d). weight and bias: plain values, of which `tracked` says where they come from."""
+        """x: ``(*lead, d)``. weight and bias: plain values, of which `tracked` says where they come from."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # what autocast itself multiplies, and keeps for backward
         ctx.save_for_backward(x, weight)
@@ -45,7 +45,7 @@ class RecordedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """g: (*lead, p)."""
+        """g: ``(*lead, p)``."""
         once(ctx)
         x, weight = ctx.saved_tensors
         w, b = ctx.tracked
@@ -105,17 +105,17 @@ def record_bias(bias: Tracked, g: Tensor, layout: Layout) -> None:
 
 @operation(F.linear)
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """input W^T + b. input: (*lead, d), weight: (p, d)."""
+    """input W^T + b. input: ``(*lead, d)``, weight: (p, d)."""
     layout = None if isinstance(input, Tracked) or weight.dim() != 2 else call.layout(input)
     found = None if layout is None else _sorted(weight, bias)
     if layout is None or found is None:
         return None
     values, origins = found
 
-    def form(x: Tensor) -> Tensor:
+    def compute(x: Tensor) -> Tensor:
         return RecordedLinear.apply(x, *values, origins, layout)  # type: ignore[no-any-return, no-untyped-call]
 
-    return deferred(input, values, origins, layout, form)
+    return deferred(input, values, origins, layout, compute)
 
 
 @while_learning(F.linear)
@@ -130,7 +130,7 @@ def learnt_linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None
 
 @operation("matmul", "__matmul__", "mm")
 def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor | None:
-    """input W. input: (*lead, d), other: (d, p)."""
+    """input W. input: ``(*lead, d)``, other: (d, p)."""
     if isinstance(input, Tracked) or other.dim() != 2 or input.dim() < 2:
         return None
     layout = call.layout(input)
@@ -171,14 +171,14 @@ class RecordedEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, ids: Tensor, padding_idx: int | None, tracked: Tracked, layout: Layout) -> Tensor:
-        """ids: LongTensor (*lead,)."""
+        """ids: LongTensor ``(*lead,)``."""
         ctx.save_for_backward(ids)
         ctx.tracked, ctx.padding_idx, ctx.layout = tracked, padding_idx, layout
         return F.embedding(ids, table)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
-        """g: (*lead, d)."""
+        """g: ``(*lead, d)``."""
         once(ctx)
         (ids,) = ctx.saved_tensors
         ctx.tracked.recorder.embedding(ctx.tracked.plain, ids, g, ctx.layout, ctx.padding_idx)
@@ -196,7 +196,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor | None:
-    """weight[input]. input: (*lead,), weight: (V, d)."""
+    """weight[input]. input: ``(*lead,)``, weight: (V, d)."""
     if max_norm is not None or scale_grad_by_freq or not isinstance(weight, Tracked) or weight.how is not None:
         return None  # scale_grad_by_freq counts input over all units
     layout = call.layout(input, feature_dims=0)
@@ -209,7 +209,7 @@ def embedding(
 
 @operation("__getitem__")
 def getitem(call: Call, table: Tensor, ids: Any) -> Tensor | None:
-    """table[ids] with whole numbers ids (*lead,), table: (V, d)."""
+    """table[ids] with whole numbers ids ``(*lead,)``, table: (V, d)."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or table.dim() != 2:
         return None
     if not isinstance(table, Tracked) or table.how is not None:
@@ -236,7 +236,7 @@ class RecordedLayerNorm(torch.autograd.Function):
         tracked: Origins,
         layout: Layout,
     ) -> Tensor:
-        """x: (*lead, d)."""
+        """x: ``(*lead, d)``."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # autocast runs layer_norm in float32
         out, mean, rstd = torch.ops.aten.native_layer_norm(x, weight.shape, weight, bias, eps)
@@ -246,7 +246,7 @@ class RecordedLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """g: (*lead, d)."""
+        """g: ``(*lead, d)``."""
         once(ctx)
         x, mean, rstd, weight = ctx.saved_tensors
         w, b = ctx.tracked
@@ -269,7 +269,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """Layer norm over the last dimension. input: (*lead, d)."""
+    """Layer norm over the last dimension. input: ``(*lead, d)``."""
     if isinstance(input, Tracked) or len(normalized_shape) != 1 or weight is None:
         return None
     layout = call.layout(input)
@@ -283,7 +283,7 @@ def layer_norm(
 def rms_norm(
     call: Call, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor | None:
-    """RMS norm over the last dimension. input: (*lead, d)."""
+    """RMS norm over the last dimension. input: ``(*lead, d)``."""
     if isinstance(input, Tracked) or len(normalized_shape) != 1 or not isinstance(weight, Tracked):
         return None
     layout = call.layout(input)

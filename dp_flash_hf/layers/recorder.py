@@ -1,7 +1,7 @@
 """What an engine and its layers share in a batch: layers ask how their input is laid out and hand over what backward saw.
 
-The engine reads per-unit norms from it, and has it form the clipped sums once the clip factors are known (book-keeping, Bu et
-al. 2023, arXiv 2210.00038), or at once in a second backward pass.
+The engine reads per-unit norms from it, and has it compute the clipped sums once the clip factors are known (book-keeping, Bu
+et al. 2023, arXiv 2210.00038), or at once in a second backward pass.
 """
 
 from __future__ import annotations

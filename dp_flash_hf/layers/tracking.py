@@ -1,7 +1,7 @@
 """Parameters on their way to the operation that combines them with data.
 
 While an engine records, a module hands out its trained parameters as `Tracked` tensors. Whatever a model computes from
-parameters alone (slices, casts, exponentials, lookups that are the same for every row) stays tracked, together with how it was
+parameters alone (slices, casts, exponentials, lookups that are the same for every row) stays tracked, and with it how it was
 computed. The operation in which one of them is combined with data is where per-unit gradients arise: a rule for that operation
 (`layers.operations`) records them, and `layers.chain` takes them back to the parameters.
 
@@ -111,7 +111,7 @@ class Tracked(Tensor):
 
 
 def derived(func: Callable[..., Any], x: Any, *args: Any) -> Any:
-    """func(x, *args), tracked if x is."""
+    """``func(x, *args)``, tracked if x is."""
     if not isinstance(x, Tracked):
         return func(x, *args)
     return Tracked.of(func(x.plain, *args), x.recorder, Origin(func, (x, *args), {}, None, None))
@@ -179,7 +179,7 @@ class Call:
         return self.recorder.layouts.dims((self.site, "out"), _lead(out), self.recorder.units)
 
     def layout(self, x: Tensor, feature_dims: int = 1) -> Layout | None:
-        """How an argument (*lead, *features) is laid out; None if that is not certain."""
+        """How an argument ``(*lead, *features)`` is laid out; None if that is not certain."""
         units, lead = self.recorder.units, tuple(x.shape[: x.dim() - feature_dims])
         if units.is_single:
             return Layout(units, lead, ())

@@ -105,7 +105,7 @@ class Problem(NamedTuple):
 
 
 def grads_of(out: Tensor, leaves: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
-    # Where nothing was computed NaN would meet a 0 of the oracle's own, not of an attention.
+    # Where nothing was computed, a NaN would be compared with a 0 of the oracle's own, not of an attention.
     if out.dtype == torch.float64:
         grad = grad.nan_to_num(0.0)
     return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))

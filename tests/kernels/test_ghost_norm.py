@@ -47,7 +47,7 @@ def test_linear(sizes: tuple[int, ...], d: int, p: int, dtype: torch.dtype) -> N
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert got.shape == (len(sizes),)
     wanted = squares(gradients(a, g, sizes))
-    # Every product and sum rounds by eps / 2 of its size, and together the terms of a unit are at most the square of this.
+    # Every product and sum rounds by eps / 2 of its size, and the sum of a unit's terms is at most the square of this.
     lengths = a.double().norm(dim=1) * g.double().norm(dim=1)
     bound = torch.stack([unit.sum() for unit in lengths.split(sizes)]).square()
     assert bool(((got.double() - wanted).abs() <= 8 * torch.finfo(got.dtype).eps * bound).all())

@@ -138,7 +138,7 @@ def test_norm_and_clipped_sum_speak_of_the_same_rounded_gradient(sizes: tuple[in
         for unit in range(len(sizes)):
             alone = torch.zeros(VOCABULARY, WIDTH)
             add_cross_entropy_(alone, g, torch.eye(len(sizes))[unit], sizes)
-            # Rounding of float32 only, whatever the dtype: a Gram sum's, relative to the lengths of all rows together.
+            # Rounding of float32 only, whatever the dtype: a Gram sum's, relative to the sum of the lengths of all rows.
             bound = (g.hidden.split(sizes)[unit].float().norm(dim=1) * g.whole().split(sizes)[unit].float().norm(dim=1)).sum()
             assert abs(float(alone.square().sum() - found.squared_norms[unit])) <= 8 * 2.0**-24 * float(bound) ** 2
 

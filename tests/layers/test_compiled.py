@@ -312,7 +312,7 @@ def test_what_compiled_code_does_not_show_is_found_and_runs_eagerly(kind: type[S
     assert engine.dropped_units == 0
 
 
-def test_a_layer_whose_rows_stand_where_nobody_knows_is_not_recorded() -> None:
+def test_a_layer_whose_layout_is_unknown_is_not_recorded() -> None:
     model = small(OtherwiseInTraining).train()
     compiled: Any = torch.compile(model, backend="aot_eager", dynamic=True)
     engine = ClippingEngine(compiled, max_grad_norm=1.0)

@@ -23,7 +23,7 @@ SPEEDS = {"cpu": cost_model.CPU, **{f"gpu {kind}": speed for kind, speed in cost
 
 
 def medians(*ways: Callable[[], object]) -> list[float]:
-    """Seconds of this process that each way takes, measured in turn so that what else the machine does meets all alike."""
+    """Seconds of this process that each way takes, measured in turn so that what else the machine does slows all alike."""
     for way in ways:
         way()
     seconds: list[list[float]] = [[] for _ in ways]
@@ -35,17 +35,17 @@ def medians(*ways: Callable[[], object]) -> list[float]:
     return [statistics.median(times) for times in seconds]
 
 
-# Units, rows, d, p: either side of the crossover, where the forms differ by more than 1.5 (by 2 to 5 when this was written).
+# Units, rows, d, p: either side of the crossover, where the methods differ by more than 1.5 (by 2 to 5 when this was written).
 @pytest.mark.parametrize(
     ("n", "k", "d", "p"),
     [(4, 64, 512, 512), (4, 96, 384, 1024), (2, 128, 1024, 512), (4, 512, 128, 128), (2, 768, 192, 192), (2, 640, 64, 512)],
 )
-def test_the_form_chosen_is_the_faster_one(n: int, k: int, d: int, p: int) -> None:
+def test_the_norm_method_chosen_is_the_faster_one(n: int, k: int, d: int, p: int) -> None:
     a, g, sizes = torch.randn(n * k, d), torch.randn(n * k, p), (k,) * n
     limit = cost_model.longest_gram(d, [p], cost_model.CPU)
     ways = [lambda: linear_squared_norms(a, [g], sizes, k), lambda: linear_squared_norms(a, [g], sizes, 0)]
     chosen, other = (0, 1) if k <= limit else (1, 0)
-    for _ in range(3):  # other work on the machine can disturb one measurement, and hardly three
+    for _ in range(3):  # other work on the machine can spoil one measurement, and hardly three
         seconds = medians(*ways)
         if seconds[chosen] < seconds[other]:
             return
@@ -55,7 +55,7 @@ def test_the_form_chosen_is_the_faster_one(n: int, k: int, d: int, p: int) -> No
 @pytest.mark.parametrize("speed", SPEEDS.values(), ids=SPEEDS)
 @pytest.mark.parametrize("ps", [[1], [16], [512], [4096], [1024, 256, 256]])
 @pytest.mark.parametrize("d", [1, 16, 512, 4096])
-def test_the_crossover_is_where_the_costs_meet(d: int, ps: list[int], speed: cost_model.Speed) -> None:
+def test_the_crossover_is_where_the_costs_are_equal(d: int, ps: list[int], speed: cost_model.Speed) -> None:
     limit = cost_model.longest_gram(d, ps, speed)
     for k in (1, 2, 30, 100, 300, 1000, 5000, 30000):
         gram_wins = cost_model.gram_seconds(k, d, ps, speed) <= cost_model.direct_seconds(k, d, ps, speed)
@@ -77,7 +77,7 @@ def test_gradients_are_kept_where_they_take_no_more_memory(sizes: tuple[int, ...
     assert use.keeps_gradients == (formed.nbytes <= records)
 
 
-def test_the_numbers_of_a_device() -> None:
+def test_the_rates_of_a_device() -> None:
     assert cost_model.speed_of(torch.device("cpu"), torch.bfloat16) is cost_model.CPU
     for (_, size), speed in cost_model.GPU.items():
         assert speed.product > cost_model.CPU.product
@@ -164,7 +164,7 @@ class Coupled(Stack):
 
 
 @pytest.mark.parametrize("coupled_by", ["model", "loss"])
-def test_checks_see_units_together_where_steps_need_not(coupled_by: str) -> None:
+def test_checks_see_whole_batches_where_steps_need_not(coupled_by: str) -> None:
     """Unit by unit, nothing could be wrong; shorter batches are computed in one pass."""
     model = Coupled(512, 2) if coupled_by == "model" else Stack(512, 2)
 

@@ -103,7 +103,7 @@ def test_each_row_is_a_unit(family: str, strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_units_of_several_rows_and_rows_of_nobody(family: str, strategy: str) -> None:
+def test_units_of_several_rows_and_unassigned_rows(family: str, strategy: str) -> None:
     agree(Mixture(family), batch_of(5, 3), torch.tensor([1, 0, 1, -1, 3]), strategy=strategy)  # unit 2 has no row
 
 
@@ -116,7 +116,7 @@ def test_units_of_several_rows_and_rows_of_nobody(family: str, strategy: str) ->
         [[-1, 1, 1, -1, 0, 0, 0, 0, 0, 3, -1]],  # unit 2 has no token
         [[0, 0, 1, 1, 1, -1], [2, 0, 0, 0, 3, 3]],  # a unit in two rows
     ],
-    ids=["ragged", "nobody's", "two rows"],
+    ids=["ragged", "unassigned", "two rows"],
 )
 def test_packed_rows(ids: list[list[int]], family: str, strategy: str) -> None:
     agree(Mixture(family), batch_of(len(ids), len(ids[0])), torch.tensor(ids), strategy=strategy)
@@ -137,8 +137,8 @@ def test_experts_that_only_one_unit_reaches() -> None:
     agree(Mixture("gpt_oss"), batch)
 
 
-def test_a_choice_beyond_the_last_expert_is_nobodys_work() -> None:
-    """As expert parallelism marks choices of experts that are elsewhere: they add nothing."""
+def test_a_choice_beyond_the_last_expert_adds_nothing() -> None:
+    """As expert parallelism marks choices of experts that another rank has."""
     batch = batch_of(3, 4)
     left_out = torch.rand(batch["index"].shape) < 0.4
     none = {**batch, "weights": batch["weights"].masked_fill(left_out, 0.0)}

@@ -446,7 +446,7 @@ class Projections(nn.Module):
 
 @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
 @pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass"])
-def test_layers_that_share_an_input_are_computed_together(
+def test_norms_of_layers_that_share_an_input_are_computed_in_one_go(
     strategy: Any, clipping: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared: list[int] = []
@@ -463,7 +463,7 @@ def test_layers_that_share_an_input_are_computed_together(
     assert sorted(shared) == [1, 3]
     assert distance(grads(model), wanted) < 1e-10
     torch.testing.assert_close(engine.norms, norms, rtol=1e-10, atol=0.0)
-    assert {form for name, form in engine.norm_methods().items() if name.endswith("weight")} == {"ghost norm (Gram)"}
+    assert {method for name, method in engine.norm_methods().items() if name.endswith("weight")} == {"ghost norm (Gram)"}
 
 
 # Records by themselves.
