@@ -320,7 +320,9 @@ def test_a_trained_head_is_called_and_a_frozen_one_stays_fused(
 def test_the_called_head_evaluates_as_the_fused_one(tmp_path: Path) -> None:
     for make in (sft, dpo):
         held_out = (texts() if make is sft else pairs()).select(range(5))
-        trainer = make(tmp_path, eval_dataset=held_out, eval_strategy="steps", eval_steps=1, **REFERENCE[make is dpo])
+        trainer = make(
+            tmp_path / make.__name__, eval_dataset=held_out, eval_strategy="steps", eval_steps=1, **REFERENCE[make is dpo]
+        )
         wanted, fused, during = trainer.evaluate(), trainer.model.forward, Forwards(trainer.model)
         trainer.add_callback(during)
         attached(trainer)
