@@ -117,7 +117,7 @@ def _token_factors(call: Call, cap: float) -> tuple[list[float], list[float]]:
 class ResidualSite:
     """Forward hook of a block: its hidden states, (B, S, D) or the first of a tuple, are clipped for each row and noised.
 
-    What is clipped is the Frobenius norm of a row's hidden states X, to C: X min(1, C / |X|_F). Two such points are at most
+    What is clipped is the Frobenius norm of a row's hidden states X, to C: `X min(1, C / |X|_F)`. Two such points are at most
     2 C apart, so the sensitivity is 2 C, also for several units packed into one row. Hidden states of padding become zero;
     where no mask says what is padding, nothing is. Either way all that goes on is noised or zero.
     """

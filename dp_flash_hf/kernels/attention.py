@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dp_flash_hf.errors import UnsupportedError, invalid
-from dp_flash_hf.kernels.types import Pattern, Release, SegmentTable
+from dp_flash_hf.kernels.types import AttentionOptions, Release, SegmentTable
 
 LARGEST_HEAD = 256  # wider accumulators do not fit the registers of any GPU
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -71,7 +71,7 @@ def flash_attention(
     """
     _check(query, key, value, segments, sinks, release)
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    pattern = Pattern(causal, window, scale, softcap, dropout, tuple(dropout_key or ()) if dropout else ())
+    pattern = AttentionOptions(causal, window, scale, softcap, dropout, tuple(dropout_key or ()) if dropout else ())
     _check_pattern(pattern, release)
     if release is not None and value.dtype == torch.float16:
         # Its values below 2^-14 are evenly spaced: rounding weight times clip factor can double it, and the norm with it.
@@ -100,7 +100,7 @@ class _FlashAttention(torch.autograd.Function):
         value: Tensor,
         sinks: Tensor | None,
         segments: SegmentTable,
-        pattern: Pattern,
+        pattern: AttentionOptions,
         release: Release | None,
     ) -> Tensor:
         from dp_flash_hf.kernels import attention_forward
@@ -167,7 +167,7 @@ def _check(
         _check_key("release.key", release.key, (2, 8))
 
 
-def _check_pattern(pattern: Pattern, release: Release | None) -> None:
+def _check_pattern(pattern: AttentionOptions, release: Release | None) -> None:
     if pattern.window is not None and pattern.window < 1:
         raise invalid("window", expected=">= 1", actual=pattern.window, remedy="give None for no window")
     if not 0 < pattern.scale < math.inf:

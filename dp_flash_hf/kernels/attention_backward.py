@@ -35,7 +35,7 @@ from dp_flash_hf.kernels.attention_tiles import (
 )
 from dp_flash_hf.kernels.counter_noise_triton import kept
 from dp_flash_hf.kernels.triton_common import dot
-from dp_flash_hf.kernels.types import Pattern, SegmentTable
+from dp_flash_hf.kernels.types import AttentionOptions, SegmentTable
 
 # As the forward's: the first of each is the one that must build everywhere without spilling registers.
 KEY_VALUE_CONFIGS = {
@@ -389,7 +389,7 @@ def backward(
     factors: Tensor | None,
     clip_norms: Tensor | None,
     segments: SegmentTable,
-    pattern: Pattern,
+    pattern: AttentionOptions,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for query, key, value and sinks, where needed, from grad (B, H, Q, E) and what forward kept."""

@@ -32,7 +32,7 @@ from dp_flash_hf.kernels.attention_tiles import (
 )
 from dp_flash_hf.kernels.counter_noise_triton import CHACHA, PHILOX, kept, normals
 from dp_flash_hf.kernels.triton_common import dot
-from dp_flash_hf.kernels.types import Pattern, Release, SegmentTable
+from dp_flash_hf.kernels.types import AttentionOptions, Release, SegmentTable
 
 LOWEST = tl.constexpr(-1e30)
 
@@ -275,7 +275,7 @@ def forward(
     value: Tensor,
     sinks: Tensor | None,
     segments: SegmentTable,
-    pattern: Pattern,
+    pattern: AttentionOptions,
     release: Release | None,
     *,
     keep: bool,

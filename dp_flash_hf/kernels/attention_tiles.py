@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dp_flash_hf.kernels.triton_common import INTERPRETED
-from dp_flash_hf.kernels.types import Pattern, SegmentTable
+from dp_flash_hf.kernels.types import AttentionOptions, SegmentTable
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -191,7 +191,7 @@ def grid(segments: SegmentTable, heads: int, block: str, max_rows: int) -> Any:
     return lambda meta: (len(segments.row) * heads * triton.cdiv(max_rows, meta[block]),)
 
 
-def sizes(max_rows: int, heads: int, pattern: Pattern) -> tuple[float, ...]:
+def sizes(max_rows: int, heads: int, pattern: AttentionOptions) -> tuple[float, ...]:
     """The arguments max_rows to kept_scale, which forward and backward share."""
     if pattern.softcap is None:
         slope, height = pattern.scale * LOG2E.value, 0.0
@@ -209,7 +209,7 @@ def signed(words: Sequence[int]) -> list[int]:
     return [word - 2**32 if word >= 2**31 else word for word in padded]
 
 
-def constants(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> dict[str, Any]:
+def constants(query: Tensor, key: Tensor, value: Tensor, pattern: AttentionOptions) -> dict[str, Any]:
     """The arguments that kernels are compiled for."""
     dim, dim_v = query.shape[3], value.shape[3]
     return {

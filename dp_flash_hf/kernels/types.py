@@ -120,7 +120,7 @@ class Release(NamedTuple):
     exact: bool = False
 
 
-class Pattern(NamedTuple):
+class AttentionOptions(NamedTuple):
     """What all kernels of one call of attention have to know besides tensors; see `attention.flash_attention`.
 
     Args:
