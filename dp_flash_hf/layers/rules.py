@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dp_flash_hf.layers import experts
+from dp_flash_hf.layers import any_operation, experts  # noqa: F401 - the first registers a rule
 from dp_flash_hf.layers.chain import record
 from dp_flash_hf.layers.class_swap import ClassSwap
 from dp_flash_hf.layers.operations import record_bias, record_product
