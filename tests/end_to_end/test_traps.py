@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from dp_flash_hf.accounting.ledger import Ledger
+from dp_flash_hf.accounting.run_account import RunAccount
 from dp_flash_hf.engine import clipper
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.strategies import Strategy
@@ -27,7 +28,6 @@ from dp_flash_hf.layers import cost_model
 from dp_flash_hf.mechanisms.sampling import PoissonSampler
 from dp_flash_hf.training import dp_sgd as mechanism_module
 from dp_flash_hf.training import preflight as preflight_module
-from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.losses import UnitLoss
 from dp_flash_hf.training.preflight import choose_units
 from tests.support.models import batch_of, loss_of, tiny
@@ -979,7 +979,7 @@ def test_6_9_not_by_one_step_even_if_another_callback_goes_on(tmp_path: Path, mo
     with pytest.raises(PrivacyError, match="2 planned steps are spent"):
         run()
     assert torch.equal(*weights)
-    monkeypatch.setattr(DPSGD, "steps_left", 1)
+    monkeypatch.setattr(RunAccount, "steps_left", 1)
     weights.clear()
     assert run().mechanism.account.steps > 2
 
