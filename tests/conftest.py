@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,17 +32,6 @@ def _memory_is_not_estimated(request: pytest.FixtureRequest, monkeypatch: pytest
     if request.node.get_closest_marker("estimates_memory") is None:
         choice = ("bookkeeping", "nothing was estimated")
         monkeypatch.setattr("dp_flash_hf.training.session.choose_by_memory", lambda *args, **kwargs: choice)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _loss_distributions_are_kept() -> Iterator[None]:
-    """dp-accounting computes one step's privacy loss distribution, for up to seconds, for every epsilon; here once for each."""
-    from dp_accounting.pld import privacy_loss_distribution
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("from_gaussian_mechanism", "from_truncated_subsampled_gaussian_mechanism"):
-            patch.setattr(privacy_loss_distribution, name, lru_cache(64)(getattr(privacy_loss_distribution, name)))
-        yield
 
 
 def pytest_collection_finish() -> None:

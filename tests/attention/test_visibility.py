@@ -71,6 +71,7 @@ def test_what_has_to_be_read_breaks_the_graph_and_counts(asked: dict[str, Any]) 
     assert_same(torch.compile(run, backend="eager")(qkv, **asked), run(qkv, **asked), qkv)
 
 
+@pytest.mark.complete
 def test_a_window_that_a_mask_ignores_is_refused_in_compiled_code_too() -> None:
     torch._dynamo.reset()
     for mask in (causal_mask(S)[None, None], mark_made_here(causal_mask(S)[None, None]), padding([S, 4])):

@@ -220,8 +220,21 @@ def test_labels_that_are_no_words_are_refused(label: int) -> None:
         linear_cross_entropy(c.hidden, c.head, c.labels)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((kind, torch.float32) for kind in HEADS),
+        *(("plain", torch.float16), ("soft-capped", torch.bfloat16)),
+        *(
+            pytest.param(kind, dtype, marks=pytest.mark.complete)
+            for kind, dtype in (
+                *(("scaled", torch.float16), ("soft-capped", torch.float16)),
+                *(("plain", torch.bfloat16), ("scaled", torch.bfloat16)),
+            )
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN, in the interpreter
 def test_triton(kind: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of odd sizes, with more than one block along every dimension, and a unit that is not a number."""

@@ -7,6 +7,7 @@ import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from typing import Any
 
 import pytest
@@ -90,8 +91,12 @@ class World:
 def _work(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
     begin(environment_of(rank, size, port))
     dist.init_process_group("gloo", rank=rank, world_size=size)
-    while True:
-        function, args = tasks.get()
+    parent = parent_process()
+    while parent is not None and parent.is_alive():
+        try:
+            function, args = tasks.get(timeout=10.0)
+        except queue.Empty:
+            continue  # the next test of this size may come, unless the session is gone
         torch.manual_seed(0)
         try:
             results.put((rank, function(*args), None))
