@@ -336,7 +336,7 @@ def test_dp_forward_releases_every_text_once_and_trains_on_that(
 ) -> None:
     data = [f"dataset={rows}", f"eval_dataset={rows}", "label_column=category", "max_length=8", "target_epsilon=16"]
     shape = ["num_train_epochs=3", "per_device_train_batch_size=16", "release_batch_size=50"]
-    command = ["train", "dp_forward", f"model={classifier}", f"output_dir={tmp_path / 'run'}", *data, *shape, *SMALL]
+    command = ["train", "dp_forward", f"model={classifier}", f"output_dir={tmp_path / 'run'}", *data, *shape, *PLAIN]
     cli.main(command)
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
