@@ -736,10 +736,20 @@ def test_other_trainers_are_left_alone(tmp_path: Path) -> None:
 # Detaching.
 
 
+def wrapping(forward: Any) -> list[str]:
+    """The modules of all functions that a forward is wrapped in, the outermost first."""
+    function, found = forward, []
+    while function is not None:
+        found.append(str(getattr(function, "__globals__", {}).get("__name__")))
+        function = getattr(function, "__wrapped__", getattr(function, "__func__", None))
+    return found
+
+
 @pytest.mark.parametrize("make", [sft, dpo, reward])
-def test_detach_undoes_attach_and_training(make: Callable[..., Any], tmp_path: Path) -> None:
-    """In bfloat16, where Accelerate wraps the forward that TRL replaced; the head of SFT and DPO is trained."""
-    settings: dict[str, Any] = {**REFERENCE[make is dpo], "bf16": True, "learning_rate": 1e-2}
+@pytest.mark.parametrize("bf16", [False, True])
+def test_detach_undoes_attach_and_training(make: Callable[..., Any], bf16: bool, tmp_path: Path) -> None:
+    """In bfloat16 Accelerate wraps the forward that TRL replaced; the head of SFT and DPO is trained."""
+    settings: dict[str, Any] = {**REFERENCE[make is dpo], "bf16": bf16, "learning_rate": 1e-2}
     settings["gradient_checkpointing"] = False  # with it, each loss of TRL's DPO leaves one hook more on the embedding
     twin, trainer = (make(tmp_path / name, **settings) for name in ("twin", "private"))
     before_twin, before = attributes(twin), attributes(trainer)
@@ -747,11 +757,16 @@ def test_detach_undoes_attach_and_training(make: Callable[..., Any], tmp_path: P
     dp.detach()
     assert differing(before, attributes(trainer)) == set()
     dp.attach(trainer)
+    during = Forwards(trainer.model)
+    trainer.add_callback(during)
     twin.train()
     trainer.train()
+    trainer.remove_callback(during)
     dp.detach()
     left = differing(before, attributes(trainer)) - differing(before_twin, attributes(twin))
     assert {name for name in left if not name.startswith("state.log_history[")} == set()
+    assert ("dp_flash_hf.integrations.trl" in wrapping(during.seen[0])) == (make is not reward)
+    assert wrapping(trainer.model.forward) == wrapping(twin.model.forward)
     trainer.train()
     assert "loss" in trainer.state.log_history[0]
     assert not {name for logs in trainer.state.log_history for name in logs if name.startswith(("privacy/", "not_private/"))}
