@@ -1,4 +1,4 @@
-"""What goes wrong, by who can mend it. Wrong arguments raise ValueError, in the words of `invalid`."""
+"""What goes wrong, by who can fix it. Wrong arguments raise ValueError, in the words of `invalid`."""
 
 from __future__ import annotations
 

@@ -180,7 +180,8 @@ def _calibrate(epsilon: Callable[[float], float], *, target: float, start: float
                 "target_epsilon",
                 expected=f"a budget that some noise keeps, at least {high_epsilon:.3g} here",
                 actual=target,
-                remedy="raise target_epsilon or target_delta, take fewer steps, or use accountant='pld'",
+                remedy="raise target_epsilon or target_delta, take fewer steps, or use accountant='pld'; what earlier "
+                "runs on these data spent is counted",
             )
         low, low_epsilon = high, high_epsilon
         high = min(high * factor, most)

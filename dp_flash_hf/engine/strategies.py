@@ -167,7 +167,7 @@ class Strategies:
         if self._shards.any(bool(found)):
             raise UncoveredParametersError(found, "no rule covers how the model uses")
         if not self._recorder.all_taps_recorded:
-            raise UncoveredParametersError(self._parameters, "compiled code does not come by for every use of")
+            raise UncoveredParametersError(self._parameters, "compiled code does not record every use of")
 
     @torch.no_grad()
     def add_recorded(self, units: Units, scale: Tensor | None) -> None:

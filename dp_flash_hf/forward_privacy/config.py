@@ -80,7 +80,9 @@ class AttentionPrivacy:
         for name in ("clip_norm", "head_shares"):
             self._check_heads(name)
         if self.head_shares is not None and abs(sum(self.head_shares) - 1) > 1e-9:
-            raise invalid("head_shares", expected="shares adding up to 1", actual=sum(self.head_shares), remedy="divide by it")
+            raise invalid(
+                "head_shares", expected="shares adding up to 1", actual=sum(self.head_shares), remedy="divide each by their sum"
+            )
         if self.max_length is not None:
             validation.whole_number("max_length", self.max_length, remedy="count tokens")
         self._check_noise()
@@ -106,15 +108,15 @@ class AttentionPrivacy:
         if (self.noise_multiplier is None) == (targets == (None, None)) or (None in targets and targets != (None, None)):
             raise invalid(
                 "noise_multiplier",
-                expected="it, or target_epsilon and target_delta",
+                expected="either it, or both target_epsilon and target_delta",
                 actual=(self.noise_multiplier, *targets),
-                remedy="give one of the two",
+                remedy="set the targets to have the noise calibrated, or noise_multiplier",
             )
         if self.noise_multiplier is None:
             validation.positive("target_epsilon", self.target_epsilon, remedy="give the epsilon of all passes")
             validation.delta("target_delta", self.target_delta)
             return
-        validation.positive("noise_multiplier", self.noise_multiplier, remedy="add noise")
+        validation.positive("noise_multiplier", self.noise_multiplier, remedy="1.0 is a place to start")
         if self.passes != 1 or self.sampling_rate != 1:
             raise invalid(
                 "passes",
@@ -145,7 +147,10 @@ class AttentionPrivacy:
             return (float(self.clip_norm),) * kv_heads  # type: ignore[arg-type]
         if len(self.clip_norm) != kv_heads:
             raise invalid(
-                "clip_norm", expected=f"{kv_heads} norms, one for each key/value head", actual=self.clip_norm, remedy="or one"
+                "clip_norm",
+                expected=f"{kv_heads} norms, one for each key/value head",
+                actual=self.clip_norm,
+                remedy="or give one for all",
             )
         return self.clip_norm
 

@@ -74,7 +74,7 @@ def check_fits(privacy: AttentionPrivacy, placement: Placement, places: dict[str
     if placement == "attention":
         if privacy.max_length is None:
             raise invalid(
-                "max_length", expected="the most rows a unit has in a call", actual=None, remedy="noise is made for it"
+                "max_length", expected="the most rows a unit has in a call", actual=None, remedy="set it: noise is made for it"
             )
         if privacy.unit == "token" and len(places) > 1:
             raise UnsupportedError(

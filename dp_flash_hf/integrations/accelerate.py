@@ -91,9 +91,9 @@ def make_private(
     """
     _refuse_settings(accelerator)
     if not isinstance(config, PrivacyConfig):
-        raise invalid("config", expected="a PrivacyConfig", actual=config, remedy="make one")
+        raise invalid("config", expected="a PrivacyConfig", actual=config, remedy="write config=PrivacyConfig(...)")
     if (steps is None) == (epochs is None):
-        raise invalid("steps, epochs", expected="exactly one of them", actual=(steps, epochs), remedy="give one")
+        raise invalid("steps, epochs", expected="exactly one of them", actual=(steps, epochs), remedy="set one")
     if steps is not None:
         validation.whole_number("steps", steps, remedy="set steps")
     validation.whole_number("max_rows_per_device", max_rows_per_device, remedy="set max_rows_per_device")
@@ -301,7 +301,7 @@ class Draws:
         """Raise PrivacyError where an error ended the loop."""
         if self._ended:
             raise PrivacyError(
-                "the loop ended with an error: to go on could leave a draw out, or processes out of step. Mend what failed, "
+                "the loop ended with an error: to go on could leave a draw out, or processes out of step. Fix what failed, "
                 "and start again from the last checkpoint"
             )
 
@@ -309,8 +309,8 @@ class Draws:
         """Raise PrivacyError unless this batch is the draw that waits to be used."""
         if self._waiting is None or int(batch.get(_DRAW, -1)) != int(self._waiting[_DRAW]):
             raise PrivacyError(
-                "the batch is not the one that private.loader drew last, or was used before: its sampling would not be what is "
-                "accounted"
+                "the batch is not the one that private.loader drew last, or was used before, so its sampling is not what is "
+                "accounted: give backward each batch of private.loader once, in order"
             )
 
     def use_up(self, batch: MutableMapping[str, Any]) -> None:

@@ -94,8 +94,8 @@ def whole_or_removed(folder: Path, *, writes: bool) -> Iterator[None]:
         if writes:
             shutil.rmtree(folder, ignore_errors=True)
         raise RuntimeError(
-            f"the checkpoint {folder} could not be written ({error}), and what there was of it was removed; free space or mend "
-            "the folder, then resume: the steps since the last checkpoint are lost, but counted"
+            f"the checkpoint {folder} could not be written ({error}), and what there was of it was removed; free space or "
+            "repair the folder, then resume: the steps since the last checkpoint are lost, but counted"
         ) from error
 
 

@@ -86,7 +86,7 @@ class DPCallback(TrainerCallback, ExportableState):
 
     def __init__(self, config: PrivacyConfig, *, max_tokens_per_device: int | None = None, strategy: Strategy = "auto") -> None:
         if not isinstance(config, PrivacyConfig):
-            raise invalid("config", expected="a PrivacyConfig", actual=config, remedy="DPCallback(PrivacyConfig(...))")
+            raise invalid("config", expected="a PrivacyConfig", actual=config, remedy="write DPCallback(PrivacyConfig(...))")
         self.config, self.max_tokens_per_device, self.strategy = config, max_tokens_per_device, strategy
         self._training: PrivateTraining | None = None  # stays after `detach`, to report
         self._trainer: Any = None  # while attached
@@ -218,7 +218,8 @@ class DPCallback(TrainerCallback, ExportableState):
         trainer, loader = self.trainer, kwargs["train_dataloader"]
         if self._while_training is None or not isinstance(getattr(loader, "batch_sampler", None), PoissonBatches):
             raise PrivacyError(
-                "the training data loader is not the one DPCallback installed; attach again, after everything else"
+                "the training data loader is not the one DPCallback installed: call dp.detach() and dp.attach(trainer) once "
+                "everything else is set up"
             )
         taken = self.mechanism.account.taken
         if taken != state.global_step:
@@ -265,7 +266,10 @@ class DPCallback(TrainerCallback, ExportableState):
     def _train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         trainer = self.trainer
         if self not in trainer.callback_handler.callbacks:
-            raise PrivacyError("DPCallback was removed from the trainer, which would train without noise; add it again")
+            raise PrivacyError(
+                "DPCallback was removed from the trainer, which would train without noise; add it again with dp.detach() and "
+                "dp.attach(trainer)"
+            )
         refuse_settings(trainer)  # again: they may have changed since attach
         account, log = self.mechanism.account, Path(trainer.args.output_dir) / FILE_NAME
         ranks = Ranks()
@@ -300,7 +304,8 @@ class DPCallback(TrainerCallback, ExportableState):
         account = self.mechanism.account
         plan, log = account.plan, account.spend_log
         steps = plan.steps + sum(taken for _, taken in plan.spent)
-        where = "" if log is None else f" (they are in {log.path}); choose another output_dir for a training of its own budget"
+        own = "choose another output_dir for a training of its own budget, which on the same data adds to this one"
+        where = "" if log is None else f" (they are in {log.path}); {own}"
         return PrivacyError(f"the {steps} planned steps are spent; more would exceed the privacy budget{where}")
 
     def _finished(self, checkpoint: Path) -> TrainOutput:
@@ -334,7 +339,8 @@ class DPCallback(TrainerCallback, ExportableState):
         sampler = account.plan.sampler
         if trainer.train_dataset is not training.dataset or (training.rows is None and len(dataset) != sampler.n_units):
             raise PrivacyError(
-                f"train_dataset changed since attach, when it had {sampler.n_units} units; attach after the data are final"
+                f"train_dataset changed since attach, when it had {sampler.n_units} units: call dp.detach() and "
+                "dp.attach(trainer) once the data are final"
             )
         workers = args.dataloader_num_workers
         steps = steps_per_epoch(sampler.n_units, sampler.expected_batch_size)

@@ -178,8 +178,8 @@ class Logits(Tensor):
 
         if isinstance(first, Logits) and first.product.in_blocks and getattr(func, "__name__", "") in _HOOKS:
             raise PrivacyError(
-                f"{func.__name__} of logits whose cross entropy is already computed, without them: no gradient would come by; "
-                "call it before the loss, or use strategy='microbatch'"
+                f"{func.__name__} of logits whose cross entropy is already computed, without them: no gradient would be "
+                "recorded; call it before the loss, or use strategy='microbatch'"
             )
 
         def values(value: Any) -> Any:

@@ -47,7 +47,7 @@ class PoissonSampler:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            validation.whole_number(name, value, remedy="count privacy units")
+            validation.whole_number(name, value, remedy="give a number of privacy units")
         if self.expected_batch_size > self.n_units:
             raise invalid(
                 "expected_batch_size",

@@ -142,7 +142,9 @@ class DPSGD:
         if self._engine is None:
             raise PrivacyError("release() before start(): there is no engine to release gradients of")
         if self._gradient == "released":
-            raise PrivacyError("release() twice in one step: call optimizer.step() in between")
+            raise PrivacyError(
+                "release() twice in one step (with make_private: private.backward): call optimizer.step() in between"
+            )
         if self.account.steps_left <= 0:
             raise PrivacyError(
                 f"the {self.account.plan.steps} planned steps are spent: one more would exceed the privacy budget"
@@ -237,7 +239,10 @@ class DPSGD:
         if self._gradient != "released" and not self._engine.holds_sums and self._only_zeros(optimizer):
             return  # as torch's distributed checkpoints set up an optimizer that they are about to load
         if self._gradient != "released":
-            raise PrivacyError("optimizer.step() on gradients without noise: call release() first; nothing was updated")
+            raise PrivacyError(
+                "optimizer.step() on gradients without noise: call release() first (with make_private: private.backward(batch)"
+                "); nothing was updated"
+            )
         if any(value is not None for value in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
             raise PrivacyError(
                 "optimizer.step(closure) computes gradients anew, without noise: use an optimizer without a closure"

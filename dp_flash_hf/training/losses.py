@@ -184,7 +184,8 @@ def learn_loss(
         raise UnsupportedError(
             "the model's loss is neither a mean over rows or labels nor a sum divided by num_items_in_batch, so units would "
             f"share a denominator (relative errors {errors}); override Trainer.compute_loss, or give make_private a loss_fn, "
-            "so that it is one of them"
+            "so that it is one of them. If it is one already, the model lets units see each other: look for operations across "
+            "the batch"
         )
     return UnitLoss(model_loss, "mean", best, rows_per_example)
 

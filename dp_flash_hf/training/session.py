@@ -351,7 +351,10 @@ def _column(dataset: Any, name: str) -> list[Any]:
     columns = getattr(dataset, "column_names", None)
     if columns is not None and name not in columns:
         raise invalid(
-            "privacy_unit", expected=f"a column of train_dataset ({', '.join(columns)})", actual=name, remedy="name one"
+            "privacy_unit",
+            expected=f"a column of train_dataset ({', '.join(columns)})",
+            actual=name,
+            remedy="name the one that says whose row it is",
         )
     values = dataset[name] if columns is not None else [dataset[row][name] for row in range(len(dataset))]
     return [value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value for value in values]
