@@ -246,7 +246,8 @@ def restarts(position_ids: Tensor) -> Tensor:
 def text_starts(batch: Batch) -> Tensor | None:
     """Bool (length,), on the CPU: where the texts of one packed row start; None where the batch does not say.
 
-    Boundaries (`cu_seq_lens_q`) say it, else `position_ids` that restart.
+    Boundaries (`cu_seq_lens_q`) say it, else `position_ids` that restart and count on everywhere else: at any other step a text
+    could begin or not, and a token be taken for one of another unit's.
     """
     length = leading_shape(batch)[-1]
     ends, positions = batch.get("cu_seq_lens_q"), batch.get("position_ids")
@@ -255,7 +256,10 @@ def text_starts(batch: Batch) -> Tensor | None:
         begun = ends.cpu().long()  # what follows the last boundary counts as a text too, which belongs to no unit
         starts[begun[begun < length]] = True
     elif isinstance(positions, Tensor) and positions.shape[-1] == length and positions.numel() == length:
-        starts[1:] = restarts(positions.view(1, length))[0].cpu()
+        begun = restarts(positions.view(1, length))[0].cpu()
+        if not torch.equal(begun, positions.flatten().diff().cpu() != 1):
+            return None
+        starts[1:] = begun
         starts[:1] = True
     else:
         return None

@@ -77,7 +77,7 @@ def _composed(entries: tuple[Entry, ...], units_added: int, delta: float) -> flo
     return float(total.get_epsilon_for_delta(delta))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)  # one takes up to 100 MB where noise is small
 def _one_step(sampler: PoissonSampler, noise_multiplier: float, units_added: int) -> Any:
     """The privacy loss distribution of one step, as `PLDAccountant` makes it.
 

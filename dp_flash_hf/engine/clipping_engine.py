@@ -233,7 +233,7 @@ class ClippingEngine:
             if not self._recorder.records:
                 raise PrivacyError("engine.batch: no backward ran inside it; run forward and backward inside the block")
             assert forward.units is not None
-            self._strategies.add_recorded(forward.units, forward.scale)
+            self._strategies.add_recorded(forward.scale)
 
     # What came of it.
 

@@ -32,7 +32,6 @@ from dp_flash_hf.engine.physical_batch import PhysicalBatch
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.gradient_records import full_precision
 from dp_flash_hf.layers.recorder import Recorder, TwoPassError
-from dp_flash_hf.units import Units
 
 Strategy = Literal["auto", "bookkeeping", "two_pass", "microbatch"]
 WholeBatchStrategy = Literal["bookkeeping", "two_pass"]
@@ -85,7 +84,7 @@ class Strategies:
         loss = self._loss(batch)
         _plain_backward(loss)
         self.require_coverage()
-        self.add_recorded(batch.units, batch.scale)
+        self.add_recorded(batch.scale)
         return loss.detach()
 
     def two_pass(self, batch: PhysicalBatch) -> Tensor:
@@ -170,7 +169,7 @@ class Strategies:
             raise UncoveredParametersError(self._parameters, "compiled code does not record every use of")
 
     @torch.no_grad()
-    def add_recorded(self, units: Units, scale: Tensor | None) -> None:
+    def add_recorded(self, scale: Tensor | None) -> None:
         """Clip what was recorded since the recorder's start, and add it."""
         groups = self._clipper.groups
         factors = self._clipper.factors(self._recorder.squared_norms(self._clipper.like), scale)

@@ -248,13 +248,14 @@ class PrivateTraining:
         )
         if self.strategy == "auto":
             self._choose_strategy(engine, reader)
-        self._loss = preflight(engine, self.adapter, reader, cut_padding=self.max_tokens is not None)
+        loss = preflight(engine, self.adapter, reader, cut_padding=self.max_tokens is not None)
         if engine.sharded:
             self._one_unit = reader.batch([0])
+        self._loss = loss
         attention = getattr(getattr(engine.model, "config", None), "_attn_implementation", None)
         methods = sorted(set(engine.norm_methods().values()))
         logger.info(
-            f"preflight passed: the loss is a {self._loss.divides} over {self._loss.counted}, attention is {attention}, "
+            f"preflight passed: the loss is a {loss.divides} over {loss.counted}, attention is {attention}, "
             f"gradients are exact by {', '.join(methods)}"
         )
 

@@ -703,3 +703,35 @@ def test_a_checkpoint_of_other_units_is_refused() -> None:
     other, _, _ = loop(train_dataset=texts(25))
     with pytest.raises(PrivacyError, match="n_units: 24 in the checkpoint, 25 now"):
         other.load_state_dict(private.state_dict())
+
+
+def test_a_loop_that_cannot_be_made_leaves_model_and_log_free(tmp_path: Path) -> None:
+    model = without_dropout(tiny("gpt2"))
+    classes = [type(module) for module in model.modules()]
+    some = torch.optim.SGD(list(model.parameters())[:1], lr=1.0)
+    with pytest.raises(PrivacyError, match="the optimizer must update exactly"):
+        loop(model, optimizer=some, spend_log=tmp_path / "spend.jsonl")
+    assert [type(module) for module in model.modules()] == classes
+    private, _, optimizer = loop(model, spend_log=tmp_path / "spend.jsonl")  # its lock is free
+    assert run(private, optimizer) == 3
+    private.stop()
+
+
+def test_a_seeded_loop_that_iterates_anew_repeats_no_draw() -> None:
+    """A draw that waits is handed out again; the one behind it is another one, also where all draws follow from a seed."""
+    drawn: list[list[int]] = []
+    for anew in (False, True):
+        private, _, optimizer = loop(privacy=config(seed=3), steps=4)
+        seen = []
+        batches = iter(private.loader)
+        for _ in range(4):
+            batch = next(batches)
+            if anew:
+                batches = iter(private.loader)
+                batch = next(batches)
+            seen.append(batch.get("input_ids", torch.zeros(0, dtype=torch.long)).flatten().tolist())
+            private.backward(batch)
+            optimizer.step()
+            optimizer.zero_grad()
+        drawn.append(seen)
+    assert drawn[0] == drawn[1]

@@ -547,3 +547,12 @@ def test_an_attach_that_fails_leaves_nothing_behind(failing: str, tmp_path: Path
     assert differing(before, attributes(trainer)) == set()
     dp.attach(trainer)
     trainer.train()
+
+
+def test_a_train_method_that_was_kept_from_before_does_not_train(tmp_path: Path) -> None:
+    """It would go around the spend log, and everything else that DPCallback does before the first step."""
+    trainer = trainer_for("gpt2", tmp_path)
+    kept = trainer.train
+    DPCallback(config()).attach(trainer)
+    with pytest.raises(PrivacyError, match="is not the one DPCallback installed"):
+        kept()
