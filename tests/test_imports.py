@@ -124,6 +124,7 @@ if child:
     _run(script)
 
 
+@pytest.mark.complete
 def test_imported_after_transformers_alone() -> None:
     _run(f"import transformers, dp_flash_hf\n{BUILD}\nassert ran(build()) == 'called'")
 
@@ -145,6 +146,7 @@ def test_a_module_of_the_package_is_enough() -> None:
     _run(script)
 
 
+@pytest.mark.complete
 def test_models_travel_to_spawned_processes(tmp_path: Path) -> None:
     """One that has not run yet, whose first forward is to be checked there, and one that has run here."""
     script = f"""
@@ -163,6 +165,7 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.complete
 def test_another_version_of_transformers_is_refused_every_time() -> None:
     """Not by the import of this package, but before there is a model; and by each further try, though the first one failed."""
     script = """
@@ -196,6 +199,7 @@ for _ in range(2):
     _run(script)
 
 
+@pytest.mark.complete
 def test_threads_that_import_both_sides_at_once_do_not_wait_for_each_other() -> None:
     """One is importing the registration when another has Transformers' models, and needs the registration to go on."""
     script = """

@@ -27,11 +27,15 @@ def model_of(name: str, attention: str, dtype: torch.dtype = torch.float64) -> A
     return model
 
 
+@pytest.mark.parametrize("every_collator", [False, pytest.param(True, marks=pytest.mark.complete)], ids=["two", "every"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3", "phi3", "opt"])
-def test_families_get_the_sums_of_padded_batches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_families_get_the_sums_of_padded_batches(
+    name: str, every_collator: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     padded = sums_of(model_of(name, "sdpa"), tmp_path, monkeypatch, DRAWN)
     counted = name in ("gpt2", "opt")  # they look positions up, and would number them through the row
-    for options in FLATTENING[:3] if counted else FLATTENING:
+    collators = FLATTENING[:3] if counted else FLATTENING
+    for options in collators if every_collator else collators[-2:]:
         flat = sums_of(model_of(name, "dp_flash"), tmp_path, monkeypatch, DRAWN, collator=flattening(**options))
         assert distance(flat[0], padded[0]) <= 3 * ROUNDING  # another kernel of attention
     if counted:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,26 @@ def sums_of(
 
 
 DRAWS: tuple[list[int], ...] = ([0, 3, 4, 9, 11, 17, 20], [], [5])
+PaddedSums = Callable[[str, str | None], list[dict[str, Tensor]]]
+
+
+def with_attention(name: str, attention: str | None) -> Any:
+    model = without_dropout(tiny(name))
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return model
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> PaddedSums:
+    """The sums of DRAWS in ordinary padded batches, of a family with an attention: computed once for all tests."""
+
+    @cache
+    def sums(name: str, attention: str | None) -> list[dict[str, Tensor]]:
+        with pytest.MonkeyPatch.context() as patch:
+            return sums_of(with_attention(name, attention), tmp_path_factory.mktemp("padded"), patch, *DRAWS)
+
+    return sums
 
 
 @pytest.mark.parametrize(
@@ -157,10 +179,11 @@ DRAWS: tuple[list[int], ...] = ([0, 3, 4, 9, 11, 17, 20], [], [5])
     ],
     ids=str,
 )
-def test_settings_that_change_nothing(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_change_nothing(
+    settings: dict[str, Any], padded: PaddedSums, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However the drawn units are computed, the sums are the same."""
-    plain = sums_of("gpt2", tmp_path, monkeypatch, *DRAWS)
-    for wanted, got in zip(plain, sums_of("gpt2", tmp_path, monkeypatch, *DRAWS, **settings), strict=True):
+    for wanted, got in zip(padded("gpt2", None), sums_of("gpt2", tmp_path, monkeypatch, *DRAWS, **settings), strict=True):
         if any(float(value.abs().max()) for value in wanted.values()):
             assert distance(got, wanted) <= ROUNDING
         else:
@@ -199,25 +222,41 @@ def flattening(**options: Any) -> Any:
     return hf.DataCollatorWithFlattening(**options)  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "dp_flash"])
-@pytest.mark.parametrize("options", FLATTENING, ids=str)
+_SPLIT = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+_COMPUTED: tuple[dict[str, int], ...] = ({}, _SPLIT, {"max_tokens_per_device": 20}, {**_SPLIT, "max_tokens_per_device": 1})
+_ATTENTION = ("sdpa", "eager", "dp_flash")
+
+
+def pairwise() -> Iterator[Any]:
+    """Every attention with every collator, in one of the ways to compute a draw; in the other ways for `make test-all`."""
+    for a, o, c in product(*(range(len(values)) for values in (_ATTENTION, FLATTENING, _COMPUTED))):
+        attention, options = _ATTENTION[a], FLATTENING[o]
+        if attention == "dp_flash" or options.get("return_position_ids", True):  # the others read boundaries off positions
+            marks = () if (a + o + c) % len(_COMPUTED) == 0 else pytest.mark.complete
+            yield pytest.param(attention, options, _COMPUTED[c], marks=marks)
+
+
+@pytest.mark.parametrize(("attention", "options", "settings"), pairwise(), ids=str)
 def test_flattened_batches_equal_padded_ones(
-    attention: str, options: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attention: str,
+    options: dict[str, bool],
+    settings: dict[str, int],
+    padded: PaddedSums,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """DataCollatorWithFlattening makes one packed row of the drawn texts: the same units, the same sums."""
-    model = without_dropout(tiny("llama"))
-    model.set_attn_implementation(attention)
-    padded = sums_of(model, tmp_path, monkeypatch, *DRAWS)
-    collator = flattening(**options)
-    if attention != "dp_flash" and not options.get("return_position_ids", True):
-        with pytest.raises(PrivacyError, match=r"texts of a flattened batch see each other.*attn_implementation='dp_flash'"):
-            sums_of(model, tmp_path, monkeypatch, *DRAWS, collator=collator)  # these read boundaries off positions only
-        return
-    split = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-    for settings in ({}, split, {"max_tokens_per_device": 20}, {**split, "max_tokens_per_device": 1}):
-        flat = sums_of(model, tmp_path, monkeypatch, *DRAWS, collator=collator, **settings)
-        assert distance(flat[0], padded[0]) <= ROUNDING
-        assert distance(flat[2], padded[2]) <= ROUNDING
+    model, wanted = with_attention("llama", attention), padded("llama", attention)
+    flat = sums_of(model, tmp_path, monkeypatch, *DRAWS, collator=flattening(**options), **settings)
+    assert distance(flat[0], wanted[0]) <= ROUNDING
+    assert distance(flat[2], wanted[2]) <= ROUNDING
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_flattened_batches_need_positions_or_dp_flash(attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, collator = with_attention("llama", attention), flattening(**FLATTENING[3])
+    with pytest.raises(PrivacyError, match=r"texts of a flattened batch see each other.*attn_implementation='dp_flash'"):
+        sums_of(model, tmp_path, monkeypatch, *DRAWS, collator=collator)
 
 
 def test_hf_datasets_keep_their_column_removal(tmp_path: Path) -> None:
