@@ -270,6 +270,11 @@ class DPCallback(TrainerCallback, ExportableState):
                 "DPCallback was removed from the trainer, which would train without noise; add it again with dp.detach() and "
                 "dp.attach(trainer)"
             )
+        if trainer.callback_handler.callbacks[0] is not self:
+            raise PrivacyError(
+                "DPCallback is no longer the first of the trainer's callbacks: one before it would be shown gradients without "
+                "noise; call dp.detach() and dp.attach(trainer)"
+            )
         refuse_settings(trainer)  # again: they may have changed since attach
         account, log = self.mechanism.account, Path(trainer.args.output_dir) / FILE_NAME
         ranks = Ranks()

@@ -39,6 +39,7 @@ def refuse_settings(trainer: Trainer) -> None:
         for name in (replaced if stock is None else (*replaced, *trl_trainers.RELIED_ON))
         if getattr(type(trainer), name, None) is not getattr(stock or Trainer, name, None)
     ]
+    optim = str(getattr(args.optim, "value", args.optim))  # of an enumeration, whose own names are capitals
     refused = {
         "fp16: its loss scaling skips steps depending on the data; use bf16=True or float32": args.fp16,
         "auto_find_batch_size: retries depend on the data; set per_device_train_batch_size": args.auto_find_batch_size,
@@ -70,8 +71,8 @@ def refuse_settings(trainer: Trainer) -> None:
             and any(_is_same(data, trainer.train_dataset) for data in evaluated)
             and chosen_by_evaluation
         ),
-        f"optim={args.optim}: it updates weights during backward, before noise; use adamw_torch": any(
-            name in str(args.optim) for name in ("lomo", "layerwise")
+        f"optim={optim}: it updates weights during backward, before noise; use adamw_torch": any(
+            name in optim for name in ("lomo", "layerwise")
         ),
         "compute_loss_func: how it couples units cannot be known; override Trainer.compute_loss": trainer.compute_loss_func
         is not None,

@@ -349,7 +349,8 @@ def unwrapped(model: Any) -> Any:
 
 
 def _column(dataset: Any, name: str) -> list[Any]:
-    columns = getattr(dataset, "column_names", None)
+    named = getattr(dataset, "column_names", None)
+    columns = list(dataset[0]) if named is None and len(dataset) and isinstance(dataset[0], Mapping) else named
     if columns is not None and name not in columns:
         raise invalid(
             "privacy_unit",
@@ -357,5 +358,5 @@ def _column(dataset: Any, name: str) -> list[Any]:
             actual=name,
             remedy="name the one that says whose row it is",
         )
-    values = dataset[name] if columns is not None else [dataset[row][name] for row in range(len(dataset))]
+    values = dataset[name] if named is not None else [dataset[row][name] for row in range(len(dataset))]
     return [value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value for value in values]

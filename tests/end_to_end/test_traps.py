@@ -682,6 +682,11 @@ def test_6_6_arguments_of_other_machines_are_refused_by_name(name: str, tmp_path
     assert_refused(trainer, NAMED.get(name, name))
 
 
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_6_6_optimizers_that_update_weights_during_backward_are_refused(optim: str, tmp_path: Path) -> None:
+    assert_refused(trainer_for("gpt2", tmp_path, optim=optim), f"optim={optim}")
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "match"), [("mixed_precision", "fp8", "fp8"), ("distributed_type", "MEGATRON_LM", "use FSDP2")]
 )

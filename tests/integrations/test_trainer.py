@@ -595,3 +595,21 @@ def test_a_train_method_that_was_kept_from_before_does_not_train(tmp_path: Path)
     DPCallback(config()).attach(trainer)
     with pytest.raises(PrivacyError, match="is not the one DPCallback installed"):
         kept()
+
+
+def test_a_callback_that_would_see_gradients_first_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    dp = DPCallback(config()).attach(trainer)
+    trainer.remove_callback(dp)
+    trainer.add_callback(dp)  # behind all others
+    with pytest.raises(PrivacyError, match="no longer the first"):
+        trainer.train()
+    dp.detach()
+    DPCallback(config()).attach(trainer)
+    trainer.train()
+
+
+def test_a_unit_column_that_rows_lack_is_an_error_that_names_theirs(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    with pytest.raises(ValueError, match=r"privacy_unit: expected a column of train_dataset \(.*input_ids.*got 'user_id'"):
+        attached(trainer, privacy_unit="user_id", max_examples_per_unit=1)
