@@ -129,6 +129,7 @@ def test_imported_after_transformers_alone() -> None:
     _run(f"import transformers, dp_flash_hf\n{BUILD}\nassert ran(build()) == 'called'")
 
 
+@pytest.mark.complete
 def test_imported_after_a_model_was_built() -> None:
     script = f"""
 {BUILD}
@@ -141,6 +142,7 @@ assert ran(build()) == "called"
     _run(script)
 
 
+@pytest.mark.complete
 def test_a_module_of_the_package_is_enough() -> None:
     script = f"from dp_flash_hf.integrations.trainer import DPCallback\n{BUILD}\nassert ran(build()) == 'called'"
     _run(script)

@@ -118,7 +118,8 @@ def test_triton_runs_or_raises(kwargs: dict[str, Any], match: str, device: str) 
         run(tensors())
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.complete), "gpt_oss"])
+@pytest.mark.complete
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_the_engine_records_through_the_kernels(name: str, device: str) -> None:
     pytest.importorskip("triton")
     config = transformers.AutoConfig.for_model(name, **MOE)

@@ -14,6 +14,7 @@ from dp_flash_hf.benchmarks.timing import peak_memory
 TINY = Work(device="cpu", autocast=False, layers=1, width=64, vocabulary=50, batch=3, lengths=(7,), threads=1)
 
 
+@pytest.mark.complete
 def test_peak_memory_is_that_of_the_work() -> None:
     """Weights, gradients and AdamW's two moments at least; and not what this test process or the libraries hold."""
     method = BASELINE if find_spec("opacus") is None else "Opacus ghost"

@@ -168,14 +168,19 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> PaddedSums:
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"gradient_checkpointing": True},
         {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
-        {"seed": 7, "data_seed": 3, "full_determinism": False},
-        {"torch_empty_cache_steps": 1},
         {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-        {"accelerator_config": {"split_batches": True, "dispatch_batches": True}},
-        {"optim": "adamw_torch_fused"},
         {"max_grad_norm": 0.0},
         {"max_tokens_per_device": 20, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
-        {"max_tokens_per_device": 1},
+        *(
+            pytest.param(settings, marks=pytest.mark.complete)
+            for settings in (
+                {"seed": 7, "data_seed": 3, "full_determinism": False},
+                {"torch_empty_cache_steps": 1},
+                {"accelerator_config": {"split_batches": True, "dispatch_batches": True}},
+                {"optim": "adamw_torch_fused"},
+                {"max_tokens_per_device": 1},
+            )
+        ),
     ],
     ids=str,
 )

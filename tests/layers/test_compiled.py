@@ -357,6 +357,7 @@ def test_a_norm_of_torch() -> None:
     assert engine.runs_compiled
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("compile_it", [compile_whole, compile_in_place, compile_parts, compile_forward])
 def test_however_a_model_was_compiled(compile_it: Callable[[Small], Any]) -> None:
     model = small()
@@ -370,6 +371,7 @@ def test_however_a_model_was_compiled(compile_it: Callable[[Small], Any]) -> Non
     assert counters["stats"]["unique_graphs"] == (3 if compile_it is compile_parts else 1)
 
 
+@pytest.mark.complete
 def test_a_compiled_loss_function() -> None:
     """The engine sees that the loss function is compiled, not the model; hidden in another function it sees neither."""
     model = small()
@@ -394,6 +396,7 @@ def test_a_compiled_loss_function() -> None:
         engine.detach()
 
 
+@pytest.mark.complete
 def test_outside_the_engine_a_compiled_model_is_what_it_was() -> None:
     """Graphs of the one never serve the other, whichever was first, and a forgotten loss cannot be taken back through taps."""
     model = small()
