@@ -6,7 +6,8 @@ PIP_SAID := > .venv/pip.log 2>&1 || { cat .venv/pip.log >&2; exit 1; }
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+# One worker more than there are cores: some tests wait for processes they started.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(shell expr $$(nproc) + 1) --dist worksteal
 SHARD ?= 1/1
 
 .PHONY: quickstart test test-all test-slow coverage gpu docs
