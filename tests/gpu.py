@@ -2,7 +2,7 @@
 
 Runs the tests that need a GPU, the kernels' own tests compiled instead of interpreted, and all presets of `dp-flash bench`, and
 writes one markdown file. Every part has a time-out, and the file is written anew after each, so that one that fails or hangs
-loses nothing but itself. All time-outs together are under nine minutes.
+loses nothing but itself. All time-outs add up to under nine minutes.
 """
 
 from __future__ import annotations

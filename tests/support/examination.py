@@ -229,10 +229,10 @@ def _diagnosed(
         cause = "padding changes its gradients"
         row = replace(row, padding_felt=True)
     else:
-        together = unit_gradients(model, candidate.loss, [specimen.batch])[0]
+        whole = unit_gradients(model, candidate.loss, [specimen.batch])[0]
         alone = unit_gradients(model, candidate.loss, padded)
-        summed = {name: torch.stack([unit[name] for unit in alone]).sum(0) for name in together}
-        apart = _distance(together, summed)
+        summed = {name: torch.stack([unit[name] for unit in alone]).sum(0) for name in whole}
+        apart = _distance(whole, summed)
         if apart <= tolerance:
             return replace(row, problem=f"the engine is off by {row.error:.1e}" + (f"; preflight: {said}" if said else ""))
         cause = f"its rows change each other's gradients by {apart:.1e}"
@@ -275,5 +275,5 @@ def _distance(got: Gradient, wanted: Gradient) -> float:
 
 
 def _patterns(names: Sequence[str]) -> str:
-    """Names of parameters, layers of a stack taken together, shortened."""
+    """Names of parameters, layers of a stack as one, shortened."""
     return ", ".join(sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}))

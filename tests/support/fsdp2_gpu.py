@@ -1,6 +1,6 @@
 """FSDP2 by Accelerate on GPUs: `torchrun --nproc-per-node N -m tests.support.fsdp2_gpu`.
 
-Trains whole, with DDP where there are several ranks, and split up, without noise and with the same draws, and prints how far
+Trains whole, with DDP where there are several ranks, and sharded, without noise and with the same draws, and prints how far
 the parameters are apart.
 """
 

@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 VOCABULARY = 61
-PADDING = {"roberta": 1}  # 0 elsewhere
+PADDING = {"roberta": 1}  # 0 for all others
 
 Batch = dict[str, Any]
 Loss = Callable[[Any], Tensor]

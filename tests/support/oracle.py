@@ -71,6 +71,6 @@ def grads(model: nn.Module) -> dict[str, Tensor]:
 
 
 def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """|got - wanted| / |wanted| over all parameters together; the names must agree."""
+    """|got - wanted| / |wanted| over all parameters; the names must agree."""
     assert got.keys() == wanted.keys()
     return total_norm({n: got[n] - wanted[n] for n in wanted}) / total_norm(wanted)

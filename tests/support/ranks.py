@@ -19,7 +19,7 @@ from accelerate.utils.dataclasses import DistributedType
 from tests.support.forks import CONTEXT, begin
 
 SECONDS = 300.0  # a rank that waits in vain for another is an error after that,
-AFTER_ANOTHER = 30.0  # sooner where another is done, because all end together,
+AFTER_ANOTHER = 30.0  # sooner where another is done, because all end at once,
 AFTER_AN_ERROR = 5.0  # and where another failed
 
 

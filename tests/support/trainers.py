@@ -146,7 +146,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 def draws(monkeypatch: pytest.MonkeyPatch, *steps: Sequence[int]) -> None:
-    """Let the sampler draw these units, one list for every step, and nobody afterwards: workers fetch in advance."""
+    """Let the sampler draw these units, one list for every step, and none afterwards: workers fetch in advance."""
     upcoming = iter(steps)
     monkeypatch.setattr(PoissonSampler, "draw", lambda self, generator: torch.tensor(next(upcoming, []), dtype=torch.long))
 

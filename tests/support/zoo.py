@@ -157,7 +157,7 @@ _TOKEN = re.compile(r"_token_id$|_token_index$|_token_ids$|_id$")
 # Lists that name the kind of each layer: a tiny model gets every kind once, and two layers at least.
 _KINDS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "attn_layers", "indexer_types")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
-# None by default, because another field gives them or a checkpoint always sets them; elsewhere None switches a feature off.
+# None by default, because another field gives them or a checkpoint always sets them; for others None switches a feature off.
 _NEVER_NONE = {
     *("head_dim", "num_key_value_heads", "pad_token_id", "num_labels", "vocab_size", "mamba_dt_rank", "time_step_rank"),
     *("num_experts_per_tok", "n_routed_experts", "n_shared_experts"),
@@ -530,8 +530,8 @@ def _molmo2(config: Any, inputs: Inputs) -> Inputs:
 
 def _musicgen(config: Any, inputs: Inputs) -> Inputs:
     batch, lengths = inputs
-    ids, books = batch["input_ids"], config.num_codebooks
-    stacked = torch.stack([(ids + k) % VOCABULARY for k in range(books)], dim=1)  # (batch, codebook, position)
+    ids, codebooks = batch["input_ids"], config.num_codebooks
+    stacked = torch.stack([(ids + k) % VOCABULARY for k in range(codebooks)], dim=1)  # (batch, codebook, position)
     labels = stacked.transpose(1, 2).masked_fill(batch["attention_mask"].unsqueeze(2) == 0, -100)
     return {**batch, "input_ids": stacked.flatten(0, 1), "labels": labels.contiguous()}, lengths
 
@@ -690,10 +690,10 @@ def _fitted(task: str, model: Any, dtype: torch.dtype) -> Inputs:
                     batch, lengths = _inputs(task, model, tokens)
                     return _run(model, {**batch, **picture(model.config)}, dtype), lengths
                 except Exception as error:
-                    told = re.search(r"do not match, tokens: \d+, features:? ?(\d+)", str(error))
-                    if told is None or int(told[1]) % len(LENGTHS):
+                    found = re.search(r"do not match, tokens: \d+, features:? ?(\d+)", str(error))
+                    if found is None or int(found[1]) % len(LENGTHS):
                         break
-                    tokens = int(told[1]) // len(LENGTHS)
+                    tokens = int(found[1]) // len(LENGTHS)
     batch, lengths = _inputs(task, model)
     return _run(model, batch, dtype), lengths
 
