@@ -493,7 +493,8 @@ def test_torchrun_on_one_machine_starts_again_what_died(data: Path, tmp_path: Pa
     changed = {"lora_finetune": str(tmp_path / "dying.py"), "--nproc_per_node=8": "--nproc_per_node=2"}
     assert changed.keys() <= set(command)
     command = [*(changed.get(part, part) for part in command), *sizes(data, tmp_path / "run")]
-    printed = run_together(command, folder=tmp_path, changes={"PET_MASTER_PORT": free_port()})
+    exported = dict(text.split("=") for _, text in commands("export"))
+    printed = run_together(command, folder=tmp_path, changes=exported)
     check(tmp_path / "run", 2)
     assert f"resuming from {tmp_path / 'run' / 'checkpoint-1'}" in printed
 
