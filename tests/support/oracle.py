@@ -70,7 +70,12 @@ def grads(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.double().clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """|a - b| over all parameters."""
+    return total_norm({name: a[name] - b[name] for name in a})
+
+
 def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """|got - wanted| / |wanted| over all parameters; the names must agree."""
     assert got.keys() == wanted.keys()
-    return total_norm({n: got[n] - wanted[n] for n in wanted}) / total_norm(wanted)
+    return apart(got, wanted) / total_norm(wanted)
