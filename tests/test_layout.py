@@ -38,6 +38,8 @@ WINGS = (
     "recipes",
 )
 WITHOUT_TRANSFORMERS = {*WINGS[: WINGS.index("attention")], "engine", "testing"}
+# Objects of others, with an attribute named like one of ours.
+NOT_OURS = {"spec.loader", "module.__spec__.loader", "options.delta"}
 TRANSFORMERS = {"transformers", "accelerate", "peft", "trl", "datasets"}
 
 
@@ -109,6 +111,48 @@ def test_there_are_no_circles() -> None:
 
     for name in MODULES:
         visit(name, ())
+
+
+def stored(path: Path) -> dict[ast.Attribute, str]:
+    """Every attribute that a file sets or deletes, with the class in whose body that stands, "" outside of classes."""
+    found: dict[ast.Attribute, str] = {}
+
+    def visit(node: ast.AST, owner: str) -> None:
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            found[node] = owner
+        for child in ast.iter_child_nodes(node):
+            visit(child, node.name if isinstance(node, ast.ClassDef) else owner)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), "")
+    return found
+
+
+def declared(path: Path) -> set[tuple[str, str]]:
+    """(class, attribute) for those that a file's classes annotate in their bodies, as dataclasses do."""
+    classes = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ClassDef))
+    annotated = ((owner, line.target) for owner in classes for line in owner.body if isinstance(line, ast.AnnAssign))
+    return {(owner.name, target.id) for owner, target in annotated if isinstance(target, ast.Name)}
+
+
+def test_state_is_changed_by_its_owner_only() -> None:
+    """Attributes of the package's own classes are set in the bodies of these classes, and classes of modules by `ClassSwap`."""
+    every = {path: stored(path) for name, path in MODULES.items() if wing_of(name) != "recipes"}  # their trainers are not ours
+    owners: dict[str, set[str]] = {}
+    for path, attributes in every.items():
+        own = {(owner, node.attr) for node, owner in attributes.items() if owner and ast.unparse(node.value) == "self"}
+        for owner, name in own | declared(path):
+            owners.setdefault(name, set()).add(owner)
+    outside = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+        for path, attributes in every.items()
+        for node, owner in attributes.items()
+        if ast.unparse(node) not in NOT_OURS
+        and ast.unparse(node.value) != "ctx"  # of autograd
+        and (
+            (node.attr in owners and owner not in owners[node.attr]) or (node.attr == "__class__" and path.stem != "class_swap")
+        )
+    ]
+    assert not outside, "give the owner a method:\n" + "\n".join(outside)
 
 
 def test_files_and_functions_stay_short() -> None:

@@ -29,6 +29,14 @@ class _Request:
 
     implementation: Implementation | None = None
 
+    @contextlib.contextmanager
+    def during(self, implementation: Implementation) -> Iterator[None]:
+        before, self.implementation = self.implementation, implementation
+        try:
+            yield
+        finally:
+            self.implementation = before
+
 
 _REQUEST = _Request()
 
@@ -53,11 +61,8 @@ def use(implementation: Implementation) -> Iterator[None]:
         ValueError: Another name. Calls within the context raise UnsupportedError for what the implementation does not take.
     """
     validation.one_of("implementation", implementation, get_args(Implementation))
-    before, _REQUEST.implementation = _REQUEST.implementation, implementation
-    try:
+    with _REQUEST.during(implementation):
         yield
-    finally:
-        _REQUEST.implementation = before
 
 
 def choose(

@@ -45,6 +45,13 @@ class _Sum:
     gradient: Tensor
     version: int
 
+    def publish(self) -> None:
+        """The total was added to: the gradient follows."""
+        gradient = local(self.gradient)
+        if gradient.dtype != self.total.dtype:
+            gradient.copy_(self.total)
+        self.version = gradient._version
+
 
 class GradientBuffer:
     """The clipped sums of a model's trained parameters, which stand in their `.grad`.
@@ -223,7 +230,7 @@ class GradientBuffer:
             if added is None:
                 self.total(parameter)
             elif own is not None and added is own.total:
-                self._publish(parameter)
+                self._sums[parameter].publish()
             else:
                 self.add(parameter, added)
 
@@ -234,7 +241,7 @@ class GradientBuffer:
             self._hold(parameter, added)
         else:
             self.total(parameter).add_(added)
-            self._publish(parameter)
+            self._sums[parameter].publish()
 
     @torch.no_grad()
     def add_record(self, parameter: nn.Parameter, record: GradientRecord, factors: Tensor) -> None:
@@ -243,21 +250,13 @@ class GradientBuffer:
             self._hold(parameter, record.clipped_sum(factors))
         else:
             record.add_clipped_sum_(self.total(parameter), factors)
-            self._publish(parameter)
+            self._sums[parameter].publish()
 
     def _hold(self, parameter: nn.Parameter, total: Tensor) -> Tensor:
         """Make a new sum the parameter's own."""
         parameter.grad, total = as_gradient(parameter, total)
         self._sums[parameter] = _Sum(total, parameter.grad, local(parameter.grad)._version)
         return total
-
-    def _publish(self, parameter: nn.Parameter) -> None:
-        """A sum was added to: `.grad` follows."""
-        own = self._sums[parameter]
-        gradient = local(own.gradient)
-        if gradient.dtype != own.total.dtype:
-            gradient.copy_(own.total)
-        own.version = gradient._version
 
     def _require_same_parameters(self) -> None:
         added = [name for name, p in self._model.named_parameters() if p.requires_grad and p not in self._parameters]

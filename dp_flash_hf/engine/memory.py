@@ -36,6 +36,7 @@ from dp_flash_hf.engine.strategies import WholeBatchStrategy
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.kernels.numerics import upcast
 from dp_flash_hf.layers import rules
+from dp_flash_hf.layers.class_swap import take_off_mixin
 from dp_flash_hf.layers.gradient_records import EmbeddingUse, HeadUse, LinearUse
 from dp_flash_hf.layers.recorder import Phase, Recorder
 from dp_flash_hf.units import Batch, Units, leading_shape
@@ -280,8 +281,7 @@ def _without_values(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         if rules.is_attached(module):
             rules.detach(module)
         if isinstance(module, FSDPModule):
-            bases = type(module).__mro__
-            module.__class__ = bases[bases.index(FSDPModule) + 1]
+            take_off_mixin(module, FSDPModule)
         vars(module).pop("forward", None)  # Accelerate's, under autocast, which would call the original
     if hasattr(copied, "set_attn_implementation"):
         try:

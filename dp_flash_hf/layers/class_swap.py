@@ -7,7 +7,8 @@ layer's rule on a patched attention class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -70,6 +71,18 @@ class ClassSwap:
         assert original is not None
         module.__class__ = original
 
+    @contextmanager
+    def instead(self, classes: Mapping[nn.Module, type]) -> Iterator[None]:
+        """Within the context modules have these classes, which `derived` made, whatever other swaps had made of theirs."""
+        before = {module: type(module) for module in classes}
+        try:
+            for module, derived in classes.items():
+                module.__class__ = derived
+            yield
+        finally:
+            for module, own in before.items():
+                module.__class__ = own
+
     def is_on(self, module: nn.Module) -> bool:
         """Whether the module's class was swapped, also where another swap lies on top."""
         return self.original_of(module) is not None
@@ -87,6 +100,12 @@ class ClassSwap:
         if swap is not self:  # another swap lies on top, perhaps of FSDP2, and copies keep its class
             return object.__reduce_ex__(module, protocol)
         return self._revive, (original,), module.__getstate__()
+
+
+def take_off_mixin(module: nn.Module, mixin: type) -> None:
+    """Give a module the class back that others, as FSDP2, had swapped for a subclass of `mixin` and of that class."""
+    bases = type(module).__mro__
+    module.__class__ = bases[bases.index(mixin) + 1]
 
 
 def _bases(original: type, added: type | None) -> tuple[type, ...]:

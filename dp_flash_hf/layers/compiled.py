@@ -169,6 +169,15 @@ class CompiledVariant:
         """Record the gradients of the layer's parameters."""
         raise NotImplementedError
 
+    def put_tap(self, number: Tensor, detail: int) -> None:
+        """The layer has just become its variant; the arguments are its attributes."""
+        vars(self).update(_dp_number=number, _dp_detail=detail)
+
+    def take_off_tap(self) -> None:
+        """The layer will be itself again."""
+        vars(self).pop("_dp_number", None)
+        vars(self).pop("_dp_detail", None)
+
     def _tap(self, out: Tensor, x: Tensor) -> Tensor:
         tapped: Tensor = _Tap.apply(out, x, _TAPS.token, self._dp_number)  # type: ignore[no-untyped-call]
         return tapped
@@ -392,7 +401,7 @@ class CompiledLayers:
 
     def __init__(self, modules: Sequence[nn.Module], recorder: Recorder) -> None:
         self._modules, self._recorder = modules, recorder
-        self._variants: dict[nn.Module, tuple[_TappedLayer, int]] = {}
+        self._variants: dict[Any, tuple[_TappedLayer, int]] = {}
         self._learnt = -1
 
     def uncovered(self) -> set[nn.Parameter]:
@@ -414,14 +423,13 @@ class CompiledLayers:
     def recording(self, items: int, like: Tensor) -> Iterator[None]:
         """Within the context the layers are their compiled variants. items: of a batch. like: dtype and device of the token."""
         token = torch.zeros(items, dtype=like.dtype, device=like.device, requires_grad=True)
-        attached = {module: type(module) for module in self._variants}
-        try:
-            for module, (tapped, detail) in self._variants.items():
-                vars(module).update(_dp_number=tapped.number, _dp_detail=detail)
-                module.__class__ = _class_of(rules.original_class(module))
-            with self._recorder.tapped(token), _TAPS.giving_to(token), torch.compiler.set_stance("default"):
-                yield
-        finally:
-            for module, attached_class in attached.items():
-                module.__class__ = attached_class
-                del vars(module)["_dp_number"], vars(module)["_dp_detail"]
+        classes = {module: _class_of(rules.original_class(module)) for module in self._variants}
+        with _SWAP.instead(classes):
+            try:
+                for module, (tapped, detail) in self._variants.items():
+                    module.put_tap(tapped.number, detail)
+                with self._recorder.tapped(token), _TAPS.giving_to(token), torch.compiler.set_stance("default"):
+                    yield
+            finally:
+                for module in classes:
+                    module.take_off_tap()

@@ -30,6 +30,10 @@ class Place:
     dims: tuple[int, ...]
     proofs: set[tuple[int, tuple[int, ...]]]
 
+    def add_proofs(self, other: Place) -> None:
+        """The same place was proven on other batches too."""
+        self.proofs |= other.proofs
+
     def proven_at(self, length: int) -> bool:
         """Whether batches of this length were seen, or shorter and longer ones; items' rows then stay, or follow the length."""
         if not self.dims or any(seen == length for seen, _ in self.proofs):
@@ -218,7 +222,7 @@ class Layouts:
             old = self._places.get(site, place)
             more |= site not in self._places and place is not None and not place.dims and _is_output(site)
             if place is not None and old is not None and place.dims == old.dims:
-                place.proofs |= old.proofs
+                place.add_proofs(old)
             elif old != place:
                 place = None
             self._places[site] = place
@@ -280,7 +284,7 @@ class Layouts:
             if place is None or old is None or place.dims != old.dims:
                 self._found[key] = None
             else:
-                old.proofs |= place.proofs
+                old.add_proofs(place)
 
     def _start(self, kind: Pass, items: Tensor) -> None:
         self._pass, self._items = kind, items

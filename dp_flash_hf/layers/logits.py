@@ -30,6 +30,7 @@ from dp_flash_hf.layers.unit_layout import Layout
 Step = Callable[[Tensor], Tensor]
 Values = tuple[Tensor, Tensor | None]  # of weight and bias
 Origins = tuple[Tracked | None, Tracked | None]
+OfHead = tuple[Tracked, Tracked | None]
 
 
 def deferred(x: Tensor, values: Values, origins: Origins, layout: Layout | None, compute: Step) -> Tensor:
@@ -57,10 +58,10 @@ def deferred(x: Tensor, values: Values, origins: Origins, layout: Layout | None,
         return compute(x)
     if not w.recorder.defers(_parameters(origins)):
         return compute(x)
-    product = Product(x, weight, bias, w, b, layout, autocast, compute)
+    product = Product(x, values, (w, b), layout, autocast, compute)
     outline = torch.empty(*x.shape[:-1], len(weight), dtype=autocast or x.dtype, device="meta")
     places = torch.arange(math.prod(x.shape[:-1]), device=x.device).view(x.shape[:-1])
-    return _made(product, None, product.compute, Note(outline, places))
+    return Logits.of(product, None, product.compute, Note(outline, places))
 
 
 def _parameters(origins: Origins) -> list[nn.Parameter]:
@@ -71,17 +72,10 @@ class Product:
     """x W^T + b that was deferred, and what looks at it. Arguments as of `deferred`."""
 
     def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        w: Tracked,
-        b: Tracked | None,
-        layout: Layout | None,
-        autocast: torch.dtype | None,
-        compute: Step,
+        self, x: Tensor, values: Values, origins: OfHead, layout: Layout | None, autocast: torch.dtype | None, compute: Step
     ) -> None:
-        self.x, self.weight, self.bias, self.origins, self.layout, self.autocast = x, weight, bias, (w, b), layout, autocast
+        self.x, (self.weight, self.bias) = x, values
+        self.origins, self.layout, self.autocast = origins, layout, autocast
         self._compute = compute
         self._before = self._state()
         self._members: list[weakref.ref[Logits]] = []
@@ -90,12 +84,16 @@ class Product:
 
     def compute(self, x: Tensor) -> Tensor:
         """The product of x, as autograd knows it if it is asked to. Raises PrivacyError when its values are no more."""
-        self.require_unchanged()
+        self._require_unchanged()
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             return self._compute(x)
 
-    def require_unchanged(self) -> None:
-        """Raise PrivacyError when the values are no more."""
+    def compute_in_blocks(self) -> None:
+        """A cross entropy will be computed without the values. Raises PrivacyError when they are no more."""
+        self._require_unchanged()
+        self.in_blocks = True
+
+    def _require_unchanged(self) -> None:
         if self._state() != self._before:
             raise PrivacyError(
                 "logits were read after the weights they come from had changed, and had not been formed before: read them (any "
@@ -150,9 +148,26 @@ class Logits(Tensor):
     again: Step
     formed: Tensor | None
 
+    @staticmethod
+    def of(product: Product, parent: Logits | None, step: Step, note: Note) -> Logits:
+        """Without values; the arguments are attributes."""
+
+        def again(x: Tensor) -> Tensor:
+            return step(x if parent is None else parent.again(x))
+
+        def make() -> Logits:
+            shape, strides, dtype = note.outline.shape, note.outline.stride(), note.outline.dtype
+            out = Tensor._make_wrapper_subclass(Logits, shape, strides=strides, dtype=dtype, device=product.x.device)
+            out.product, out.parent, out.step, out.note, out.again, out.formed = product, parent, step, note, again, None
+            return out
+
+        out: Logits = _Unformed.apply(product.x, product.weight, make, product, again)  # type: ignore[no-untyped-call]
+        product.join(out)
+        return out
+
     def later(self, step: Step) -> Logits:
         """The same, but for `step` once it is formed; the cross entropy does without."""
-        return _made(self.product, self, step, self.note)
+        return Logits.of(self.product, self, step, self.note)
 
     def values_now(self) -> Tensor:
         """The values, by ordinary operations, and only once. For `Product.form_all`."""
@@ -208,21 +223,6 @@ class Logits(Tensor):
             return func(*args, **kwargs)
 
 
-def _made(product: Product, parent: Logits | None, step: Step, note: Note) -> Logits:
-    def again(x: Tensor) -> Tensor:
-        return step(x if parent is None else parent.again(x))
-
-    def make() -> Logits:
-        shape, strides, dtype = note.outline.shape, note.outline.stride(), note.outline.dtype
-        out = Tensor._make_wrapper_subclass(Logits, shape, strides=strides, dtype=dtype, device=product.x.device)
-        out.product, out.parent, out.step, out.note, out.again, out.formed = product, parent, step, note, again, None
-        return out
-
-    out: Logits = _Unformed.apply(product.x, product.weight, make, product, again)  # type: ignore[no-untyped-call]
-    product.join(out)
-    return out
-
-
 class _Unformed(torch.autograd.Function):
     """Ties logits without values to the hidden states: what autograd brings back to them is not lost, whoever used them."""
 
@@ -259,7 +259,7 @@ def _view(logits: Logits, func: Any, *args: Any, **kwargs: Any) -> Logits | None
         return None
     places = logits.note.places.reshape(outline.shape[:-1])
     note = logits.note._replace(outline=outline, places=places)
-    return _made(logits.product, logits, lambda t: func(t, *args, **kwargs), note)
+    return Logits.of(logits.product, logits, lambda t: func(t, *args, **kwargs), note)
 
 
 def _index(logits: Logits, func: Any, index: Any) -> Logits | None:
@@ -273,7 +273,7 @@ def _index(logits: Logits, func: Any, index: Any) -> Logits | None:
     if outline.dim() == 0 or outline.shape[-1] != logits.note.outline.shape[-1] or places.stride(-1) != 0:
         return None
     note = logits.note._replace(outline=outline, places=places[..., 0])
-    return _made(logits.product, logits, lambda t: t[index], note)
+    return Logits.of(logits.product, logits, lambda t: t[index], note)
 
 
 def _cast(logits: Logits, func: Any, *args: Any, **kwargs: Any) -> Logits | None:
@@ -288,7 +288,7 @@ def _cast(logits: Logits, func: Any, *args: Any, **kwargs: Any) -> Logits | None
     )
     if not dtype.is_floating_point or torch.promote_types(dtype, logits.note.outline.dtype) != dtype:
         return None
-    return _made(logits.product, logits, lambda t: t.to(dtype), logits.note._replace(outline=logits.note.outline.to(dtype)))
+    return Logits.of(logits.product, logits, lambda t: t.to(dtype), logits.note._replace(outline=logits.note.outline.to(dtype)))
 
 
 def _scaled(logits: Logits, func: Any, factor: Any, **kwargs: Any) -> Logits | None:
@@ -302,14 +302,14 @@ def _scaled(logits: Logits, func: Any, factor: Any, **kwargs: Any) -> Logits | N
         scale, softcap = scale * factor, None if softcap is None else softcap * factor
     if not all(math.isfinite(value) and value != 0 for value in (scale, softcap or 1.0)):
         return None
-    return _made(logits.product, logits, lambda t: func(t, factor), logits.note._replace(scale=scale, softcap=softcap))
+    return Logits.of(logits.product, logits, lambda t: func(t, factor), logits.note._replace(scale=scale, softcap=softcap))
 
 
 def _tanh(logits: Logits, func: Any, **kwargs: Any) -> Logits | None:
     """A soft-cap, if a scale comes before and after."""
     if kwargs or logits.note.softcap is not None:
         return None
-    return _made(logits.product, logits, func, logits.note._replace(softcap=1.0))
+    return Logits.of(logits.product, logits, func, logits.note._replace(softcap=1.0))
 
 
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_meta", "is_quantized")
@@ -335,7 +335,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
 class _Loss(NamedTuple):
     """What every row's loss is made of besides the hidden states, and where it is recorded."""
 
-    origins: tuple[Tracked, Tracked | None]
+    origins: OfHead
     layout: Layout | None
     autocast: torch.dtype | None
     labels: Tensor  # (rows,)
@@ -363,8 +363,7 @@ def _cross_entropy(
     if logits.dim() != 2 or target.shape != logits.shape[:1] or reduction not in ("none", "sum", "mean"):
         return None
     product = logits.product
-    product.require_unchanged()
-    product.in_blocks = True
+    product.compute_in_blocks()
     labels = target.new_full((product.x.shape[:-1].numel(),), ignore_index).index_copy_(0, logits.note.places, target)
     loss = _Loss(
         product.origins, product.layout, product.autocast, labels, ignore_index, logits.note.scale, logits.note.softcap

@@ -275,21 +275,21 @@ class Recorder:
 
     def _add_norms(self, records: dict[nn.Parameter, GradientRecord]) -> None:
         """Add the norms of these records; those of layers that share an input in one go."""
-        sharing: dict[object, list[tuple[nn.Parameter, GradientRecord, LinearUse]]] = {}
+        sharing: dict[object, list[tuple[nn.Parameter, LinearUse]]] = {}
         for parameter, record in records.items():
             use = record.only_linear
             if use is None:
-                self._add_squares(parameter, record, record.squared_norms())
+                squared = record.squared_norms()
+                self._add_squares(parameter, squared, record.norm_method)
             else:
-                sharing.setdefault(use.input_key, []).append((parameter, record, use))
+                sharing.setdefault(use.input_key, []).append((parameter, use))
         for group in sharing.values():
-            squares, method = linear_norms([use for _, _, use in group])
-            for (parameter, record, _), squared in zip(group, squares, strict=True):
-                record.norm_method = method
-                self._add_squares(parameter, record, squared)
+            squares, method = linear_norms([use for _, use in group])
+            for (parameter, _), squared in zip(group, squares, strict=True):
+                self._add_squares(parameter, squared, method)
 
-    def _add_squares(self, parameter: nn.Parameter, record: GradientRecord, squared: Tensor) -> None:
-        self.norm_methods[parameter] = record.norm_method
+    def _add_squares(self, parameter: nn.Parameter, squared: Tensor, method: str) -> None:
+        self.norm_methods[parameter] = method
         if self._norms is None:
             self._norms = squared.new_zeros(self.units.n, self._n_groups)
         self._norms[:, self._groups[parameter]] += squared

@@ -70,6 +70,15 @@ class Tracked(Tensor):
         tracked.recorder, tracked.plain, tracked.how, tracked.version = recorder, plain, how, plain._version
         return tracked
 
+    def leave_to_autograd(self) -> None:
+        """From now on, what this is used for is computed as without the library."""
+        self.version = -1
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its values are no longer what `how` says, or it was left to autograd."""
+        return self.plain._version != self.version
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -258,12 +267,12 @@ def rules_for(func: Callable[..., Any]) -> list[Rule]:
 
 def _dispatch(call: Call) -> Any:
     recorder = call.recorder
-    if recorder.phase == "idle" or not torch.is_grad_enabled() or any(t.plain._version != t.version for t in call.tracked):
+    if recorder.phase == "idle" or not torch.is_grad_enabled() or any(t.is_stale for t in call.tracked):
         return call.run()
     if changes_its_argument(call.func) and isinstance(call.args[0], Tracked):
         return call.run()
     if getattr(call.func, "__name__", "") in _HOOKS:
-        call.tracked[0].version = -1  # what it asks for happens in autograd only
+        call.tracked[0].leave_to_autograd()  # what it asks for happens there only
         return call.run()
     if getattr(call.func, "__name__", "") in _AS_ANOTHER:
         return _derived(call) if isinstance(call.args[0], Tracked) else call.run()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
-from dp_flash_hf.engine.gradient_buffer import GradientBuffer
+from dp_flash_hf.engine.gradient_buffer import GradientBuffer, _Sum
 from dp_flash_hf.engine.strategy_selection import StrategySelector
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.units import select_items
@@ -116,15 +116,17 @@ def test_no_room_while_sums_are_added_up(before: bool, monkeypatch: pytest.Monke
     if not before:
         model.zero_grad()
     calls = iter([None, None, cuda_error()])
-    publish, hold = GradientBuffer._publish, GradientBuffer._hold
+    owner: Any = _Sum if before else GradientBuffer
+    name = "publish" if before else "_hold"
+    method = getattr(owner, name)
 
-    def failing(self: GradientBuffer, *args: Any) -> Any:
+    def failing(self: Any, *args: Any) -> Any:
         error = next(calls, None)
         if error is not None:
             raise error
-        return (publish if before else hold)(self, *args)
+        return method(self, *args)
 
-    monkeypatch.setattr(GradientBuffer, "_publish" if before else "_hold", failing)
+    monkeypatch.setattr(owner, name, failing)
     if before:
         with pytest.raises(PrivacyError, match="nothing was released"):
             engine.backward(loss, batch)

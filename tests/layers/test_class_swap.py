@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from dp_flash_hf.layers.class_swap import ClassSwap
+from dp_flash_hf.layers.class_swap import ClassSwap, take_off_mixin
 
 
 class Plain(nn.Module):
@@ -119,3 +119,32 @@ def test_without_a_way_back_a_swapped_module_is_copied_but_not_pickled() -> None
     assert type(copy.deepcopy(module)) is type(module)
     with pytest.raises(pickle.PicklingError):
         pickle.dumps(module)
+
+
+def test_instead_puts_back_whatever_other_swaps_had_made() -> None:
+    """Also where the context ends with an error; the attached class does not run within it, as `put_on` would let it."""
+    top, module, other = ClassSwap(front=(Front,)), Plain(), Below()
+    REVIVED.put_on(module, Mixin)
+    before = type(module)
+    seen = []
+
+    def failing() -> None:
+        seen.extend([module.forward(), other.forward()])
+        raise KeyError
+
+    with pytest.raises(KeyError), top.instead({module: top.derived(Plain, Rule), other: top.derived(Below)}):
+        failing()
+    assert seen == [["front", "rule", "plain"], ["front", "below", "plain"]]
+    assert type(module) is before
+    assert type(other) is Below
+
+
+def test_taking_off_what_others_put_on() -> None:
+    """As `fully_shard` swaps classes: one for each original, with a mixin in front. A swap of ours below stays."""
+    module = Plain()
+    REVIVED.put_on(module, Mixin)
+    ours = type(module)
+    module.__class__ = type("FrontPlain", (Front, ours), {})
+    assert module.forward() == ["front", "mixin", "plain"]
+    take_off_mixin(module, Front)
+    assert type(module) is ours
