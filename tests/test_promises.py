@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import re
-
-import pytest
+from pathlib import Path
 
 from tests.support import ROOT
+from tests.support.kept import kept
 
 PAGE = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"^## (\d+)\. .*?\n(.*?)(?=^## )", PAGE, re.DOTALL | re.MULTILINE)
@@ -20,11 +19,38 @@ def test_every_promise_was_shown_to_have_a_test_that_fails() -> None:
         assert re.search(r"^Shown by: .*\n\n- `tests/", text, re.MULTILINE), number
 
 
-@pytest.mark.parametrize(("file", "name"), NAMED, ids=[name for _, name in NAMED])
-def test_it_is_there(file: str, name: str) -> None:
-    functions = [
-        node for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)
-    ]
-    (found,) = (node for node in functions if node.name == name)
-    marks = " ".join(ast.unparse(mark) for mark in found.decorator_list if "parametrize" not in ast.unparse(mark))
-    assert not re.search(r"mark\.(complete|slow|coverage|gpu)\b", marks), f"{name} is left out of `make test`"
+def test_make_test_runs_every_test_that_is_named() -> None:
+    """As pytest says: a test all of whose parameters are marked `complete` shows nothing, nor does one that may be skipped."""
+    assert re.search(r"^test: .*\n(\t.*\n)*\t\$\(PYTEST\)\n", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    missing = {f"{file}::{name}" for file, name in NAMED} - kept({file for file, _ in NAMED})
+    assert not missing, f"not there, or left out of `make test`: {sorted(missing)}"
+
+
+LEFT_OUT = """
+import pytest
+
+def test_of_nothing():
+    pass
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.complete), 2])
+def test_of_the_smaller(size):
+    pass
+
+@pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.complete) for size in (1, 2)])
+def test_of_all_sizes(size):
+    pass
+
+@pytest.mark.skipif(False, reason="")
+def test_of_some_machines():
+    pass
+
+def helper():
+    pass
+"""
+
+
+def test_what_is_left_out_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(LEFT_OUT)
+    (tmp_path / "test_slow.py").write_text("import pytest\npytestmark = pytest.mark.slow\ndef test_slow(): pass")
+    found = {name.partition("::")[2] for name in kept(map(str, tmp_path.iterdir()))}
+    assert found == {"test_of_nothing", "test_of_the_smaller"}
