@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 import dp_flash_hf
 
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
@@ -33,7 +35,8 @@ autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+# A list under "Attributes". As directives they would be described twice, beside autodoc's; as `:ivar:` they read "Variables".
+napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
 default_role = "code"  # of docstrings, which write names between single backticks
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -46,3 +49,14 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(?!dp_flash_hf).*"),
     (r"py:.*", r".*\b_\w+"),
 ]
+
+
+def keep_sentences(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Before napoleon, which takes "a: b" in the first line of a property for its type and description."""
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]  # a comment, which is a first line without a colon
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", keep_sentences, priority=400)  # napoleon's is 500

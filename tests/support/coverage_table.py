@@ -1,4 +1,4 @@
-"""docs/coverage.md, written from what `tests/test_coverage.py` found."""
+"""docs/coverage.md, written from what `tests/end_to_end/test_coverage.py` found."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def render(rows: Iterable[Examination]) -> str:
         own = [row for row in found if row.task == task]
         if own:
             parts.append(f"## {task}\n")
-            parts.append(_table(("class", "attention", "inputs", "dtype", "result"), map(_line, own)))
+            parts.append(_table(("class", "result", "attention", "inputs", "dtype"), map(_line, own)))
     return "\n".join(parts)
 
 
@@ -62,7 +62,7 @@ def _line(row: Examination) -> tuple[str, ...]:
         "crash": f"crash: {row.problem}",
         "not built": f"not built: {row.not_built}",
     }
-    return row.name, row.attention, row.inputs, row.dtype, result.get(row.verdict, computed)
+    return row.name, result.get(row.verdict, computed), row.attention, row.inputs, row.dtype
 
 
 def _table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
