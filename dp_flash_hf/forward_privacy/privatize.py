@@ -90,7 +90,24 @@ class Verdict(NamedTuple):
 
 
 class Privatized:
-    """A model with noise at some places; made by `privatize`.
+    """A model with noise at some places; made by `privatize`, and called as before.
+
+    **Guarantee.** What left a privatised place since `privatize` is in the ledger: every call is recorded before its output
+    goes on, one that fails afterwards too. `report` says what that protects, for the inputs that `verify_cut` found to be cut
+    off.
+
+    **Edge cases.**
+
+    ====================================  ============================================================================
+    case                                  what happens
+    ====================================  ============================================================================
+    evaluation, training, `no_grad`       noise alike: what is released does not depend on the mode
+    generation                            every pass through the model is a call, one for each token
+    beams, several return sequences       PrivacyError unless `ledger.units(ids)` names the unit of every row
+    another attention implementation      the verdict of `verify_cut` no longer holds, and `report` refuses
+    places or parameters that changed     the same
+    `remove()`                            no noise from then on, and no report
+    ====================================  ============================================================================
 
     Attributes:
         model: The model itself, which is called as before.
@@ -208,7 +225,7 @@ def _expand(part: Any, ledger: AttentionLedger, *args: Any, **kwargs: Any) -> An
     """In place of a model's method for beams and several return sequences, which put one unit into several rows."""
     if kwargs.get("expand_size", args[0] if args else 1) > 1 and not ledger.knows_units:
         raise PrivacyError(
-            "beams and several return sequences repeat a unit in several rows, each of which is a release: say so, "
+            "beams and several return sequences repeat a unit in several rows, and each row is a release: say so, "
             "with ledger.units(ids), an id for every row, repeated like the rows"
         )
     return getattr(type(part), _EXPAND)(part, *args, **kwargs)

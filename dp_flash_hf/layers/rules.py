@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dp_flash_hf.errors import invalid
 from dp_flash_hf.layers import any_operation, experts  # noqa: F401 - the first registers a rule
 from dp_flash_hf.layers.chain import record
 from dp_flash_hf.layers.class_swap import ClassSwap
@@ -71,10 +72,21 @@ def register_rule(layer: type[nn.Module] | str) -> Callable[[_R], _R]:
             `super().forward`. A rule given for a name is a mixin, no module itself, and comes first in subclasses too.
 
     Returns:
-        A decorator that returns the class unchanged. A later rule for the same class takes the place of an earlier one.
+        A decorator that returns the class unchanged. A later rule for the same class takes the place of an earlier one; models
+        that an engine is attached to already keep theirs.
+
+    Raises:
+        ValueError: By the decorator: the rule for a class does not subclass it, or the rule for a name is a module itself, so
+            that its `forward` would never run.
     """
 
     def register(rule: _R) -> _R:
+        if isinstance(layer, type) and not issubclass(rule, layer):
+            raise invalid("rule", expected=f"a subclass of {layer.__name__}", actual=rule, remedy="derive it from its layer")
+        if isinstance(layer, str) and issubclass(rule, nn.Module):
+            raise invalid(
+                "rule", expected=f"a mixin for {layer}", actual=rule, remedy="derive it from no module, or give the class"
+            )
         _RULES[layer] = rule
         return rule
 
@@ -133,6 +145,9 @@ def is_attached(module: nn.Module) -> bool:
 def layout_of(module: Any, x: Tensor, feature_dims: int = 1) -> Layout | None:
     """For rules: how the input of an attached module is laid out.
 
+    **Guarantee.** A layout that is returned was proven: the engine ran units alone and found their values in the whole batch at
+    these places. Nothing is guessed from sizes, which can agree by chance.
+
     Args:
         module: The module, as the rule's `forward` has it.
         x: Its input ``(*lead, *features)``, the same one in every call of `forward`: layouts are learnt from its values.
@@ -141,6 +156,9 @@ def layout_of(module: Any, x: Tensor, feature_dims: int = 1) -> Layout | None:
     Returns:
         The layout of the leading dimensions; None where nothing is being recorded, or where it is not certain what belongs to
         whom. The layer must then compute as without the library.
+
+    Raises:
+        KeyError: The module is not attached: no `ClippingEngine` is on the model it is part of.
     """
     return recorder_of(module).layout(module, x, feature_dims)
 

@@ -73,7 +73,21 @@ class Layout:
         return self.units.arrange(x.reshape(self.units.n_items, -1, x.shape[-1]))
 
     def take(self, x: Tensor, unit: int) -> Tensor:
-        """The part of x ``(*lead, ...)`` that belongs to one unit: x itself, but for the dimension that runs over items."""
+        """The part of x that belongs to one unit.
+
+        Only for layouts of rows, in which items run along one dimension: the tokens of a packed row are no block of it.
+
+        Args:
+            x: ``(*lead, ...)``, of any dtype, on any device.
+            unit: Its number; -1 is padding.
+
+        Returns:
+            A copy with the entries of this unit alone, in their order, in the dimension that runs over items: 0 entries for a
+            unit that is not in the batch. x itself where everything belongs to one unit.
+
+        Raises:
+            ValueError: Items run along two dimensions.
+        """
         if self.whole:
             return x
         (dim,) = self.dims

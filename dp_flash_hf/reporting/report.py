@@ -101,6 +101,9 @@ class PrivacyReport:
     ) -> Self:
         """The report of the steps in `ledger`, taken under `plan`.
 
+        The guarantee is that of the steps taken. What is still planned shows in `planned_steps` only, so that a report may be
+        asked for at any time.
+
         Args:
             config: The privacy parameters.
             plan: The latest plan of the run.
@@ -111,6 +114,13 @@ class PrivacyReport:
             recorded: Whether every step was written to a spend log before it was released; if not, the report says that lost
                 steps may be missing.
             not_covered: Sentences to add to those that hold for every run.
+
+        Returns:
+            The report, computed from the arguments alone; no data are read. Epsilon is that of all steps in `ledger`: 0.0 where
+            it is empty, and inf where noise is too small for the accountant, see `Ledger.epsilon`.
+
+        Raises:
+            UnsupportedError: The accountant cannot add up the steps in `ledger`, or needs opacus, which is not installed.
         """
         if unit is None:
             unit = "one training example" if config.privacy_unit is None else f"all rows with the same {config.privacy_unit!r}"
