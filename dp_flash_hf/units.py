@@ -288,7 +288,8 @@ def _select(name: str, value: Any, units: Units, items: Tensor, batch: Batch) ->
             f"batch[{name!r}]",
             expected=f"{expected} fewer than two dimensions",
             actual=tuple(value.shape),
-            remedy="which part is whose is not known: pass select=",
+            remedy="nothing says which part of it belongs to which unit: give one row for every row of the batch, or (a "
+            "ClippingEngine of your own) pass select=",
         )
     return value
 

@@ -1,7 +1,7 @@
 """Everything that only a GPU shows, in one command: `python -m tests.gpu`, with whatever Python has torch and our dependencies.
 
 Runs the tests that need a GPU, the kernels' own tests compiled instead of interpreted, and all presets of `dp-flash bench`, and
-writes one markdown file. Every part has a time-out, and the file is written anew after each, so that one that fails or hangs
+writes one markdown file. Every part has a time-out, and the file is written again after each, so that one that fails or hangs
 loses nothing but itself. All time-outs add up to under nine minutes.
 """
 

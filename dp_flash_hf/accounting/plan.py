@@ -103,7 +103,7 @@ class PrivacyPlan:
         return plan if spent is None else plan.after(spent, steps)
 
     def after(self, spent: Ledger, steps: int) -> Self:
-        """This plan with so many steps on top of those spent, of which it counts those of its own kind as its own.
+        """This plan with so many steps on top of those spent; those of its own kind it counts as its own.
 
         Raises:
             ValueError: `steps` is 0 and none of those spent are of the plan's kind: a plan has at least one step.

@@ -26,7 +26,7 @@ class RunAccount:
     """Plan, ledgers and spend log of one training run, and of those that it continues.
 
     `open_spend_log` and `load_state_dict` add what earlier runs spent; `begin` does both, for a training that starts. Each
-    makes `plan` anew, once: what was spent already counts, and with target_epsilon nothing is planned beyond the budget.
+    makes `plan` again, once: what was spent already counts, and with target_epsilon nothing is planned beyond the budget.
 
     What is guaranteed:
 
@@ -40,7 +40,7 @@ class RunAccount:
     nothing                                              as it was
     steps of the same kind, noise_multiplier given       the steps that were wanted; epsilon is that of all
     steps of the same kind, target_epsilon given         the same noise, and as many fewer steps as were lost
-    other noise, sampling, clipping or budget            with target_epsilon, the noise of the rest is calibrated anew
+    other noise, sampling, clipping or budget            with target_epsilon, the noise of the rest is calibrated again
     all wanted steps are in the weights                  no step left
     more than target_epsilon                             ValueError; it counts, and no step is left
     another privacy unit, number of units, or seed       PrivacyError, nothing changed: such steps cannot be added up
@@ -202,14 +202,14 @@ class RunAccount:
         if state is not None and (self.spend_log is None or self.spend_log.last is None):
             self._before = state
         self.taken = taken if state is None else state["taken"]
-        self._plan_anew()
+        self._replan()
 
     def _ledgers_in(self, state: dict[str, Any]) -> dict[str, Ledger]:
         """The ledgers in a checkpoint's state. Raises PrivacyError unless they are whole, and can be added up with these."""
         if not isinstance(state, dict) or (lacking := sorted(set(_STATE) - state.keys())):
             raise PrivacyError(
                 f"the checkpoint's privacy state lacks {lacking if isinstance(state, dict) else 'everything'}, so what was "
-                "spent is unknown; start afresh"
+                "spent is unknown; resume another checkpoint, or train from the start"
             )
         if state["checksum"] != _checksum(state):
             raise PrivacyError(
@@ -229,8 +229,8 @@ class RunAccount:
         if changed:
             differences = ", ".join(f"{name}: {old!r} in {where}, {new!r} now" for name, old, new in changed)
             raise PrivacyError(
-                f"what was spent then and what will be cannot be added up ({differences}); resume with the same ones, or start "
-                "afresh in another folder"
+                f"what was spent then and what will be cannot be added up ({differences}); resume with the old values, or "
+                "start a new training in another folder, whose epsilon adds to this one's"
             )
         kinds = {self._wanted.sampler.kind} | {sampler.kind for own in ledgers.values() for (sampler, _), _ in own.entries}
         if self.config.accountant != "pld" and kinds != {"poisson"}:
@@ -243,7 +243,7 @@ class RunAccount:
         for name, own in ledgers.items():
             self._ledgers.setdefault(name, Ledger()).merge_max(own)
 
-    def _plan_anew(self) -> None:
+    def _replan(self) -> None:
         spent = self.ledger
         try:
             self.plan = self._planned_after(spent)

@@ -187,13 +187,13 @@ class SpendLog:
                 if "record" in line:
                     raise PrivacyError(
                         f"{self.path} was written by an earlier version, in which copies of a folder counted under one name, "
-                        "so steps of theirs may be missing: begin anew in another folder, and count what was spent here too"
+                        "so steps of theirs may be missing: start again in another folder, and count what was spent here too"
                     )
                 self._take(line)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise PrivacyError(
                     f"{self.path}, line {number}: damaged ({error}), so what was spent is unknown. Restore a copy of "
-                    "the file, if no step was taken since; or begin anew in another folder, and count what was spent here too"
+                    "the file, if no step was taken since; or start again in another folder, and count what was spent here too"
                 ) from error
             self._hash, self._end = found, self._end + len(text) + 1
         if torn:

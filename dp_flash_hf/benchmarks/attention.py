@@ -85,7 +85,7 @@ class Row:
         seconds: Of a forward and a backward pass; None, as all that follows, where it did not run.
         operations_per_second: Floating-point operations.
         ratio: Its time over that of dp_flash.
-        roof: The least time that the ceilings allow, over its time.
+        of_ceiling: The least time that the ceilings allow, over its time.
         note: Why it did not run.
     """
 
@@ -95,7 +95,7 @@ class Row:
     seconds: float | None = None
     operations_per_second: float | None = None
     ratio: float | None = None
-    roof: float | None = None
+    of_ceiling: float | None = None
     note: str = ""
 
 
@@ -247,7 +247,7 @@ def timed(device: str, step: Callable[[], object], count: int) -> float:
 
 def measure(
     work: AttentionWork,
-    roof: Ceilings,
+    limits: Ceilings,
     *,
     repeats: int,
     methods: Mapping[str, Callable[[], Attention]] = METHODS,
@@ -262,7 +262,7 @@ def measure(
             makers, functools.partial(timed, work.device), _TURN_SECONDS, repeats=repeats, advance=advance
         )
         count = operations(work, head_width, length)
-        floor = max(count / roof.operations, least_bytes(work, head_width, length) / roof.bytes)
+        floor = max(count / limits.operations, least_bytes(work, head_width, length) / limits.bytes)
         for method in methods:
             if method in notes:
                 rows.append(Row(head_width=head_width, length=length, method=method, note=notes[method]))
@@ -276,7 +276,7 @@ def measure(
                     seconds=own,
                     operations_per_second=count / own,
                     ratio=statistics.median(s / b for b, s in zip(seconds[first], seconds[method], strict=True)),
-                    roof=floor / own,
+                    of_ceiling=floor / own,
                 )
             )
     return rows
@@ -297,14 +297,14 @@ def print_table(work: AttentionWork, *, repeats: int) -> None:
         raise invalid(
             "device", expected="cuda", actual=work.device, remedy="attention is measured on a GPU; leave --device out"
         )
-    roof = ceilings(work.device)
+    limits = ceilings(work.device)
     total = len(work.head_widths) * len(work.lengths) * len(METHODS) * (1 + repeats)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("measuring", total=total)
-        rows = measure(work, roof, repeats=repeats, advance=lambda: progress.advance(task))
+        rows = measure(work, limits, repeats=repeats, advance=lambda: progress.advance(task))
     Console().print(table_of(rows))
     bound = {
-        (d, n): "memory" if least_bytes(work, d, n) / roof.bytes > operations(work, d, n) / roof.operations else "products"
+        (d, n): "memory" if least_bytes(work, d, n) / limits.bytes > operations(work, d, n) / limits.operations else "products"
         for d, n in product(work.head_widths, work.lengths)
     }
     memory = ", ".join(f"{d}/{n}" for (d, n), what in bound.items() if what == "memory")
@@ -313,8 +313,8 @@ def print_table(work: AttentionWork, *, repeats: int) -> None:
         f"{torch.cuda.get_device_name() if work.device == 'cuda' else 'CPU'}, torch {torch.__version__}.\n"
         f"Forward and backward pass; medians of {repeats} rounds, methods taking turns; the device's own clock.\n"
         "TFLOP/s: 7 products of the half that is not masked. time: over that of dp_flash in the same round.\n"
-        f"Ceilings, measured here: {roof.bytes / 1e12:.2f} TB/s copying, {roof.operations / 1e12:.0f} TFLOP/s in bfloat16 "
-        "products. of roof: the least time that they allow, over the time it took.\n"
+        f"Ceilings, measured here: {limits.bytes / 1e12:.2f} TB/s copying, {limits.operations / 1e12:.0f} TFLOP/s in bfloat16 "
+        "products. of ceiling: the least time that they allow, over the time it took.\n"
         f"Memory is the limit at head width/length: {memory or 'none of these'}; for the others, products are."
     )
 
@@ -322,7 +322,7 @@ def print_table(work: AttentionWork, *, repeats: int) -> None:
 def table_of(rows: list[Row]) -> Table:
     """The table that is printed."""
     table = Table()
-    for column in ("head", "length", "method", "ms", "TFLOP/s", "time", "of roof"):
+    for column in ("head", "length", "method", "ms", "TFLOP/s", "time", "of ceiling"):
         table.add_column(column, justify="left" if column == "method" else "right")
     case = None
     for row in rows:
@@ -333,7 +333,7 @@ def table_of(rows: list[Row]) -> Table:
             f"{1000 * row.seconds:.3f}" if row.seconds is not None else row.note,
             f"{row.operations_per_second / 1e12:,.0f}" if row.operations_per_second is not None else "",
             f"{row.ratio:.3f}" if row.ratio is not None else "",
-            f"{row.roof:.2f}" if row.roof is not None else "",
+            f"{row.of_ceiling:.2f}" if row.of_ceiling is not None else "",
         )
         table.add_row(str(row.head_width), str(row.length), row.method, *figures)
     return table

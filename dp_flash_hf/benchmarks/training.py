@@ -228,7 +228,7 @@ def _conditions(work: Work, repeats: int, first: str) -> str:
     model = model_of(work, work.lengths[0], "sdpa")
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
-    adapters = f", of which {trained:.1f} M are adapters of rank {work.lora}, and trained" if work.lora else ""
+    adapters = f", {trained:.1f} M of them adapters of rank {work.lora}, which are trained" if work.lora else ""
     where = f"{work.threads} CPU threads" if work.device == "cpu" else torch.cuda.get_device_name()
     release = release_milliseconds(work, work.lengths[0])
     return (

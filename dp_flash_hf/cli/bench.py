@@ -65,7 +65,7 @@ def bench(options: argparse.Namespace) -> None:
     if options.padding_free and of_attention:
         unknown |= {"padding-free"}
     if unknown:
-        raise ValueError(f"bench: --{min(unknown)} means nothing to --preset {options.preset}; leave it out")
+        raise ValueError(f"bench: --{min(unknown)} is not an option of --preset {options.preset}; leave it out")
     if of_attention:
         attention.print_table(replace(work, **given), repeats=options.repeats)
         return

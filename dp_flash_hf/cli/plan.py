@@ -44,7 +44,7 @@ def add_parsers(commands: Commands) -> None:
 def _add_memory(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("memory of a step, from shapes alone")
     memory.add_argument("--memory", action="store_true", help="plan memory")
-    memory.add_argument("--model", help="a Hub name or folder, of which the configuration is read and no weights")
+    memory.add_argument("--model", help="a Hub name or folder; the configuration is read, and no weights")
     add_task(memory)
     memory.add_argument("--batch-rows", type=whole, help="rows computed at once: per_device_train_batch_size")
     memory.add_argument("--length", type=whole, help="tokens per row")
@@ -112,7 +112,7 @@ def _plans(options: argparse.Namespace) -> list[PrivacyPlan]:
 def _plan_of(
     options: argparse.Namespace, epsilon: float | None, noise_multiplier: float | None, steps: int | None
 ) -> PrivacyPlan:
-    """The plan of one combination, of which one value is None and is computed."""
+    """The plan of one combination, in which one value is None and is computed."""
     from dp_flash_hf.accounting.plan import PrivacyPlan
     from dp_flash_hf.mechanisms.config import PrivacyConfig
 

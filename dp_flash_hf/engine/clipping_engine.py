@@ -39,7 +39,7 @@ class ClippingEngine:
     >>> engine = ClippingEngine(model, max_grad_norm=1.0)
     >>> batch = {"x": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}
     >>> loss = engine.backward(lambda part: model(part["x"]).sum(), batch)
-    >>> engine.norms  # of the gradients (3, 4) and (0.3, 0.4), of which the first is clipped
+    >>> engine.norms  # of the gradients (3, 4) and (0.3, 0.4); the first is clipped
     tensor([5.0000, 0.5000])
     >>> model.weight.grad  # (0.6, 0.8) + (0.3, 0.4)
     tensor([[0.9000, 1.2000]])
@@ -315,7 +315,11 @@ class ClippingEngine:
         return self._selector.chosen
 
     def choose(self, strategy: WholeBatchStrategy) -> None:
-        """From now on strategy="auto" computes whole batches by this strategy; one asked for by name stays."""
+        """From the next batch on, strategy="auto" computes whole batches by this strategy.
+
+        No result changes, and a strategy asked for by name stays. On a sharded model all ranks have to choose the same. Where
+        two passes turn out not to be possible, a warning says that book-keeping is used instead.
+        """
         self._selector.choose(strategy)
 
     def without_microbatching(self) -> AbstractContextManager[None]:
@@ -326,7 +330,10 @@ class ClippingEngine:
         return self._selector.without_microbatching()
 
     def eagerly(self) -> AbstractContextManager[None]:
-        """Within the context a compiled model runs as if it were not compiled, called by the engine or not."""
+        """Within the context compiled code does not run, whoever calls the model.
+
+        For checks, which try many shapes. The same gradients come out; it may be nested, and an error ends it too.
+        """
         return self._compiled.eagerly()
 
     @property
@@ -336,7 +343,7 @@ class ClippingEngine:
 
     @property
     def uncovered(self) -> list[str]:
-        """Names of parameters that no rule covers, because of which strategy="auto" computes every unit by itself."""
+        """Names of parameters that no rule covers. If there are any, strategy="auto" computes every unit by itself."""
         return [name for p, name in self.parameters.items() if p in self._selector.uncovered]
 
     @property

@@ -86,7 +86,7 @@ class LayoutProbe:
         self.knows(batch, units)
 
     def forget(self) -> None:
-        """Learn anew from the next batch: the last one came in shapes whose layout is not proven."""
+        """Learn again from the next batch: the last one came in shapes whose layout is not proven."""
         self._recorder.layouts.forget()
 
     def _probe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:

@@ -102,7 +102,7 @@ def estimate(
     Args:
         model: on any device, with an engine or without. One that FSDP2 sharded is taken as it is sharded. Checkpointing is what
             the model says.
-        batch: what the model will be given, of which only shapes are used.
+        batch: what the model will be given; only shapes are used.
         n_units: how many units it holds, each with as much of it as the others.
         loss_fn: (copy of the model, batch), both without values -> scalar.
         moments: optimizer state, in elements for each trained element; AdamW has 2, see `moments_of`.
@@ -177,7 +177,7 @@ def choose_by_memory(
 
     Args:
         engine: whose model is to be trained.
-        batch: of one unit, a long one, of which only shapes are used.
+        batch: of one unit, a long one; only shapes are used.
         units: that unit's.
         max_rows, max_tokens: the largest physical batch, in rows or, if max_tokens is not None, in tokens.
         loss_fn, moments, autocast: as of `estimate`.
@@ -231,7 +231,7 @@ def widest(batch: Mapping[str, Any], units: Units, *, max_rows: int, max_tokens:
     out: dict[str, Any] = {}
     for name, value in batch.items():
         if name.startswith(("cu_seq_lens", "max_length")):
-            continue  # where texts end, of which there are others then
+            continue  # where texts end: there are other texts then
         out[name] = value
         if isinstance(value, Tensor) and units.kind == "rows" and value.dim() > 0 and len(value) == units.n_items:
             out[name] = value.new_empty(len(value) * times, *value.shape[1:], device="meta")
@@ -310,7 +310,7 @@ def _peak(
     recorder: _Shapes | None = None
     if strategy in STRATEGIES:
         recorder = _Shapes(model, n_units, simulator)
-        # One unit, of which it does not matter where it stands: nothing has to be learnt.
+        # One unit, and it does not matter where it stands: nothing has to be learnt.
         shape = leading_shape(batch)
         recorder.start(STRATEGIES[strategy], Units.of(torch.zeros(shape[0], dtype=torch.long), shape))
     else:

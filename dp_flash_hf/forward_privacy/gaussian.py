@@ -128,7 +128,7 @@ def _least_sigma(epsilon: float, delta: float) -> float:
 
 
 def sampled_delta(epsilon: float, *, squared_mu: float, sampling_rate: float, passes: int, certain: float = 0.0) -> float:
-    """The delta, at epsilon, of passes each of which a unit joins independently with the same probability; exact.
+    """The delta, at epsilon, of passes that a unit joins independently, each with the same probability; exact.
 
     What is released are rows of units, so an observer sees who took part: the privacy of not taking part, on which the
     amplification of DP-SGD rests, is not there, and epsilon is not multiplied by the sampling rate. What remains: whether a

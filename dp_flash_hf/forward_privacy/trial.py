@@ -24,7 +24,7 @@ class Run(NamedTuple):
     looked_up: list[Tensor]  # what embeddings were given, in order
 
     def shapes(self) -> list[Any]:
-        """Which calls were made, and with tensors of which shapes."""
+        """Which calls were made, and the shapes of their tensors."""
         return [(place, [x.shape for x in given]) for place, given in (*self.seen, ("", self.looked_up))]
 
 
@@ -59,7 +59,7 @@ class Trial:
         looked_up: list[Tensor] = []
 
         def look_up(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if not isinstance(args[0], Tensor):  # a length, of which positions are made
+            if not isinstance(args[0], Tensor):  # a length, from which positions are made
                 return None
             looked_up.append(args[0].detach().clone())
             return None if probe is None else probe(len(looked_up) - 1, output)

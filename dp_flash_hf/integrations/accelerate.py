@@ -171,7 +171,7 @@ class PrivateLoop:
     def loader(self) -> Draws:
         """One Poisson draw, collated, for every step that is left; the next raises PrivacyError if one was left out.
 
-        Iterating anew begins with the draw that waits for `backward`, if there is one: to look at a draw leaves none out.
+        Iterating again begins with the draw that waits for `backward`, if there is one: to look at a draw leaves none out.
         """
         return self._draws
 
@@ -252,7 +252,7 @@ class PrivateLoop:
 
 
 class Draws:
-    """The draws of a loop, in order, of which none may be left out: a step that is not taken tells what was drawn.
+    """The draws of a loop, in order. None may be left out: a step that is not taken tells what was drawn.
 
     Iterating gives one draw for every step that is left, and each has to be used up before the next one is given. `len()` is
     the steps left.
@@ -279,9 +279,9 @@ class Draws:
             yield draw
             if self._waiting is not None:
                 raise PrivacyError(
-                    "the last draw was left out: also an empty one takes a noisy step, or its absence would tell that it was "
-                    "empty. Call private.backward(batch) for every batch, and after an error again with the same batch, which "
-                    "iterating anew hands out again"
+                    "the last batch was not given to private.backward. Every batch has to be, an empty one too: skipping it "
+                    "would reveal that it was empty. After an error give the same batch again, or iterate over private.loader "
+                    "again, which begins with it"
                 )
             draw = None
 

@@ -39,7 +39,7 @@ def to_resume(resume: str | bool | None, output_dir: str, spend_log: Path, *, ca
 
     Args:
         resume: `resume_from_checkpoint` of `Trainer.train`: True is the newest checkpoint in `output_dir` that is whole. Where
-            there is none, but a spend log, the run was killed before its first checkpoint, and begins anew: its steps count.
+            there is none, but a spend log, the run was killed before its first checkpoint, and starts again: its steps count.
         output_dir: of the trainer.
         spend_log: the file of the spend log.
         callback: the name under which `Trainer` saves the state of the callback.

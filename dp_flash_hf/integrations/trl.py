@@ -66,7 +66,7 @@ def on_one_rank(trainer: Any) -> Iterator[None]:
     """Within the context the trainer's loss and metrics are this rank's own.
 
     Losses are multiplied by the number of ranks, so that their mean over ranks is a sum, and metrics are gathered from all
-    ranks, of which some compute more physical batches than others, so that these would wait for them.
+    ranks. Some ranks compute more physical batches than others, which would then wait for them.
     """
     accelerator = trainer.accelerator
     with ExitStack() as undo:

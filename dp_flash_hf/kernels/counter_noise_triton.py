@@ -2,7 +2,7 @@
 
 Every number is a function of a key and of where it is used (query, plane = batch row * heads + head, column), so backward draws
 the dropout of forward again and nothing is stored. Words are bit-exact with `counter_noise.py`; keys are int32 with the bits of
-the unsigned words (Triton types a number by its value, and would compile a kernel anew for keys above 2^31).
+the unsigned words (Triton types a number by its value, and would compile a kernel again for keys above 2^31).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ EPS = torch.finfo(torch.float32).eps
 SHARING = 3  # output gradients that one launch takes for one input: q, k, v
 PROGRAMS = 128  # of direct_kernel for each unit: where there is one unit only, about one for each multiprocessor of a large GPU
 
-# Read and written one element at a time: how they are aligned is nothing to compile a kernel anew for.
+# Read and written one element at a time: how they are aligned is no reason to compile a kernel again.
 UNALIGNED = [
     *("tile_rows", "tile_columns", "tile_ends", "tile_starts", "direct", "offsets", "run_ends"),
     *("norm_parts", "bound_parts", "norms", "bounds", "redo", "parts"),

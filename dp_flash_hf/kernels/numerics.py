@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Below this fraction of its bound (sum_t |a_t| |g_t|)^2 a Gram sum has cancelled so far that float32 rounding (2^-24 of the
-# bound per term) could hide a norm; such a unit is computed anew from its gradient itself, whose squares cannot cancel.
+# bound per term) could hide a norm; such a unit is computed again from its gradient itself, whose squares cannot cancel.
 CANCELLED = 2.0**-16
 
 HIDDEN = 32  # see `hidden_by_rounding`

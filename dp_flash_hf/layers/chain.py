@@ -48,7 +48,7 @@ class _PerItem(torch.autograd.Function):
 
 
 def once(ctx: Any) -> None:
-    """Raise PrivacyError where a backward pass comes by for the second time: what it recorded would count twice."""
+    """Raise PrivacyError where a backward pass arrives for the second time: what it recorded would count twice."""
     if getattr(ctx, "recorded", False):
         raise PrivacyError(
             "gradients were taken twice through one forward pass, as for a saliency or a penalty, and would be recorded twice; "

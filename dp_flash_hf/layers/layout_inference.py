@@ -176,7 +176,7 @@ class Layouts:
         return place is not None and not place.dims and place.allows_shape(lead, self._length[0] if self._length else 0)
 
     def forget(self) -> None:
-        """Learn anew from the next batch; what was proven stays."""
+        """Learn again from the next batch; what was proven stays."""
         self._known, self.inconclusive = False, False
 
     # Learning: the order of the calls is observe, compare for every unit, perturb, shorten, conclude.
@@ -226,7 +226,7 @@ class Layouts:
             elif old != place:
                 place = None
             self._places[site] = place
-        self._places |= dict.fromkeys(self._unknown - self._places.keys())  # no pass comes by there
+        self._places |= dict.fromkeys(self._unknown - self._places.keys())  # no pass reaches them
         self._known, self._unknown = True, set()
         self._lengths.add(self._length)
         self._seen = {}
@@ -293,7 +293,7 @@ class Layouts:
     def _end_pass(self) -> None:
         if self._pass != "observe":
             for site, seen in self._seen.items():
-                # Texts without padding may need no mask, and so take another way: it is enough that some pass comes by.
+                # Texts without padding may need no mask, and so take another way: it is enough that some pass reaches it.
                 if self._visits.get(site, len(seen)) != len(seen):
                     self._refuse(site)
             if self._pass == "perturb":

@@ -209,7 +209,7 @@ class Logits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        # Only code below torch functions comes by here: another tensor class, the engine of autograd.
+        # Only code below torch functions arrives here: another tensor class, the engine of autograd.
         if func._schema.is_mutable:
             raise PrivacyError(f"{func} would change logits that are not formed; use strategy='microbatch'")
 

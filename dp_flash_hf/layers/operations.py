@@ -32,7 +32,7 @@ class RecordedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tracked: Origins, layout: Layout) -> Tensor:
-        """x: ``(*lead, d)``. weight and bias: plain values, of which `tracked` says where they come from."""
+        """x: ``(*lead, d)``. weight and bias: plain values; `tracked` says where they come from."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # what autocast itself multiplies, and keeps for backward
         ctx.save_for_backward(x, weight)

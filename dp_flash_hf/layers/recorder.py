@@ -123,7 +123,7 @@ class Recorder:
         return any(gathered.dtype.itemsize < 4 for gathered in self._gathered)
 
     def _note_left_over(self, gathered: Tensor) -> None:
-        if self.phase != "idle" and gathered.grad is not None:  # autograd comes by without a gradient too
+        if self.phase != "idle" and gathered.grad is not None:  # autograd calls this without a gradient too
             self.left_over.add(self.whose(gathered))  # type: ignore[arg-type]
             gathered.grad = None  # else FSDP2 would keep it, or add it up over ranks
 

@@ -86,7 +86,7 @@ class PoissonSampler:
 
 @dataclass(frozen=True)
 class TruncatedPoissonSampler(PoissonSampler):
-    """A Poisson draw of which, beyond max_batch_size units, a uniformly random subset of max_batch_size stays.
+    """A Poisson draw; of one larger than max_batch_size a uniformly random subset of max_batch_size units stays.
 
     For computations of a fixed size (Ganesh 2025, arXiv 2508.15089). When a draw is truncated, one unit more displaces another,
     which moves the clipped sum by 2C instead of C: leave max_batch_size several sqrt(expected_batch_size) above

@@ -17,7 +17,7 @@ from dp_flash_hf.mechanisms.sampling import PoissonSampler, choose_rows
 from dp_flash_hf.units import IGNORED, Units, leading_shape, select_items, subset, text_starts
 
 UNITS = "dp_units"  # key under which the collator passes on the unit of every example
-# Inputs that hold something for every token; which other tensor of that width does is not known.
+# Inputs that hold something for every token; which other tensors of that width do is not known.
 _BY_TOKEN = {
     "attention_mask",
     "completion_mask",
@@ -47,7 +47,7 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
         in_one_part: put a whole draw into its first part, for `physical_batches` to split by length; else the parts are about
             equal.
         rows: for every unit, the int64 (rows,) that it owns; None where unit i is row i.
-        max_examples_per_unit: how many of its rows a drawn unit brings, chosen anew at every draw; with `rows`.
+        max_examples_per_unit: how many of its rows a drawn unit brings, chosen again at every draw; with `rows`.
         lengths: int64 (units,), to put units of like length into one part; None leaves them as they were drawn.
         seed: draws that can be repeated, for tests and reproducible experiments: whoever knows it knows who was drawn. None
             draws from the operating system's entropy.

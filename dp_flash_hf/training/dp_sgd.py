@@ -45,7 +45,7 @@ class DPSGD:
     `optimizer.step()` without `release`              PrivacyError, nothing updated
     `optimizer.step()` twice after one `release`      PrivacyError from the second, nothing updated
     gradients replaced or changed after `release`     PrivacyError, nothing updated
-    `optimizer.step(closure)`                         PrivacyError: a closure computes gradients anew, without noise
+    `optimizer.step(closure)`                         PrivacyError: a closure computes gradients again, without noise
     gradients on parameters that are not the engine's PrivacyError, nothing updated
     all gradients zero, before any backward pass      allowed: so torch's distributed checkpoints set up an optimizer
     a unit with NaN or infinite gradient              the engine leaves it out of the sum; the step counts
@@ -58,7 +58,7 @@ class DPSGD:
     are compared between ranks when training starts and after its first step, and one of them after each further step.
 
     `account` holds the plan and counts what was spent: `account.open_spend_log` has every step written to disk before it is
-    released, and `load_state_dict` continues a checkpoint. After either, the plan is made anew; see `RunAccount`.
+    released, and `load_state_dict` continues a checkpoint. After either, the plan is made again; see `RunAccount`.
 
     Args:
         config: The privacy parameters.
@@ -245,7 +245,7 @@ class DPSGD:
             )
         if any(value is not None for value in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
             raise PrivacyError(
-                "optimizer.step(closure) computes gradients anew, without noise: use an optimizer without a closure"
+                "optimizer.step(closure) computes gradients again, without noise: use an optimizer without a closure"
             )
         if any(p.grad is not g or local(g)._version != version for p, (g, version) in self._released.items()):
             raise PrivacyError(

@@ -221,7 +221,7 @@ def _label_values(batch: Batch, n_classes: int | None) -> list[int]:
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return [0]
     found = labels[labels != IGNORED].unique()[:_LABELS_TRIED].tolist()
-    if n_classes is None or max(found, default=0) >= n_classes:  # words, of which some mean padding to the model
+    if n_classes is None or max(found, default=0) >= n_classes:  # words, some of which mean padding to the model
         n_classes = 0
     return list(dict.fromkeys([*found, *range(n_classes)]))[:_LABELS_TRIED] or [0]
 

@@ -266,7 +266,7 @@ def check_alone(
         batch: of all units.
         units: of its rows or tokens.
         scale: float32 (units,), the factor of each unit's loss.
-        alone: unit -> what the collator makes of it by itself, of which only shapes and position ids are used: what it masks
+        alone: unit -> what the collator makes of it by itself; only shapes and position ids are used: what it masks
             may be random.
         tolerance: relative difference of norms.
     """

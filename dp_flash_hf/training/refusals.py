@@ -60,7 +60,7 @@ def refuse(reasons: dict[str, bool]) -> None:
 
 
 def refuse_data(dataset: Any) -> None:
-    """Raise UnsupportedError for data of which units cannot be drawn: streams, and rows that hold texts of several units."""
+    """Raise UnsupportedError for data from which units cannot be drawn: streams, and rows that hold texts of several units."""
     if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
         raise UnsupportedError(
             "Poisson sampling needs a train_dataset with a length and random access: load it whole, not streaming"

@@ -339,7 +339,7 @@ def require_finite_weights(model: nn.Module, outcome: str) -> None:
     if broken:
         raise PrivacyError(
             f"training has diverged: {len(broken)} parameters are no longer finite, {broken[0]} for one; {outcome}. Resume an "
-            "older checkpoint, or start anew, with a smaller learning rate; the steps taken count"
+            "older checkpoint, or start again, with a smaller learning rate; the steps taken count"
         )
 
 

@@ -40,7 +40,7 @@ def test_loading_never_forgets_what_was_spent() -> None:
 
 
 def test_a_calibrated_plan_is_continued_with_its_own_noise() -> None:
-    """Resumed with more steps, a run would otherwise be calibrated anew, and the two parts exceed the budget in all."""
+    """Resumed with more steps, a run would otherwise be calibrated again, and the two parts exceed the budget in all."""
     first = dpsgd(target_epsilon=2.0, noise_multiplier=None)
     again = dpsgd(steps=5 * STEPS, target_epsilon=2.0, noise_multiplier=None)
     assert again.account.plan.noise_multiplier > 1.1 * first.account.plan.noise_multiplier
@@ -172,7 +172,7 @@ def test_damaged_state_is_refused_and_nothing_changed(key: str, value: Any) -> N
 def test_incomplete_state_is_refused(missing: str) -> None:
     state = dpsgd().state_dict()
     del state[missing]
-    with pytest.raises(PrivacyError, match=rf"lacks \['{missing}'\].*start afresh"):
+    with pytest.raises(PrivacyError, match=rf"lacks \['{missing}'\].*train from the start"):
         dpsgd().load_state_dict(state)
 
 

@@ -56,7 +56,7 @@ def test_figures_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing() -> Any:
         raise RuntimeError("no kernel for this")
 
-    # Once to see how many steps a turn has, then two rounds, of which the second begins with the second method.
+    # Once to see how many steps a turn has, then two rounds; the second begins with the second method.
     order = iter([0.25, 0.5, 0.25, 0.5, 0.5, 0.25])
     monkeypatch.setattr(bench, "timed", lambda device, step, count: next(order))
     work = replace(TINY, head_widths=(16,))
@@ -69,7 +69,7 @@ def test_figures_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.seconds for row in rows] == [0.25, 0.5, None, None]
     assert [row.ratio for row in rows] == [1.0, 2.0, None, None]
     assert rows[0].operations_per_second == count / 0.25
-    assert rows[1].roof == 12 * 2 * 2 * 8 * 16 * 4 / 1e4 / 0.5  # memory takes longer than the products
+    assert rows[1].of_ceiling == 12 * 2 * 2 * 8 * 16 * 4 / 1e4 / 0.5  # memory takes longer than the products
     assert [row.note for row in rows] == ["", "", "not installed: flash_attn", "failed: no kernel for this"]
     assert len(turns) == len(methods) * (1 + 2)
     console = Console(width=120)
@@ -82,9 +82,9 @@ def test_figures_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_clock_and_the_ceilings(device: str) -> None:
     x = torch.randn(200, 200, device=device)
     assert 0 < bench.timed(device, lambda: x.mul_(1.0), 3) < 1
-    roof = bench.ceilings(device, copied=2**16, side=64)
-    assert roof.bytes > 0
-    assert roof.operations > 0
+    limits = bench.ceilings(device, copied=2**16, side=64)
+    assert limits.bytes > 0
+    assert limits.operations > 0
 
 
 def test_a_device_without_a_gpu_is_refused() -> None:

@@ -134,7 +134,7 @@ def test_a_finished_training_that_is_resumed_takes_no_step(tmp_path: Path) -> No
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A file system of its own, mounted anew with other options at every call."""
+    """A file system of its own, mounted again with other options at every call."""
     folder = tmp_path / "disk"
     folder.mkdir()
 

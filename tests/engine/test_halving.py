@@ -106,7 +106,7 @@ def test_half_a_batch_is_never_left_in_the_sums() -> None:
 
 @pytest.mark.parametrize("before", [False, True], ids=["first", "added to"])
 def test_no_room_while_sums_are_added_up(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With nothing there before, it is computed anew; else half a batch would be in the sums, which are dropped as a whole."""
+    """With nothing there before, it is computed again; else half a batch would be in the sums, which are dropped as a whole."""
     torch.manual_seed(0)
     model = Toy()
     engine = ClippingEngine(model, max_grad_norm=0.3, strategy="bookkeeping")

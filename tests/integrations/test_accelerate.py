@@ -262,8 +262,8 @@ def test_a_draw_may_not_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    for _ in range(3):  # nor by beginning anew
-        with pytest.raises(PrivacyError, match=r"also an empty one takes a noisy step.*hands out again"):
+    for _ in range(3):  # nor by beginning again
+        with pytest.raises(PrivacyError, match=r"an empty one too.*which begins with it"):
             skipping()
         assert private.report().steps == 1
     assert [len(batch[UNITS]) for batch in stepping(private, optimizer)] == [0, 1]
@@ -320,9 +320,9 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int)
     monkeypatch.setattr(owner, name, failing)
 
 
-@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("iterates_again", [False, True])
 @pytest.mark.parametrize("where", ["second part", "sums", "noise"])
-def test_a_draw_whose_backward_failed_is_taken_later(where: str, anew: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draw_whose_backward_failed_is_taken_later(where: str, iterates_again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It alone, once: what the attempt had added up is gone, and not in the sum of another draw."""
     seen = watch(monkeypatch)
     model = without_dropout(tiny("gpt2"))
@@ -349,7 +349,7 @@ def test_a_draw_whose_backward_failed_is_taken_later(where: str, anew: bool, mon
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(PrivacyError, match="without noise"):
         still.step()
-    private.backward(next(iter(private.loader)) if anew else batch)
+    private.backward(next(iter(private.loader)) if iterates_again else batch)
     assert distance(seen.sums[-1], seen.sums[1]) <= ROUNDING
     assert private.report().steps == (2 if where == "second part" else 3)  # an attempt that came to noise counts
 
@@ -368,7 +368,7 @@ def test_the_last_draw_may_not_be_left_out_either() -> None:
     private, _, optimizer = loop(steps=2)
     batches = stepping(private, optimizer)
     next(batches), next(batches)
-    with pytest.raises(PrivacyError, match="left out"):
+    with pytest.raises(PrivacyError, match="the last batch was not given"):
         list(private.loader)
 
 
@@ -720,13 +720,13 @@ def test_a_loop_that_cannot_be_made_leaves_model_and_log_free(tmp_path: Path) ->
 def test_a_seeded_loop_that_iterates_anew_repeats_no_draw() -> None:
     """A draw that waits is handed out again; the one behind it is another one, also where all draws follow from a seed."""
     drawn: list[list[int]] = []
-    for anew in (False, True):
+    for iterates_again in (False, True):
         private, _, optimizer = loop(privacy=config(seed=3), steps=4)
         seen = []
         batches = iter(private.loader)
         for _ in range(4):
             batch = next(batches)
-            if anew:
+            if iterates_again:
                 batches = iter(private.loader)
                 batch = next(batches)
             seen.append(batch.get("input_ids", torch.zeros(0, dtype=torch.long)).flatten().tolist())

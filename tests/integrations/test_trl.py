@@ -355,7 +355,7 @@ def test_trls_own_defaults_train(name: str, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_continues(tmp_path: Path) -> None:
-    """From the first of two steps: the second is taken anew, and counts twice."""
+    """From the first of two steps: the second is taken again, and counts twice."""
     for resume, steps in ((None, 2), (str(tmp_path / "checkpoint-1"), 3)):
         trainer = dpo(tmp_path, peft_config=adapter(), max_steps=2, save_strategy="steps", save_steps=1)
         dp = attached(trainer)

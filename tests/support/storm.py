@@ -1,4 +1,4 @@
-"""A training to be killed, again and again. Started anew, it goes on; see tests/end_to_end/test_kill_storm.py.
+"""A training to be killed, again and again. Started again, it goes on; see tests/end_to_end/test_kill_storm.py.
 
 It counts what is really released in FOLDER/released, and steps of the optimizer in FOLDER/stepped, one byte each, independently
 of the library's own records. When it ends it writes FOLDER/report.json.
