@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,6 +33,16 @@ def _memory_is_not_estimated(request: pytest.FixtureRequest, monkeypatch: pytest
     if request.node.get_closest_marker("estimates_memory") is None:
         choice = ("bookkeeping", "nothing was estimated")
         monkeypatch.setattr("dp_flash_hf.training.session.choose_by_memory", lambda *args, **kwargs: choice)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps the settings of a process's first Accelerator."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_collection_finish() -> None:

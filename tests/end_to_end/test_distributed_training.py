@@ -28,7 +28,7 @@ from dp_flash_hf.distributed import Ranks, checksum, local, part_of
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.integrations.accelerate import make_private
 from dp_flash_hf.training.dp_sgd import DPSGD
-from tests.integrations import test_trl
+from tests.support import trl_trainers
 from tests.support.models import tiny
 from tests.support.ranks import fails, fresh, noise_if, world
 from tests.support.trainers import Pad, attached, config, texts, trainer_for, without_dropout
@@ -268,7 +268,7 @@ def test_a_sharded_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path)
 def trl_trained(name: str, path: str) -> tuple[dict[str, Tensor], list[str]]:
     """A TRL trainer's parameters after two steps without noise, and the names of what it logged."""
     fresh()
-    make: Any = {"sft": test_trl.sft, "dpo": partial(test_trl.dpo, ref_model=test_trl.llama(2))}[name]
+    make: Any = {"sft": trl_trainers.sft, "dpo": partial(trl_trainers.dpo, ref_model=trl_trainers.llama(2))}[name]
     settings: dict[str, Any] = {
         "max_steps": 2,
         "learning_rate": 0.5,

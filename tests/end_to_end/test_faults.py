@@ -18,8 +18,10 @@ from dp_flash_hf.accounting.spend_log import FILE_NAME, SpendLog
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.integrations.trainer import DPCallback
 from dp_flash_hf.training.dp_sgd import DPSGD
-from tests.integrations.test_accelerate import _fresh_accelerate, loop, run  # noqa: F401  # a fixture
+from tests.support.loops import loop, run
 from tests.support.trainers import attached, config, texts, trainer_for
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,118 +15,23 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from accelerate.accelerator import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils.dataclasses import DistributedType
 from torch import Tensor, nn
 
-from dp_flash_hf import PrivacyConfig, make_private
-from dp_flash_hf.engine import memory
+from dp_flash_hf import PrivacyConfig
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.integrations.accelerate import PrivateLoop
 from dp_flash_hf.training import dp_sgd as mechanism_module
-from dp_flash_hf.training import session as training_module
 from dp_flash_hf.training.batches import UNITS
-from dp_flash_hf.training.refusals import accelerator_refusals
+from tests.support.loops import loop, run
 from tests.support.models import tiny
-from tests.support.oracle import distance, total_norm
+from tests.support.oracle import distance
 from tests.support.trainers import Pad, Seen, attached, config, draws, texts, trainer_for, watch, without_dropout
 
 ROUNDING = 4 * float(torch.finfo(torch.float32).eps)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 DRAWS: tuple[list[int], ...] = ([0, 3, 4, 9, 11, 17, 20], [], [5])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps the settings of a process's first Accelerator."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def loop(
-    model: Any = "gpt2", *, optimizer: Any = None, accelerator: Accelerator | None = None, privacy: Any = None, **changes: Any
-) -> tuple[PrivateLoop, Any, Any]:
-    model = without_dropout(tiny(model)) if isinstance(model, str) else model
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
-    settings: dict[str, Any] = {
-        "train_dataset": texts(),
-        "collate_fn": Pad(),
-        "accelerator": accelerator or Accelerator(cpu=True),
-        "config": privacy or config(),
-        "expected_batch_size": 4,
-        "max_rows_per_device": 4,
-        **changes,
-    }
-    if "epochs" not in settings:
-        settings.setdefault("steps", 3)
-    return make_private(model=model, optimizer=optimizer, **settings), model, optimizer
-
-
-def run(private: PrivateLoop, optimizer: Any) -> int:
-    steps = 0
-    for batch in private.loader:
-        private.backward(batch)
-        optimizer.step()
-        optimizer.zero_grad()
-        steps += 1
-    return steps
-
-
-# Memory.
-
-
-@pytest.mark.estimates_memory
-@pytest.mark.parametrize("collate", [Pad(), hf.DataCollatorWithFlattening()])  # type: ignore[no-untyped-call]
-@pytest.mark.parametrize(("free", "whole"), [(2**40, "bookkeeping"), (2**10, "two_pass")])
-def test_auto_chooses_by_memory_and_says_so(free: int, whole: str, collate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both train alike; what is printed once names the choice, both estimates and what is free."""
-    said: list[str] = []
-    monkeypatch.setattr(memory, "free_memory", lambda device: free)
-    monkeypatch.setattr(training_module.logger, "warning", said.append)
-    weights = []
-    for strategy in ("auto", whole):
-        torch.manual_seed(0)
-        private, model, optimizer = loop(
-            strategy=strategy, privacy=config(seed=3), steps=2, collate_fn=collate, max_rows_per_device=8
-        )
-        assert run(private, optimizer) == 2
-        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        engine = private._training.engine
-        assert engine is not None
-        assert engine.chosen == (whole if strategy == "auto" else "bookkeeping")
-    (line,) = said
-    assert f"chose {whole}:" in line
-    assert "free on cpu" in line
-    assert distance(*weights) < 1e-6
-
-
-@pytest.mark.estimates_memory
-def test_auto_estimates_under_autocast_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2**10)
-    model = without_dropout(tiny("gpt2")).float()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    model, optimizer = accelerator.prepare(model, optimizer)  # type: ignore[no-untyped-call]
-    private, _, optimizer = loop(model, optimizer=optimizer, accelerator=accelerator, steps=1)
-    assert run(private, optimizer) == 1
-    engine = private._training.engine
-    assert engine is not None
-    assert engine.chosen == "two_pass"
-
-
-@pytest.mark.estimates_memory
-def test_what_cannot_be_estimated_uses_bookkeeping_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(training_module.logger, "warning", said.append)
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedError("from shapes alone")
-
-    monkeypatch.setattr(memory, "estimate", failing)
-    private, _, optimizer = loop(steps=1)
-    assert run(private, optimizer) == 1
-    assert said == ["strategy='auto' chose bookkeeping: from shapes alone"]
 
 
 # Training.
@@ -179,18 +83,6 @@ def test_with_one_seed_the_weights_are_those_of_the_callback(tmp_path: Path) -> 
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-6)
 
 
-def test_users_are_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = [{**example, "user": row // 3} for row, example in enumerate(texts())]
-    seen = watch(monkeypatch)
-    draws(monkeypatch, [0, 2, 7])
-    privacy = config(privacy_unit="user", max_examples_per_unit=3, max_grad_norm=1e-3)
-    private, _, optimizer = loop(train_dataset=data, privacy=privacy, steps=1, expected_batch_size=2)
-    run(private, optimizer)
-    assert total_norm(seen.sums[0]) <= 3e-3 * (1 + 1e-6)  # of nine rows
-    assert private.report().n_units == 8
-    assert private.report().unit == "all rows with the same 'user'"
-
-
 def test_epochs_spend_the_budget_and_no_more() -> None:
     private, model, optimizer = loop(privacy=PrivacyConfig(target_epsilon=8.0, target_delta=1e-3), epochs=1.5)
     before = model.lm_head.weight.clone()
@@ -236,18 +128,6 @@ def test_prepared_before_or_after(first: bool, monkeypatch: pytest.MonkeyPatch) 
     assert not torch.equal(before, model.lm_head.weight)
     with pytest.raises(PrivacyError, match="without noise"):
         optimizer.step()
-
-
-def test_the_loss_shown_is_the_mean_over_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    draws(monkeypatch, [1, 2, 6], [])
-    private, model, optimizer = loop("bert", steps=2, max_rows_per_device=2)
-    wanted = float(model(**Pad()([texts()[row] for row in (1, 2, 6)])).loss.detach())
-    shown = []
-    for batch in private.loader:
-        shown.append(float(private.backward(batch)))
-        optimizer.step()
-        optimizer.zero_grad()
-    assert shown == [pytest.approx(wanted), 0.0]
 
 
 def test_a_draw_may_not_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -560,14 +440,6 @@ def test_what_couples_units_is_found_before_the_first_step(monkeypatch: pytest.M
     assert run(private, optimizer) == 3
 
 
-def test_the_checks_are_needed_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    checked = []
-    monkeypatch.setattr("dp_flash_hf.training.preflight.check_training_mode", lambda *args, **kwargs: checked.append(1))
-    private, _, optimizer = loop()
-    run(private, optimizer)
-    assert checked == [1]
-
-
 class Streaming(torch.utils.data.IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter(texts())
@@ -611,15 +483,6 @@ def test_settings_of_accelerate_are_refused_by_name(name: str, value: Any, match
     monkeypatch.setattr(Accelerator, name, property(lambda self: value))
     with pytest.raises(UnsupportedError, match=match):
         loop()
-
-
-@pytest.mark.parametrize("way", ["tp", "cp", "sp"])
-def test_other_parallelism_is_refused_by_name(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = Accelerator()
-    assert not any(accelerator_refusals(accelerator).values())
-    parallel = types.SimpleNamespace(**{"dp_shard_size": 2, f"{way}_size": 2})
-    monkeypatch.setattr(Accelerator, "parallelism_config", property(lambda self: parallel))
-    assert [text for text, found in accelerator_refusals(accelerator).items() if found and "FSDP2 or HSDP" in text]
 
 
 def test_settings_changed_later_are_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:

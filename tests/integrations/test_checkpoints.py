@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.integrations.checkpoints import STATE_FILE, by_age, manifest, to_resume, whole, whole_or_removed
+from dp_flash_hf.integrations.trainer import DPCallback
+from dp_flash_hf.mechanisms.sampling import PoissonSampler
+from tests.support.trainers import attached, texts, trainer_for
 
 
 def saved(output_dir: Path, step: int, *, private: bool = True) -> Path:
@@ -81,3 +86,99 @@ def test_what_is_whole(tmp_path: Path) -> None:
     (folder / "weights").unlink()
     with pytest.raises(ValueError, match="weights is missing"):
         whole(folder, "DPCallback")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run")
+    trainer = trainer_for("gpt2", path, max_steps=2, save_strategy="steps", save_steps=1)
+    attached(trainer)
+    trainer.train()
+    return path / "checkpoint-1"
+
+
+def continued(checkpoint: Path, path: Path, data: Any = None, *, batch: int = 4, **changes: Any) -> DPCallback:
+    trainer = trainer_for("gpt2", path, data, per_device_train_batch_size=batch, max_steps=2)
+    dp = attached(trainer, **changes)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return dp
+
+
+def without_privacy(checkpoint: Path, path: Path) -> Path:
+    """The same checkpoint as a trainer without DPCallback would have written it."""
+    target = path / "checkpoint-1"
+    target.mkdir()
+    for file in checkpoint.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    state = json.loads((target / "trainer_state.json").read_text())
+    del state["stateful_callbacks"]["DPCallback"]
+    (target / "trainer_state.json").write_text(json.dumps(state))
+    return target
+
+
+def test_a_checkpoint_continues_the_same_books(checkpoint: Path, tmp_path: Path) -> None:
+    """Promise 10: state is saved with the checkpoint, public values only."""
+    dp = continued(checkpoint, tmp_path)
+    assert dp.report().steps == 2
+    assert dp.report().epsilon == dp.mechanism.account.plan.epsilon(2)
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["DPCallback"]
+    (ledger,) = saved["attributes"]["privacy"]["ledgers"].values()
+    assert ledger["entries"][0]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"data": texts(25)}, "n_units: 24 in the checkpoint, 25 now"),
+        ({"seed": 3}, "seed: None in the checkpoint, 3 now"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_privacy_parameters_that_cannot_be_composed_are_an_error(
+    changes: dict[str, Any], match: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PrivacyError, match=match):
+        continued(checkpoint, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"noise_multiplier": 0.5},
+        {"max_grad_norm": 2.0},
+        {"target_delta": 1e-4},
+        {"clipping": "automatic"},
+        {"unit_loss": "sum"},
+        {"batch": 3},
+        {"sampling": "truncated_poisson", "max_batch_size": 9, "accountant": "pld"},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_other_privacy_parameters_are_composed(changes: dict[str, Any], checkpoint: Path, tmp_path: Path) -> None:
+    """Two steps: one before the checkpoint, one with the new parameters. Both are in the report."""
+    dp = continued(checkpoint, tmp_path, **changes)
+    plan = dp.mechanism.account.plan
+    both = Ledger(plan.accountant)
+    both.record(PoissonSampler(24, 4), 1.0)
+    both.record(plan.sampler, plan.noise_multiplier)
+    report = dp.report()
+    assert report.epsilon == both.epsilon(plan.target_delta)
+    assert (report.steps, report.planned_steps, report.lost_steps) == (2, 2, 0)
+    assert (len(report.parts) == 2) == bool({"noise_multiplier", "batch", "sampling"} & changes.keys())
+
+
+def test_a_checkpoint_without_privacy_state_is_an_error(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stripped = without_privacy(checkpoint, tmp_path)
+    with pytest.raises(PrivacyError, match=r"holds no privacy state.*train from the beginning"):
+        continued(stripped, tmp_path)
+
+
+def test_a_checkpoint_partly_trained_without_privacy_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    target = without_privacy(checkpoint, tmp_path)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["global_step"] = 2  # one more than its ledgers hold
+    (target / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(PrivacyError, match="took 2 steps but accounts for 1"):
+        continued(target, tmp_path)

@@ -14,7 +14,6 @@ from typing import Any
 import datasets
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 import trl
@@ -29,157 +28,29 @@ from dp_flash_hf.integrations import trl as trl_trainers
 from dp_flash_hf.integrations.trainer import DPCallback
 from dp_flash_hf.units import Units
 from tests.support.attributes import attributes, differing
-from tests.support.oracle import clipped_sum, distance, total_norm, unit_gradients
-from tests.support.trainers import attached, config, draws, watch, without_dropout
-
-DRAWN = [0, 3, 4, 9, 11, 17, 20]
-ROUNDING = 2e-5  # of float32 models, summed in another order
-SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
-CHAT = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}<assistant>{% generation %}{{ message['content'] }}"
-    "<eos>{% endgeneration %}{% else %}<user>{{ message['content'] }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+from tests.support.oracle import apart, clipped_sum, distance
+from tests.support.trainers import attached, config
+from tests.support.trl_trainers import (
+    DRAWN,
+    adapter,
+    alone,
+    chats,
+    completions,
+    dpo,
+    error_of,
+    llama,
+    margins,
+    pairs,
+    randomized,
+    reward,
+    sft,
+    shape,
+    sums_of,
+    table,
+    texts,
 )
 
-
-def tokenizer() -> Any:
-    """Bytes, and four special tokens: no download."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    model = tokenizers.models.BPE({symbol: index for index, symbol in enumerate([*SPECIAL, *alphabet])}, [])
-    inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    return hf.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        additional_special_tokens=["<user>", "<assistant>"],
-        chat_template=CHAT,
-    )
-
-
-def shape(**changes: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": 260,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        **changes,
-    }
-
-
-def randomized(model: Any, seed: int) -> Any:
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return without_dropout(model)
-
-
-def llama(seed: int = 1, attention: str = "dp_flash", **changes: Any) -> Any:
-    torch.manual_seed(seed)
-    model = randomized(hf.LlamaForCausalLM(hf.LlamaConfig(**shape(**changes))), seed)
-    model.set_attn_implementation(attention)
-    return model
-
-
-def scorer(seed: int = 1) -> Any:
-    torch.manual_seed(seed)
-    model = hf.LlamaForSequenceClassification(hf.LlamaConfig(**shape(num_labels=1)))  # type: ignore[no-untyped-call]
-    return randomized(model, seed)
-
-
-def adapter(**changes: Any) -> Any:
-    """Not the identity at first, so that policy and reference differ."""
-    chosen = {
-        "r": 2,
-        "target_modules": ["q_proj", "down_proj"],
-        "init_lora_weights": False,
-        "task_type": "CAUSAL_LM",
-        **changes,
-    }
-    return peft.LoraConfig(**chosen)
-
-
-WORDS = ("ab", "cde ", "x", "yz w", "mnop", "q r ")
-
-
-def written(row: int, n: int) -> str:
-    return "".join(WORDS[(row * 7 + k * k) % len(WORDS)] for k in range(n))
-
-
-def table(make: Callable[[int], dict[str, Any]], n: int = 24) -> datasets.Dataset:
-    return datasets.Dataset.from_list([{**make(row), "user": row // 3} for row in range(n)])
-
-
-def texts() -> datasets.Dataset:
-    return table(lambda row: {"text": written(row, 1 + row % 5)})
-
-
-def completions() -> datasets.Dataset:
-    return table(lambda row: {"prompt": written(row, 1 + row % 3), "completion": written(row + 5, 1 + row % 4)})
-
-
-def chats() -> datasets.Dataset:
-    def turn(row: int, k: int) -> list[dict[str, str]]:
-        return [
-            {"role": "user", "content": written(row + k, 1 + row % 3)},
-            {"role": "assistant", "content": written(row + 9 * k, 1 + row % 4)},
-        ]
-
-    return table(lambda row: {"messages": [message for k in range(1 + row % 2) for message in turn(row, k)]})
-
-
-def pairs() -> datasets.Dataset:
-    return table(
-        lambda row: {
-            "prompt": written(row, 1 + row % 3),
-            "chosen": written(row + 5, 1 + row % 4),
-            "rejected": written(row + 8, 1 + (row + 1) % 4),
-        }
-    )
-
-
-def margins() -> datasets.Dataset:
-    return table(lambda row: {**pairs()[row], "margin": 0.1 * row})
-
-
-def sft(path: Path, model: Any = None, data: Any = None, *, cls: Any = trl.SFTTrainer, **changes: Any) -> Any:
-    return built(cls, trl.SFTConfig, path, model or llama(), data or texts(), changes)
-
-
-def dpo(path: Path, model: Any = None, data: Any = None, *, cls: Any = trl.DPOTrainer, **changes: Any) -> Any:
-    return built(cls, trl.DPOConfig, path, model or llama(), data or pairs(), changes)
-
-
-def reward(path: Path, model: Any = None, data: Any = None, *, cls: Any = trl.RewardTrainer, **changes: Any) -> Any:
-    return built(cls, trl.RewardConfig, path, model or scorer(), data or pairs(), changes)
-
-
-def built(cls: Any, arguments: Any, path: Path, model: Any, data: Any, changes: dict[str, Any]) -> Any:
-    given = {name: changes.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in changes}
-    settings = {
-        "output_dir": str(path),
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "learning_rate": 0.0,
-        "optim": "sgd",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "bf16": False,
-        "seed": 0,
-        **changes,
-    }
-    return cls(model=model, args=arguments(**settings), train_dataset=data, processing_class=tokenizer(), **given)
+ROUNDING = 2e-5  # of float32 models, summed in another order
 
 
 @pytest.fixture(autouse=True)
@@ -188,40 +59,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
-
-
-def sums_of(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, *steps: Sequence[int], **changes: Any) -> Any:
-    """(clipped sums of these draws, callback, trainer)."""
-    with monkeypatch.context() as patch:
-        seen = watch(patch)
-        draws(patch, *steps)
-        trainer = make()
-        trainer.args.max_steps = len(steps)
-        dp = attached(trainer, **changes)
-        trainer.train()
-    return seen.sums, dp, trainer
-
-
-def alone(make: Callable[[], Any], rows: Sequence[int]) -> list[dict[str, Tensor]]:
-    """Gradients of each example by itself, through TRL's own trainer, collator, fused head and loss."""
-    trainer = make()
-    data = trainer._remove_unused_columns(trainer.train_dataset)
-    trainer.model.eval()
-    parts = [trainer.data_collator([data[row]]) for row in rows]
-    return unit_gradients(trainer.model, lambda batch: trainer.compute_loss(trainer.model, dict(batch)), parts)
-
-
-def error_of(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> float:
-    """Relative error of a step's sum, at a bound that clips about half of its units, against a loop over single examples."""
-    single = alone(make, DRAWN)
-    bound = float(clipped_sum(single, 1.0)[1].median())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*computed by itself")
-        (got,), dp, _ = sums_of(make, monkeypatch, DRAWN, max_grad_norm=bound, **changes)
-    assert "microbatch" not in dp.engine.norm_methods().values()
-    wanted, norms = clipped_sum(single, bound)
-    assert norms.min() < bound < norms.max()
-    return distance(got, wanted)
 
 
 # Supervised fine-tuning.
@@ -448,10 +285,6 @@ def test_the_report_says_that_a_unit_is_a_pair(tmp_path: Path, monkeypatch: pyte
 
 
 C = 0.05  # below the norm of every unit's gradient, so that each is clipped
-
-
-def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return total_norm({name: a[name] - b[name] for name in a})
 
 
 @pytest.mark.parametrize("make", [dpo_of("sigmoid", Path()), dpo_of("LoRA", Path()), lambda: reward(Path())])

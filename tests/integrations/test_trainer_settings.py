@@ -1,0 +1,140 @@
+"""Settings of a `Trainer` that cannot be private are refused by name, before anything happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as hf
+from torch.utils.data import IterableDataset
+
+from dp_flash_hf.errors import UnsupportedError
+from tests.support.trainers import attached, texts, trainer_for
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(texts())
+
+
+class OwnStep(hf.Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(*args, **kwargs)
+
+
+class OwnSampler(hf.Trainer):
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_train_sampler(*args, **kwargs)
+
+
+ARGUMENTS: dict[str, Any] = {
+    "auto_find_batch_size": True,
+    "dataloader_drop_last": True,
+    "train_sampling_strategy": "batch_rebalance",
+    "neftune_noise_alpha": 5.0,
+    "include_num_input_tokens_seen": "all",
+    "restore_callback_states_from_checkpoint": True,
+}
+FAKED: dict[str, Any] = {  # cannot be constructed on this machine
+    "fp16": True,
+    "_n_gpu": 2,
+    "deepspeed": {"zero_optimization": {"stage": 2}},
+    "debug": "underflow_overflow",
+    "optim": "galore_adamw_layerwise",
+}
+NAMED = {"_n_gpu": "DataParallel.*FSDP2", "deepspeed": "DeepSpeed.*FSDP2", "neftune_noise_alpha": "neftune", "optim": "galore"}
+
+
+def assert_refused(trainer: Any, match: str) -> None:
+    methods = dict(vars(trainer))
+    with pytest.raises(UnsupportedError, match=match):
+        attached(trainer)
+    assert vars(trainer) == methods  # nothing changed
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    """Promise 6: what cannot be private is named, with what to do, before anything happens."""
+    assert_refused(trainer_for("gpt2", tmp_path, **{name: ARGUMENTS[name]}), NAMED.get(name, name))
+
+
+@pytest.mark.parametrize("name", FAKED)
+def test_arguments_of_other_machines_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    setattr(trainer.args, name, FAKED[name])
+    assert_refused(trainer, NAMED.get(name, name))
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_optimizers_that_update_weights_during_backward_are_refused(optim: str, tmp_path: Path) -> None:
+    assert_refused(trainer_for("gpt2", tmp_path, optim=optim), f"optim={optim}")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "match"), [("mixed_precision", "fp8", "fp8"), ("distributed_type", "MEGATRON_LM", "use FSDP2")]
+)
+def test_what_a_launcher_sets_behind_the_arguments_is_refused(
+    variable: str, value: str, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    monkeypatch.setattr(type(trainer.accelerator), variable, property(lambda self: value))
+    assert_refused(trainer, match)
+
+
+def test_regional_compilation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    monkeypatch.setattr(trainer.accelerator.state.dynamo_plugin, "use_regional_compilation", True)
+    assert_refused(trainer, "use_regional_compilation: not yet supported; compile the whole model")
+
+
+def test_data_and_losses_are_refused_by_name(tmp_path: Path) -> None:
+    assert_refused(trainer_for("gpt2", tmp_path, Stream()), "train_dataset with a length")
+    assert_refused(trainer_for("gpt2", tmp_path, cls=OwnStep), "OwnStep overrides training_step")
+    assert_refused(trainer_for("gpt2", tmp_path, cls=OwnSampler), "OwnSampler overrides _get_train_sampler")
+    trainer = trainer_for("gpt2", tmp_path)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.loss
+    assert_refused(trainer, "compute_loss_func")
+    mixtral = trainer_for("mixtral", tmp_path)
+    mixtral.model.config.output_router_logits = True
+    assert_refused(mixtral, "output_router_logits")
+
+
+def test_several_reasons_come_in_one_message(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path, dataloader_drop_last=True, neftune_noise_alpha=5.0)
+    assert_refused(trainer, "dataloader_drop_last.*; and neftune")
+
+
+def test_trl_trainers_are_refused_by_name(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path, cls=type("KTOTrainer", (hf.Trainer,), {"__module__": "trl.trainer.kto_trainer"}))
+    assert_refused(trainer, "KTOTrainer: it sets the completions")
+
+
+@pytest.mark.parametrize("settings", [{"lr_scheduler_type": "reduce_lr_on_plateau"}, {"load_best_model_at_end": True}], ids=str)
+def test_choices_by_results_on_the_training_data_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    data = texts()
+    trainer = trainer_for("gpt2", tmp_path, data)
+    for name, value in settings.items():
+        setattr(trainer.args, name, value)
+    trainer.eval_dataset = {"held out": texts(3), "train": data}
+    assert_refused(trainer, "eval_dataset is train_dataset")
+    trainer.eval_dataset = texts(3)
+    attached(trainer)
+
+
+def test_wandb_must_not_watch_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    monkeypatch.setattr(hf.integrations.integration_utils, "is_wandb_available", lambda: True)
+    reporter = object.__new__(hf.integrations.integration_utils.WandbCallback)
+    trainer.callback_handler.callbacks.append(reporter)
+    monkeypatch.setenv("WANDB_WATCH", "gradients")
+    assert_refused(trainer, "WANDB_WATCH")
+
+
+def test_settings_changed_after_attach_are_refused_too(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    dp = attached(trainer)
+    trainer.args.fp16 = True
+    with pytest.raises(UnsupportedError, match="fp16"):
+        trainer.train()
+    assert dp.mechanism.account.steps == 0
