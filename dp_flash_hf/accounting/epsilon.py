@@ -9,23 +9,30 @@ import math
 from functools import lru_cache
 from typing import Any
 
+from dp_flash_hf.accounting.privacy_loss import Steps, gaussian_epsilon, grid_interval, poisson_epsilon
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.mechanisms.config import AccountantName
 from dp_flash_hf.mechanisms.sampling import PoissonSampler, TruncatedPoissonSampler
 
 Entry = tuple[tuple[PoissonSampler, float], int]  # ((sampler, noise multiplier), steps taken with them)
-_PLD_INTERVAL = 1e-4  # of privacy losses: the accuracy of pld; dp-accounting's default
-_MOST_DIVERGENCE = 3000  # Rényi, order 2: epsilon is then in the hundreds, and the memory of pld and prv grows with it
+_LEAST_SIGMA = 3e-5  # below, one step's epsilon is beyond 1e8
+_LEAST_TRUNCATED_DELTA = 1e-12  # below, dp-accounting's rounding shows
+_MOST_DIVERGENCE = 3000  # Rényi, order 2: epsilon is then in the hundreds, and the memory of Opacus' prv grows with it
+_PRV_ERROR = 0.01  # of epsilon, absolute: Opacus' default; less where epsilon is below 2
 
 
 @lru_cache(maxsize=256)
 def epsilon_of(accountant: AccountantName, entries: tuple[Entry, ...], delta: float) -> float:
     """The epsilon of all these steps, at `delta`, for neighbours that differ by one unit added or removed.
 
-    - ``pld``: privacy loss distributions of dp-accounting (Koskela et al. 2020, arXiv 1906.03049; discretised as in Doroshenko
-      et al. 2022, arXiv 2207.04380), an upper bound that is tight to about 1e-4.
-    - ``prv``: privacy random variables of Opacus (Gopi et al. 2021, arXiv 2106.02848), an upper bound within 0.01 of epsilon.
-    - ``rdp``: Rényi divergences of Opacus (Mironov et al. 2019, arXiv 1908.10530), a looser upper bound.
+    - ``pld``: privacy loss distributions (Koskela et al. 2020, arXiv 1906.03049), an upper bound within 0.1 % of epsilon
+      wherever epsilon is from 0.01 to 1000, delta from 1e-2 to 1e-18 and steps are 1 to 100,000: exact for full batches, see
+      `gaussian_epsilon`, and `poisson_epsilon` for Poisson draws. Truncated Poisson draws are dp-accounting's, for delta from
+      1e-12.
+    - ``prv``: privacy random variables of Opacus (Gopi et al. 2021, arXiv 2106.02848), within 0.01 or 0.5 % of epsilon, for
+      delta from about 1e-12.
+    - ``rdp``: Rényi divergences of Opacus (Mironov et al. 2019, arXiv 1908.10530), an upper bound that is 5 to 30 % looser, and
+      useless below an epsilon of about log(1 / delta) / 62.
 
     Args:
         accountant: Which of them computes it.
@@ -33,20 +40,20 @@ def epsilon_of(accountant: AccountantName, entries: tuple[Entry, ...], delta: fl
         delta: Above 0 and below 1.
 
     Returns:
-        0.0 without entries. With pld and prv, inf for so little noise that epsilon is in the hundreds or more.
+        0.0 without entries. inf for so little noise that epsilon is beyond 1e8 a step; with prv and truncated draws, beyond
+        hundreds in all.
 
     Raises:
-        UnsupportedError: prv or rdp with sampling other than plain Poisson, or without opacus installed.
+        UnsupportedError: prv or rdp with sampling other than plain Poisson, or without opacus installed; a delta that is too
+            small for prv or for truncated draws. It says which accountant can.
     """
     if not entries:
         return 0.0
     for (sampler, _), _ in entries:
         if accountant != "pld" and sampler.kind != "poisson":
             raise UnsupportedError(f"accountant {accountant!r} cannot account {sampler.kind} sampling; use accountant='pld'")
-    if accountant != "rdp":
-        divergence = sum(steps * math.log1p(chi_square(sampler, sigma)) for (sampler, sigma), steps in entries)
-        if divergence > _MOST_DIVERGENCE:
-            return math.inf
+    if any(sigma < _LEAST_SIGMA for (_, sigma), _ in entries) and accountant != "rdp":
+        return math.inf
     return _pld_epsilon(entries, delta) if accountant == "pld" else _opacus_epsilon(accountant, entries, delta)
 
 
@@ -60,25 +67,44 @@ def chi_square(sampler: PoissonSampler, noise_multiplier: float) -> float:
     return sampler.sampling_rate**2 * math.expm1(exponent) if exponent < 700 else math.inf  # exp(710) overflows
 
 
+def _hopeless(entries: tuple[Entry, ...]) -> bool:
+    """Whether epsilon is in the hundreds or more, at any delta of use."""
+    return sum(steps * math.log1p(chi_square(sampler, sigma)) for (sampler, sigma), steps in entries) > _MOST_DIVERGENCE
+
+
 def _pld_epsilon(entries: tuple[Entry, ...], delta: float) -> float:
+    alike = [Steps(sampler.sampling_rate, sigma, steps) for (sampler, sigma), steps in entries]
+    if any(sampler.kind != "poisson" for (sampler, _), _ in entries):
+        return _dp_accounting_epsilon(entries, delta, grid_interval(alike, delta))
+    if all(steps.rate == 1 for steps in alike):
+        return gaussian_epsilon(math.sqrt(sum(steps.number / steps.sigma / steps.sigma for steps in alike)), delta)
+    return poisson_epsilon(alike, delta)
+
+
+def _dp_accounting_epsilon(entries: tuple[Entry, ...], delta: float, interval: float) -> float:
     """The larger of both directions: a unit removed from a dataset of n units, and one added to it."""
-    removed = _composed(entries, 0, delta)
-    if all(sampler.kind == "poisson" for (sampler, _), _ in entries):  # which is the same in both
-        return removed
-    return max(removed, _composed(entries, 1, delta))
-
-
-def _composed(entries: tuple[Entry, ...], units_added: int, delta: float) -> float:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
-    total = pld.identity(value_discretization_interval=_PLD_INTERVAL)
-    for (sampler, sigma), steps in entries:
-        total = total.compose(_one_step(sampler, sigma, units_added).self_compose(steps))
-    return float(total.get_epsilon_for_delta(delta))
+    if _hopeless(entries):
+        return math.inf
+    if delta < _LEAST_TRUNCATED_DELTA:
+        raise UnsupportedError(
+            f"truncated_poisson sampling can be accounted for target_delta >= {_LEAST_TRUNCATED_DELTA:g}, not {delta:g}; use "
+            "sampling='poisson' with accountant='pld', which any delta will do for"
+        )
+    interval = 2.0 ** min(math.floor(math.log2(interval)), -7)  # few different ones, so that `_one_step` is found again
+
+    def composed(units_added: int) -> float:
+        total = pld.identity(value_discretization_interval=interval)
+        for (sampler, sigma), steps in entries:
+            total = total.compose(_one_step(sampler, sigma, units_added, interval).self_compose(steps))
+        return float(total.get_epsilon_for_delta(delta))
+
+    return max(composed(0), composed(1))
 
 
 @lru_cache(maxsize=4)  # one takes up to 100 MB where noise is small
-def _one_step(sampler: PoissonSampler, noise_multiplier: float, units_added: int) -> Any:
+def _one_step(sampler: PoissonSampler, noise_multiplier: float, units_added: int, interval: float) -> Any:
     """The privacy loss distribution of one step, as `PLDAccountant` makes it.
 
     Kept, because it takes most of the time of an epsilon, and training asks for one after every step.
@@ -92,13 +118,13 @@ def _one_step(sampler: PoissonSampler, noise_multiplier: float, units_added: int
             sampling_probability=sampler.sampling_rate,
             truncated_batch_size=sampler.max_batch_size,
             noise_multiplier=noise_multiplier,
-            value_discretization_interval=_PLD_INTERVAL,
+            value_discretization_interval=interval,
             neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
         )
     if type(sampler) is PoissonSampler:
         return pld.from_gaussian_mechanism(
             standard_deviation=noise_multiplier,
-            value_discretization_interval=_PLD_INTERVAL,
+            value_discretization_interval=interval,
             sampling_prob=sampler.sampling_rate,
             neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
         )
@@ -114,4 +140,11 @@ def _opacus_epsilon(accountant: AccountantName, entries: tuple[Entry, ...], delt
         ) from error
     opacus = PRVAccountant() if accountant == "prv" else RDPAccountant()
     opacus.history = [(sigma, sampler.sampling_rate, steps) for (sampler, sigma), steps in entries]
-    return float(opacus.get_epsilon(delta))
+    if accountant == "rdp":
+        return float(opacus.get_epsilon(delta))
+    if _hopeless(entries):
+        return math.inf
+    try:
+        return float(opacus.get_epsilon(delta, eps_error=min(_PRV_ERROR, max(1e-4, 0.005 * _pld_epsilon(entries, delta)))))
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise UnsupportedError(f"accountant 'prv' cannot account this ({error}); use accountant='pld'") from error

@@ -28,7 +28,7 @@ class Ledger:
     epsilon = 0.72
 
     Args:
-        accountant: Who computes epsilon: "pld" (dp-accounting, tight), or "prv" or "rdp" (opacus).
+        accountant: Who computes epsilon: "pld" (tight), or "prv" or "rdp" (opacus).
 
     Raises:
         ValueError: Another accountant.
@@ -97,19 +97,18 @@ class Ledger:
     def epsilon(self, delta: float) -> float:
         """The epsilon of everything recorded, for neighbours that differ by one unit added or removed.
 
-        Typically 0.3 s with pld and 0.1 s with prv or rdp for each kind of step, at once if asked again: call it when logging.
-        The first call imports the accountant's library, which takes seconds.
+        Typically 0.05 s with pld, 0.1 s with prv or rdp, at once if asked again: call it when logging. The first call imports
+        the accountant's library, which takes a second or more.
 
         Args:
             delta: Of the guarantee, above 0 and below 1.
 
         Returns:
-            Epsilon; 0.0 before the first step. With pld and prv, inf for so little noise that it is in the hundreds or more;
-            rdp bounds any.
+            Epsilon; 0.0 before the first step, inf for hopelessly little noise, see `epsilon_of`.
 
         Raises:
             ValueError: delta out of range.
-            UnsupportedError: prv or rdp with truncated Poisson sampling, or without opacus installed.
+            UnsupportedError: the accountant cannot account these steps at this delta; it says which one can.
         """
         validation.delta("delta", delta)
         # In one order, so that the same steps give the same figure to the last digit, whichever came first.

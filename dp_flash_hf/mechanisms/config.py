@@ -40,8 +40,8 @@ class PrivacyConfig:
         sampling: "poisson": every unit joins every step independently. "truncated_poisson": the same with at most
             `max_batch_size` units (Ganesh 2025, arXiv 2508.15089).
         max_batch_size: With truncated_poisson, and only then: most units in one draw, at least the expected batch size.
-        accountant: Who computes epsilon: "pld" (dp-accounting; tight, and the only one for truncated_poisson), "prv" or "rdp"
-            (opacus).
+        accountant: Who computes epsilon: "pld" (tight, for any delta, and the only one for truncated_poisson), "prv" or "rdp"
+            (opacus); see `accounting.epsilon.epsilon_of` for the range of each.
         privacy_unit: Column of the dataset that names whose data a row is; rows of the same value are one unit. None: every
             example is a unit.
         max_examples_per_unit: With privacy_unit, and only then: most rows of a unit in one draw, at least 1.
@@ -60,7 +60,7 @@ class PrivacyConfig:
     clipping: Clipping = field(default="flat", metadata={"help": "flat: min(1, C/n); automatic: C/(n+0.01); per_layer"})
     sampling: Sampling = field(default="poisson", metadata={"help": "how each step's units are drawn"})
     max_batch_size: int | None = field(default=None, metadata={"help": "truncated_poisson: most units in one draw"})
-    accountant: AccountantName = field(default="pld", metadata={"help": "pld (dp-accounting), prv or rdp (opacus)"})
+    accountant: AccountantName = field(default="pld", metadata={"help": "pld (tight), prv or rdp (opacus)"})
     privacy_unit: str | None = field(default=None, metadata={"help": "column naming the unit; default: one example is a unit"})
     max_examples_per_unit: int | None = field(default=None, metadata={"help": "with privacy_unit: most examples per draw"})
     unit_loss: UnitLoss = field(default="mean", metadata={"help": "mean over a unit's own labels, or their sum"})

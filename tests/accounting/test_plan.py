@@ -14,7 +14,7 @@ from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.mechanisms.config import AccountantName, PrivacyConfig
 from dp_flash_hf.mechanisms.sampling import PoissonSampler
-from tests.support.accounts import RUNS, plan_of, pld_epsilon, poisson_event
+from tests.support.accounts import RUNS, fine_pld_epsilon, plan_of, pld_epsilon, poisson_event
 
 
 @pytest.mark.parametrize("accountant", ["pld", "prv", "rdp"])
@@ -40,6 +40,32 @@ def test_truncated_sampling_is_calibrated_with_more_noise() -> None:
     )
     assert truncated.noise_multiplier > 1.05 * poisson.noise_multiplier
     assert 0.999 * 0.5 <= truncated.epsilon() <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("units", "batch", "steps", "epsilon", "delta", "sigma"),
+    [
+        (500, 500, 60, 0.01, 1e-12, 4484.9),  # was 4564.5
+        (500, 500, 1, 0.01, 1e-18, None),
+        (10**7, 10**7, 100_000, 1000.0, 1e-18, None),
+        (1000, 100, 60, 100.0, 1e-5, None),  # was a plan of two thirds of it, after half a minute
+        (1000, 100, 60, 900.0, 1e-18, None),
+        (10**6, 2, 1, 3.0, 1e-9, None),
+        (10**6, 999_999, 300, 0.01, 1e-15, None),
+        (3 * 10**6, 500, 100_000, 0.5, 1e-10, None),
+    ],
+)
+def test_any_budget_is_used_to_a_thousandth(
+    units: int, batch: int, steps: int, epsilon: float, delta: float, sigma: float | None
+) -> None:
+    config = PrivacyConfig(target_epsilon=epsilon, target_delta=delta)
+    plan = PrivacyPlan.from_config(config, n_units=units, expected_batch_size=batch, steps=steps)
+    assert 0.999 * epsilon <= plan.epsilon() <= epsilon
+    if sigma is not None:
+        assert plan.noise_multiplier == pytest.approx(sigma, rel=1e-3)
+    if delta >= 1e-10 and steps <= 1000:
+        direct = fine_pld_epsilon(batch / units, plan.noise_multiplier, steps, delta, 1e-3)
+        assert 0.99 * epsilon <= direct <= 1.001 * epsilon
 
 
 @settings(max_examples=15, deadline=None)
@@ -115,6 +141,14 @@ def test_max_steps_at_its_ends() -> None:
 def test_delta_of_one_over_the_units_or_more_is_refused(delta: float) -> None:
     with pytest.raises(ValueError, match="try "):
         plan_of((1000, 10, 1.0, 5, delta))
+
+
+@pytest.mark.parametrize("units", [1, 2, 3, 60, 1000, 67_349, 10**12])
+def test_the_delta_that_is_advised_is_accepted(units: int) -> None:
+    with pytest.raises(ValueError, match="try ") as error:
+        plan_of((units, 1, 1.0, 5, 1 / units))
+    advised = float(str(error.value).rpartition("try ")[2])
+    assert plan_of((units, 1, 1.0, 5, advised)).target_delta == advised > 0
 
 
 def test_bad_plans_are_refused() -> None:
