@@ -7,11 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from dp_flash_hf.attention.function import dp_flash_attention
-from dp_flash_hf.attention.masks import is_made_here, require_mask
+from dp_flash_hf.attention.masks import is_made_here
 from dp_flash_hf.attention.patching import heads, keys_and_values, register_attention
 from dp_flash_hf.errors import UnsupportedError
-
-require_mask("mpt")  # the model calls .to(torch.bool) on its mask
 
 
 @register_attention("transformers.models.mpt.modeling_mpt.MptAttention")

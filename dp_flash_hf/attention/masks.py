@@ -6,17 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from dp_flash_hf.errors import UnsupportedError, invalid
 
 _WINDOW = "made_by_dp_flash"  # attribute of masks made here: the window that was asked for, or None
-_NEED_A_MASK: set[str] = set()  # model types
+_NEEDS_MASK = "_dp_flash_needs_mask"  # attribute of the configs of such models
+_READ_THEIR_MASK = ("mpt",)  # types of models that change their mask before attention gets it
 
 
-def require_mask(model_type: str) -> None:
-    """Always make a mask for models of this type, also where causality alone would say who sees whom."""
-    _NEED_A_MASK.add(model_type)
+def require_mask(config: PretrainedConfig) -> None:
+    """Always make a mask for the model of this config, also where causality alone would say who sees whom.
+
+    The config remembers it, and so does a model that is copied or sent to another process. It is saved with it too, where
+    nothing else reads it.
+    """
+    setattr(config, _NEEDS_MASK, True)
 
 
 def mark_made_here(mask: Tensor, window: int | None = None) -> Tensor:
@@ -49,12 +55,14 @@ def dp_flash_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
     Returns:
         (B, 1, Q, K) bool, True where a query may see a key; None where causality, or the lack of any restriction, says it all:
-        with as many queries as keys, no padding and no window. Models of types that `require_mask` names always get a mask.
+        with as many queries as keys, no padding and no window. Models of configs that `require_mask` marked always get a mask.
     """
     queries, keys, padding = kwargs.get("q_length"), kwargs.get("kv_length"), kwargs.get("attention_mask")
     # Without a mask, the diagonal of unequal lengths could lie anywhere, and a model that was never meant to run without
     # one may call its causal layers not causal (BigBird-Pegasus).
-    if (queries != keys and queries != 1) or getattr(kwargs.get("config"), "model_type", None) in _NEED_A_MASK:
+    config = kwargs.get("config")
+    needed = getattr(config, _NEEDS_MASK, False) or getattr(config, "model_type", None) in _READ_THEIR_MASK
+    if needed or (queries != keys and queries != 1):
         kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     # Only the causal mask builders leave this argument out; for the others the queries may be another sequence than the keys.

@@ -124,7 +124,9 @@ def _arm_check(original: Callable[..., str]) -> Callable[..., str]:
             elif self.config.model_type in _ADDS_TO_ITS_MASK:
                 raise UnsupportedError(f'{type(self).__name__} needs a float mask; use attn_implementation="eager"')
             elif not self._supports_sdpa:
-                masks.require_mask(self.config.model_type)
+                for part in self.modules():  # a decoder may have a copy of the config
+                    if isinstance(part, transformers.PreTrainedModel) and not part._supports_sdpa:
+                        masks.require_mask(part.config)
             _arm(self)
         return chosen
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dp_flash_hf.attention import usage
 from dp_flash_hf.attention.backends import use
+from tests.support import ROOT
 from tests.support.attention import (
     CAUSAL,
     ENCDEC,
@@ -48,6 +53,27 @@ def test_a_causal_model_that_says_it_is_not_equals_eager() -> None:
     ours = logits_and_gradients(model, real, inputs)
     model.set_attn_implementation("eager")
     assert_models_agree(ours, logits_and_gradients(model, real, inputs))
+
+
+UNMASKED = """
+import pickle, sys
+import dp_flash_hf
+from tests.support.attention import IDS
+model = pickle.load(open(sys.argv[1], "rb"))
+pickle.dump(model(IDS).logits.detach(), open(sys.argv[2], "wb"))
+"""
+
+
+@pytest.mark.parametrize("switched", [False, True], ids=["built with it", "switched to it"])
+def test_such_a_model_is_causal_in_another_process_too(switched: bool, tmp_path: Path) -> None:
+    """Nothing about it is kept in the process that built it."""
+    name = "eager" if switched else "dp_flash"
+    model = build(AutoModelForCausalLM, "bigbird_pegasus", {**ENCDEC, "attention_type": "original_full"}, name)
+    model.set_attn_implementation("dp_flash")
+    source, target = tmp_path / "model", tmp_path / "logits"
+    source.write_bytes(pickle.dumps(model))
+    subprocess.run([sys.executable, "-c", UNMASKED, str(source), str(target)], cwd=ROOT, check=True)
+    torch.testing.assert_close(pickle.loads(target.read_bytes()), model(IDS).logits.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", ["none", "right"])
