@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from dp_flash_hf.distributed import Ranks
@@ -19,24 +18,7 @@ from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.units import Units
 from tests.support.models import batch_of, loss_of, tiny
 from tests.support.oracle import rows_of
-from tests.support.ranks import fails, world
-
-
-def split(model: nn.Module, kind: str, **settings: Any) -> nn.Module:
-    """The model as FSDP2 ("fsdp") or HSDP ("hsdp") splits it up over all ranks: each block, and what is left."""
-    size = Ranks().size
-    mesh = init_device_mesh(
-        "cpu", (2, size // 2) if kind == "hsdp" else (size,), mesh_dim_names=("replica", "shard")[-1 - (kind == "hsdp") :]
-    )
-    for module in list(model.modules()):
-        if type(module).__name__.endswith(("Block", "DecoderLayer", "Layer")) and any(True for _ in module.children()):
-            fully_shard(module, mesh=mesh, **settings)
-    fully_shard(model, mesh=mesh, **settings)
-    return model
-
-
-def whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if isinstance(t, DTensor) else t
+from tests.support.ranks import fails, split, whole, world
 
 
 def split_sums(

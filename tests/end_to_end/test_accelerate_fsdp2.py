@@ -27,9 +27,8 @@ from dp_flash_hf.integrations.accelerate import make_private
 from dp_flash_hf.integrations.trainer import DPCallback
 from tests.support import ROOT
 from tests.support.models import tiny
-from tests.support.ranks import fresh, fsdp_on_cpu, noise_if, world
+from tests.support.ranks import fresh, fsdp_on_cpu, noise_if, whole, world
 from tests.support.trainers import Pad, attached, config, texts, trainer_for, without_dropout
-from tests.test_distributed import whole
 
 SEED, FULL, ADAPTER = 5, 4.5, 1.5  # bounds near the median norms: some units are clipped and some are not
 WRAP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}

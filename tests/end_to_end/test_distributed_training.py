@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as hf
-from accelerate.accelerator import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -26,13 +25,11 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from dp_flash_hf.accounting.spend_log import SpendLog
 from dp_flash_hf.distributed import Ranks, checksum, local, part_of
 from dp_flash_hf.errors import PrivacyError
-from dp_flash_hf.integrations.accelerate import make_private
 from dp_flash_hf.training.dp_sgd import DPSGD
 from tests.support import trl_trainers
 from tests.support.models import tiny
-from tests.support.ranks import fails, fresh, noise_if, world
-from tests.support.trainers import Pad, attached, config, texts, trainer_for, without_dropout
-from tests.test_distributed import split, whole
+from tests.support.ranks import begun, fails, fresh, noise_if, split, whole, world
+from tests.support.trainers import attached, config, texts, trainer_for, without_dropout
 
 SEED = 5
 # About the median norms, full and LoRA: some units are clipped and some are not, so that every scale of a loss shows.
@@ -51,19 +48,13 @@ def loop(
     kind: str, *, lora: bool = False, rows: int = 3, batch: int = 9, steps: int = 3, noise: bool = False
 ) -> dict[str, Tensor]:
     """The parameters after some steps of a loop with Accelerate; draws by a fixed seed, the same for however many ranks."""
-    fresh()
     model = model_of(kind, lora=lora)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    accelerator: Any = Accelerator(cpu=True)
-    if kind == "ddp":
-        model, optimizer = accelerator.prepare(model, optimizer)
-    private = make_private(
-        model=model,
-        optimizer=optimizer,
-        train_dataset=texts(),
-        collate_fn=Pad(),
-        accelerator=accelerator,
-        config=config(seed=SEED, max_grad_norm=ADAPTER if lora else FULL),
+    private, model, optimizer = begun(
+        model,
+        optimizer,
+        ddp=kind == "ddp",
+        privacy=config(seed=SEED, max_grad_norm=ADAPTER if lora else FULL),
         expected_batch_size=batch,
         steps=steps,
         max_rows_per_device=rows,
@@ -142,19 +133,13 @@ def test_ranks_hold_the_same_parameters_after_noisy_steps(kind: str, size: int) 
 
 def released_noise(kind: str, steps: int) -> list[dict[str, Tensor]]:
     """This rank's part of the gradients of each step, of a loss without gradient: noise and nothing else."""
-    fresh()
     model = model_of(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    accelerator: Any = Accelerator(cpu=True)
-    if kind == "ddp":
-        model, optimizer = accelerator.prepare(model, optimizer)
-    private = make_private(
-        model=model,
-        optimizer=optimizer,
-        train_dataset=texts(),
-        collate_fn=Pad(),
-        accelerator=accelerator,
-        config=config(noise_multiplier=NOISE, max_grad_norm=BOUND),
+    private, model, optimizer = begun(
+        model,
+        optimizer,
+        ddp=kind == "ddp",
+        privacy=config(noise_multiplier=NOISE, max_grad_norm=BOUND),
         expected_batch_size=EXPECTED,
         steps=steps,
         max_rows_per_device=2,
@@ -211,17 +196,11 @@ def correlation(first: Tensor, second: Tensor) -> float:
 
 def sharded_checkpoint(folder: str, save: bool) -> tuple[list[int], int, float]:
     """Three noisy steps and a checkpoint, or the checkpoint and two steps more: parameters and moments when saved or loaded."""
-    fresh()
     model = model_of("fsdp")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    private = make_private(
-        model=model,
-        optimizer=optimizer,
-        train_dataset=texts(),
-        collate_fn=Pad(),
-        accelerator=Accelerator(cpu=True),
-        config=config(),
-        expected_batch_size=4,
+    private, _, _ = begun(
+        model,
+        optimizer,
         steps=5,
     )
 
@@ -334,20 +313,13 @@ def test_a_trainer_with_fsdp2(fsdp: int, replicas: int, lora: bool, tmp_path: Pa
 
 def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool, bool, list[str]]:
     """Of a loop with a spend log: error, steps counted, lost ones, if weights changed, if all are in the log, writers."""
-    fresh()
     model = model_of("none")
     before = checksum(model.lm_head.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    accelerator: Any = Accelerator(cpu=True)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    private = make_private(
-        model=prepared,
-        optimizer=optimizer,
-        train_dataset=texts(),
-        collate_fn=Pad(),
-        accelerator=accelerator,
-        config=config(),
-        expected_batch_size=4,
+    private, _, optimizer = begun(
+        model,
+        optimizer,
+        ddp=True,
         steps=steps,
         spend_log=path,
     )
@@ -403,7 +375,6 @@ def test_a_record_of_several_ranks(tmp_path: Path) -> None:
 
 def alike(what: str) -> str:
     """What ranks say that were given different weights, noise or optimizers."""
-    fresh()
     model = model_of("none")
     if what == "weights" and not Ranks().first:
         with torch.no_grad():
@@ -415,14 +386,11 @@ def alike(what: str) -> str:
     trained = list(model.parameters())
     optimizer = torch.optim.SGD(trained[1:] if what == "optimizer" and not Ranks().first else trained, lr=0.1)
     return fails(
-        lambda: make_private(
-            model=model,
-            optimizer=optimizer,
+        lambda: begun(
+            model,
+            optimizer,
             train_dataset=data,
-            collate_fn=Pad(),
-            accelerator=Accelerator(cpu=True),
-            config=config(noise_multiplier=sigma),
-            expected_batch_size=4,
+            privacy=config(noise_multiplier=sigma),
             steps=2,
         )
     )
@@ -440,17 +408,11 @@ def test_ranks_that_differ_are_refused() -> None:
 
 def diverging() -> str:
     """What ranks say when one of them changes a parameter between steps."""
-    fresh()
     model = model_of("none")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    private = make_private(
-        model=model,
-        optimizer=optimizer,
-        train_dataset=texts(),
-        collate_fn=Pad(),
-        accelerator=Accelerator(cpu=True),
-        config=config(),
-        expected_batch_size=4,
+    private, _, _ = begun(
+        model,
+        optimizer,
         steps=2 * len(list(model.parameters())),
     )
 

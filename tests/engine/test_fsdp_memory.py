@@ -15,7 +15,6 @@ import torch.distributed as dist
 import transformers as hf
 from accelerate.accelerator import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +31,7 @@ from dp_flash_hf.integrations.accelerate import make_private
 from dp_flash_hf.training import session as training
 from tests.support import ROOT
 from tests.support.models import tiny
-from tests.support.ranks import fresh, world
+from tests.support.ranks import fresh, mesh_of, world
 from tests.support.trainers import Pad, config, texts, without_dropout
 
 pytestmark = pytest.mark.estimates_memory
@@ -160,10 +159,7 @@ def test_adapters_of_a_split_model() -> None:
 
 def wrapped(model: Any, kind: str = "fsdp", **settings: Any) -> Any:
     """The model as Accelerate splits it up over all ranks, or with "hsdp" over half of them."""
-    size = Ranks().size
-    mesh = init_device_mesh(
-        "cpu", (2, size // 2) if kind == "hsdp" else (size,), mesh_dim_names=("replica", "shard")[-1 - (kind == "hsdp") :]
-    )
+    mesh = mesh_of(kind)
     for modules, stays in fsdp_memory.modules_to_wrap(model):
         if model not in modules:
             settings["reshard_after_forward"] = not stays

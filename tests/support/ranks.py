@@ -13,10 +13,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.accelerator import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils.dataclasses import DistributedType
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from dp_flash_hf.distributed import Ranks
+from dp_flash_hf.integrations.accelerate import PrivateLoop
 from tests.support.forks import CONTEXT, begin
+from tests.support.loops import loop
 
 SECONDS = 300.0  # a rank that waits in vain for another is an error after that,
 AFTER_ANOTHER = 30.0  # sooner where another is done, because all end at once,
@@ -153,3 +161,34 @@ def fsdp_on_cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AcceleratorState, "__init__", init)
         yield
+
+
+def mesh_of(kind: str) -> DeviceMesh:
+    """All ranks, or for "hsdp" two replicas of half of them."""
+    size = Ranks().size
+    shape, names = ((2, size // 2), ("replica", "shard")) if kind == "hsdp" else ((size,), ("shard",))
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def split(model: nn.Module, kind: str, **settings: Any) -> nn.Module:
+    """The model as FSDP2 ("fsdp") or HSDP ("hsdp") splits it up over all ranks: each block, and what is left."""
+    mesh = mesh_of(kind)
+    for module in list(model.modules()):
+        if type(module).__name__.endswith(("Block", "DecoderLayer", "Layer")) and any(True for _ in module.children()):
+            fully_shard(module, mesh=mesh, **settings)
+    fully_shard(model, mesh=mesh, **settings)
+    return model
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def begun(model: Any, optimizer: Any, *, ddp: bool = False, **changes: Any) -> tuple[PrivateLoop, Any, Any]:
+    """A private loop on the ranks there are, as a script of its own would begin it; with model and optimizer as prepared."""
+    fresh()
+    accelerator: Any = Accelerator(cpu=True)
+    if ddp:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    private, _, _ = loop(model, optimizer=optimizer, accelerator=accelerator, **changes)
+    return private, model, optimizer
