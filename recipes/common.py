@@ -227,7 +227,7 @@ class Progress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: D102
         if not self._training:
             return
-        names = {"not_private/loss": "loss", "loss": "loss", "privacy/epsilon": "epsilon"}
+        names = {"not_private/loss": "loss", "loss": "loss", "privacy/spent_epsilon": "epsilon spent"}
         figures = {name: f"{logs[key]:.3f}" for key, name in names.items() if key in logs}
         measured = {key: f"{value:.4g}" for key, value in logs.items() if _MEASURED.match(key) and isinstance(value, float)}
         if measured:

@@ -20,7 +20,7 @@ LOSS, EPSILON = "#2563eb", "#b45309"  # legible on white and on black
 def draw(history: list[dict[str, float]], path: Path) -> None:
     """The figure of a Trainer's log history, without a background so that it fits light and dark pages."""
     loss = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    epsilon = [(0, 0.0), *((entry["step"], entry["privacy/epsilon"]) for entry in history if "loss" in " ".join(entry))]
+    epsilon = [(0, 0.0), *((entry["step"], entry["privacy/spent_epsilon"]) for entry in history if "loss" in " ".join(entry))]
     plt.rcParams.update({"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "quickstart"})
     figure, left = plt.subplots(figsize=(8, 3.2), layout="constrained")
     right = left.twinx()

@@ -17,8 +17,9 @@ ADJACENCY = "add or remove one unit"
 class Ledger:
     """The steps that were executed, and the privacy they cost in all.
 
-    Steps may differ in sampler and noise: adaptive composition holds whatever their order. Every release that touches private
-    data must be recorded, also a step with an empty draw. A ledger only ever grows.
+    Steps may differ in sampler and noise; their order does not matter. Every release that touches private data must be
+    recorded, also a step with an empty draw. A ledger only ever grows. Its epsilon is that of steps whose kinds and number were
+    fixed before the first of them: `PrivacyPlan.epsilon` is what holds where they were not.
 
     >>> ledger = Ledger("pld")
     >>> ledger.record(PoissonSampler(n_units=1000, expected_batch_size=10), noise_multiplier=1.0, steps=100)
@@ -95,7 +96,7 @@ class Ledger:
             self._counts[key] = self._counts.get(key, 0) + steps
 
     def epsilon(self, delta: float) -> float:
-        """The epsilon of everything recorded, for neighbours that differ by one unit added or removed.
+        """The epsilon of all steps, if they were fixed beforehand, for neighbours that differ by one unit added or removed.
 
         Typically 0.05 s with pld, 0.1 s with prv or rdp, at once if asked again: call it when logging. The first call imports
         the accountant's library, which takes a second or more.

@@ -10,6 +10,7 @@ from typing import Self
 from dp_flash_hf import validation
 from dp_flash_hf.accounting.epsilon import Entry, chi_square
 from dp_flash_hf.accounting.ledger import Ledger
+from dp_flash_hf.accounting.privacy_filter import filter_epsilon
 from dp_flash_hf.errors import invalid
 from dp_flash_hf.mechanisms.config import AccountantName, PrivacyConfig
 from dp_flash_hf.mechanisms.sampling import PoissonSampler, sampler_from
@@ -25,7 +26,11 @@ class PrivacyPlan:
 
     The guarantee: after all steps, the sequence of noisy sums (and whatever is computed from them, the trained weights in
     particular) is (`epsilon()`, target_delta)-differentially private, where neighbours differ by one privacy unit added or
-    removed. With fewer steps epsilon is smaller.
+    removed. It holds for a run that stops earlier too, whatever made it stop: what it released is a part of what the whole run
+    would have. `epsilon(k)` is that of a run of which it was fixed beforehand that it takes k steps.
+
+    Steps of other kinds in `spent` mean that parameters were changed after some steps, by what may have been seen in them.
+    Epsilon is then that of a privacy filter, see `filter_epsilon`.
 
     >>> plan = PrivacyPlan(sampler=PoissonSampler(1000, 10), noise_multiplier=1.0, steps=100, target_delta=1e-5)
     >>> print(f"epsilon is {plan.epsilon(10):.2f} after ten steps, {plan.epsilon():.2f} after all")
@@ -118,9 +123,12 @@ class PrivacyPlan:
     def epsilon(self, steps: int | None = None) -> float:
         """The epsilon after the first `steps` steps (default: all) on top of those in `spent`, at target_delta.
 
-        It equals `Ledger.epsilon` of a ledger that recorded the same steps. Raises as that does.
+        Without `spent` it equals `Ledger.epsilon` of a ledger that recorded the same steps. Raises as that does.
         """
-        return self._ledger(self.steps if steps is None else steps).epsilon(self.target_delta)
+        ledger = self._ledger(self.steps if steps is None else steps)
+        if self.spent:
+            return filter_epsilon(ledger.entries, self.target_delta)
+        return ledger.epsilon(self.target_delta)
 
     def _ledger(self, steps: int) -> Ledger:
         ledger = Ledger(self.accountant)

@@ -32,7 +32,7 @@ class RunAccount:
 
     - A step that was counted is never forgotten: loading an older checkpoint, or a spend log, only ever adds steps.
     - A step is counted once, in whatever order checkpoints and logs of the same run are loaded, and how often.
-    - With target_epsilon, `epsilon()` after `steps_left` further steps is at most target_epsilon.
+    - With target_epsilon, `epsilon()` is at most target_epsilon, and holds whenever and for whatever reason the run ends.
 
     ==================================================== ==============================================================
     What was spent before                                The plan after it
@@ -73,6 +73,7 @@ class RunAccount:
         self.spend_log: SpendLog | SpendLogReplica | None = None
         self._wanted = plan  # before anything was known of earlier runs
         self._before: dict[str, Any] | None = None  # state of the last plan, if there was one before this one
+        self._extended = False
         # Who took how many steps. A writer is one run, in one process or one group of ranks, and only ever counts up: of two
         # copies of its count the higher is right, and checkpoints and spend logs of any age and origin can be merged.
         self._writer = secrets.token_hex(8)
@@ -155,8 +156,20 @@ class RunAccount:
         return {**state, "checksum": _checksum(state)}
 
     def epsilon(self) -> float:
-        """The epsilon of all steps so far, lost ones included, at the plan's target_delta; see `Ledger.epsilon`."""
+        """What the plan promises, at its target_delta: also of a run that stops early, whatever it stops for."""
+        return self.plan.epsilon()
+
+    def spent_epsilon(self) -> float:
+        """The epsilon of all steps so far, lost ones included, at the plan's target_delta; see `Ledger.epsilon`.
+
+        It is a guarantee only if what was released could not decide when the run stopped, nor change its parameters.
+        """
         return self.ledger.epsilon(self.plan.target_delta)
+
+    @property
+    def extended(self) -> bool:
+        """Whether steps were added to a plan after some were taken."""
+        return self._extended
 
     @property
     def writer(self) -> str:
@@ -232,7 +245,15 @@ class RunAccount:
                 f"what was spent then and what will be cannot be added up ({differences}); resume with the old values, or "
                 "start a new training in another folder, whose epsilon adds to this one's"
             )
-        kinds = {self._wanted.sampler.kind} | {sampler.kind for own in ledgers.values() for (sampler, _), _ in own.entries}
+        kinds = {self._wanted.sampler.kind, state["sampler"]["kind"]} | {
+            sampler.kind for own in ledgers.values() for (sampler, _), _ in own.entries
+        }
+        as_before = state["config"] == mine and state["sampler"] == self._wanted.sampler.to_dict()
+        if "truncated_poisson" in kinds and not as_before and self.config.accountant == "pld":
+            raise PrivacyError(
+                f"parameters differ from those of {where}, and for truncated_poisson sampling, theirs or now, no privacy "
+                "filter is known, which such a change needs; keep all privacy parameters, or start afresh in another folder"
+            )
         if self.config.accountant != "pld" and kinds != {"poisson"}:
             raise PrivacyError(
                 f"accountant {self.config.accountant!r} cannot add up steps of {' and '.join(sorted(kinds))} sampling, some of "
@@ -250,6 +271,9 @@ class RunAccount:
         except ValueError:
             self.plan = self._nothing_after(spent)
             raise
+        before = self._before
+        if before is not None and spent.steps:
+            self._extended = before.get("extended", False) or self.plan.steps > before["steps"]
         self._report_continuation()
         if self.spend_log is not None:
             known = {name: own.entries for name, own in self.spend_log.ledgers.items()}
@@ -292,6 +316,7 @@ class RunAccount:
             "sampler": plan.sampler.to_dict(),
             "noise_multiplier": plan.noise_multiplier,
             "steps": plan.steps,
+            "extended": self._extended,
         }
 
     def _report_continuation(self) -> None:

@@ -88,7 +88,8 @@ def _plan_privacy(options: argparse.Namespace) -> None:
     show(found)
     print(
         f"{options.units} units, {options.batch} expected per step (sampling rate {rows[0].sampler.sampling_rate:.4g}), "
-        f"delta {options.delta:.3g}, {rows[0].sampler.kind} sampling, {options.accountant} accountant, adjacency: {ADJACENCY}"
+        f"delta {options.delta:.3g}, {rows[0].sampler.kind} sampling, {options.accountant} accountant, adjacency: {ADJACENCY}. "
+        "This is what such a run promises, also if it stops early."
     )
 
 

@@ -259,7 +259,9 @@ class DPCallback(TrainerCallback, ExportableState):
         for callback in () if self._trainer is None else self._trainer.callback_handler.callbacks:
             bar = getattr(callback, "training_bar", None) if isinstance(callback, ProgressCallback) else None
             if bar is not None and logs is not None and "privacy/epsilon" in logs:
-                bar.set_postfix(epsilon=f"{logs['privacy/epsilon']:.3f}", refresh=False)
+                bar.set_postfix(
+                    epsilon=f"{logs['privacy/epsilon']:.3f}", spent=f"{logs['privacy/spent_epsilon']:.3f}", refresh=False
+                )
 
     # What replaces the trainer's own methods.
 
@@ -391,5 +393,6 @@ class DPCallback(TrainerCallback, ExportableState):
         for name in ("grad_norm", "total_flos"):  # in case another trainer computes them: they hold no noise
             logs.pop(name, None)
         logs["privacy/epsilon"] = self.mechanism.epsilon()
+        logs["privacy/spent_epsilon"] = self.mechanism.spent_epsilon()
         trl_trainers.mark_metrics(self.trainer)
         self._own["log"](logs, *(() if start_time is None else (start_time,)))

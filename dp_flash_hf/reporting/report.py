@@ -25,13 +25,25 @@ NOT_COVERED = (
     "Attacks on floating-point noise, on PyTorch's random generators, or on timing and memory use.",
     "Anyone who reads the training machine's memory, random states saved with a checkpoint, or the spend log.",
 )
+EXTENDED_NOT_COVERED = (
+    "Steps were added to the plan after some were taken: epsilon holds if that was not decided by what had been released."
+)
+CHANGED_NOT_COVERED = (
+    "Parameters were changed after some steps: epsilon is that of a privacy filter, for these steps. Over this run and what it "
+    "would have been unchanged, it holds at twice the delta."
+)
 LOST_STEPS_NOT_COVERED = "Steps lost in a crash after the last checkpoint, if anything that they wrote was seen."
 _NOT_PRIVATE = "NOT PRIVATE: a fixed seed makes the sampling and the noise reproducible. No figure here is a guarantee."
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyReport:
-    """The guarantee of the steps executed so far: the trained model is (epsilon, delta)-differentially private.
+    """The guarantee of a run: the trained model is (epsilon, delta)-differentially private.
+
+    Two figures differ where a run ends, or is looked at, before its planned steps are taken. `epsilon` is that of the whole
+    plan and always holds: what was released is a part of what the whole run would have released. `spent_epsilon` is that of the
+    steps executed, and holds only if what was released could not decide when to stop: early stopping, a look at samples or at
+    loss on held-out data, and a user who interrupts, all decide by it.
 
     All fields are public. How many units were dropped for NaN or Inf gradients is deliberately absent: such a count is computed
     from the private data without noise. The guarantee holds under the assumptions that the report states: the sampling, the
@@ -39,7 +51,8 @@ class PrivacyReport:
 
     Attributes:
         private: False when a seed was fixed: then nothing is guaranteed.
-        epsilon: Of all steps executed, lost ones included, at `delta`.
+        epsilon: Of all steps planned, with those executed before, lost ones included, at `delta`: the promise.
+        spent_epsilon: Of all steps executed, lost ones included, at `delta`, as if their number had been fixed beforehand.
         delta: target_delta of the configuration.
         target_epsilon: The budget, if there was one.
         adjacency: Which datasets are neighbours: those that differ by one unit added or removed.
@@ -59,13 +72,15 @@ class PrivacyReport:
         planned_steps: Steps that will have been taken in the end.
         parts: The kinds of step that were taken, each a mapping with "steps", "sampler" (its fields) and "noise_multiplier";
             the fields above are those of the latest plan.
-        accountant: Who computed epsilon.
+        accountant: Who computed epsilon: "pld", "prv" or "rdp"; with ", filter" where parameters were changed after some steps,
+            and `epsilon` is that of `filter_epsilon`.
         versions: Of the libraries that took part, by name.
         not_covered: Sentences: what the guarantee does not say.
     """
 
     private: bool
     epsilon: float
+    spent_epsilon: float
     delta: float
     target_epsilon: float | None
     adjacency: str
@@ -97,6 +112,7 @@ class PrivacyReport:
         unit: str | None = None,
         lost_steps: int = 0,
         recorded: bool = False,
+        extended: bool = False,
         not_covered: tuple[str, ...] = (),
     ) -> Self:
         """The report of the steps in `ledger`, taken under `plan`.
@@ -113,6 +129,7 @@ class PrivacyReport:
             lost_steps: How many of the steps are not in the weights.
             recorded: Whether every step was written to a spend log before it was released; if not, the report says that lost
                 steps may be missing.
+            extended: Whether steps were added to the plan after some were taken.
             not_covered: Sentences to add to those that hold for every run.
 
         Returns:
@@ -125,10 +142,21 @@ class PrivacyReport:
         if unit is None:
             unit = "one training example" if config.privacy_unit is None else f"all rows with the same {config.privacy_unit!r}"
         sampler = plan.sampler
-        libraries = ("dp-flash-hf", "torch", "transformers", "dp-accounting" if ledger.accountant == "pld" else "opacus")
+        libraries = ["dp-flash-hf", "torch", "transformers", "scipy"]
+        if any(isinstance(sampler, TruncatedPoissonSampler) for (sampler, _), _ in ledger.entries):
+            libraries.append("dp-accounting")
+        if ledger.accountant != "pld":
+            libraries.append("opacus")
+        caveats = [
+            *NOT_COVERED,
+            *([] if recorded else [LOST_STEPS_NOT_COVERED]),
+            *([CHANGED_NOT_COVERED] if plan.spent else [EXTENDED_NOT_COVERED] if extended else []),
+            *not_covered,
+        ]
         return cls(
             private=config.seed is None,
-            epsilon=ledger.epsilon(plan.target_delta),
+            epsilon=plan.epsilon(),
+            spent_epsilon=ledger.epsilon(plan.target_delta),
             delta=plan.target_delta,
             target_epsilon=config.target_epsilon,
             adjacency=ADJACENCY,
@@ -149,9 +177,9 @@ class PrivacyReport:
                 {"steps": steps, "sampler": sampler.to_dict(), "noise_multiplier": sigma}
                 for (sampler, sigma), steps in ledger.entries
             ),
-            accountant=ledger.accountant,
+            accountant=f"{ledger.accountant}, filter" if plan.spent else ledger.accountant,
             versions={name: metadata.version(name) for name in libraries},
-            not_covered=NOT_COVERED + (() if recorded else (LOST_STEPS_NOT_COVERED,)) + not_covered,
+            not_covered=tuple(caveats),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -187,6 +215,7 @@ class PrivacyReport:
 
     def _rows(self) -> list[tuple[str, str]]:
         epsilon = f"epsilon <= {rounded_up(self.epsilon)} at delta = {self.delta:g}"
+        spent = f"epsilon <= {rounded_up(self.spent_epsilon)}"
         target = "" if self.target_epsilon is None else f" (budget: epsilon = {self.target_epsilon:g})"
         per_draw = "" if self.max_examples_per_unit is None else f", at most {self.max_examples_per_unit} rows of each per draw"
         at_most = "" if self.max_batch_size is None else f", at most {self.max_batch_size}"
@@ -197,7 +226,8 @@ class PrivacyReport:
         }[self.clipping]
         lost = "" if not self.lost_steps else f"; {self.lost_steps} of them are not in the weights, and count all the same"
         return [
-            ("guarantee", epsilon + target),
+            ("guarantee", f"{epsilon}{target}, whenever it stopped"),
+            ("spent", f"{spent} by the steps executed, if nothing released decided when to stop"),
             ("adjacency", self.adjacency),
             ("unit", f"{self.unit}{per_draw}"),
             ("dataset", f"{self.n_units} units"),

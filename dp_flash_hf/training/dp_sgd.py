@@ -184,8 +184,12 @@ class DPSGD:
         self.account.complete_step()
 
     def epsilon(self) -> float:
-        """The epsilon of all steps so far, at the plan's target_delta, see `RunAccount.epsilon`."""
+        """What the run promises, at the plan's target_delta, see `RunAccount.epsilon`."""
         return self.account.epsilon()
+
+    def spent_epsilon(self) -> float:
+        """The epsilon of all steps so far, if their number was fixed beforehand, see `RunAccount.spent_epsilon`."""
+        return self.account.spent_epsilon()
 
     def report(self, unit: str | None = None) -> PrivacyReport:
         """What was spent, and on which assumptions.
@@ -198,7 +202,13 @@ class DPSGD:
         """
         account = self.account
         return PrivacyReport.of(
-            self.config, account.plan, account.ledger, unit=unit, lost_steps=account.lost_steps, recorded=account.recorded
+            self.config,
+            account.plan,
+            account.ledger,
+            unit=unit,
+            lost_steps=account.lost_steps,
+            recorded=account.recorded,
+            extended=account.extended,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -106,7 +106,8 @@ class PrivateTraining:
         self._one_unit: tuple[dict[str, Any], Units] = ({}, Units.rows(0))  # for ranks that have none left
         logger.info(
             f"private training planned: noise multiplier {plan.noise_multiplier:.4g}, sampling rate "
-            f"{plan.sampler.sampling_rate:.4g}, {steps} steps, epsilon {plan.epsilon():.4g} at delta {plan.target_delta:g}"
+            f"{plan.sampler.sampling_rate:.4g}, {steps} steps, epsilon {plan.epsilon():.4g} at delta {plan.target_delta:g}, "
+            "also if it stops early"
         )
 
     @property

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.accounting.plan import PrivacyPlan
+from dp_flash_hf.accounting.privacy_filter import filter_epsilon
 from dp_flash_hf.mechanisms.config import AccountantName, PrivacyConfig
 from dp_flash_hf.mechanisms.sampling import PoissonSampler
 from tests.support.accounts import RUNS, fine_pld_epsilon, plan_of, pld_epsilon, poisson_event
@@ -109,17 +110,18 @@ def test_noise_is_calibrated_to_what_is_left_of_a_budget(accountant: AccountantN
     spent = Ledger(accountant)
     spent.record(PoissonSampler(1000, 10), 0.9, 50)
     spent.record(PoissonSampler(1000, 20), 1.5, 5)
-    config = PrivacyConfig(target_epsilon=3.0, target_delta=1e-5, accountant=accountant)
+    config = PrivacyConfig(target_epsilon=5.0, target_delta=1e-5, accountant=accountant)
     units: dict[str, Any] = {"n_units": 1000, "expected_batch_size": 10, "steps": 100}
     rest, alone = PrivacyPlan.from_config(config, **units, spent=spent), PrivacyPlan.from_config(config, **units)
     assert rest.noise_multiplier > alone.noise_multiplier
     assert (rest.steps, rest.spent) == (100, spent.entries)
     in_all = Ledger.total([spent], accountant)
     in_all.record(rest.sampler, rest.noise_multiplier, 100)
-    assert 0.999 * 3.0 <= rest.epsilon() == in_all.epsilon(1e-5) <= 3.0
-    assert rest.epsilon(0) == spent.epsilon(1e-5)
+    assert 0.999 * 5.0 <= rest.epsilon() == filter_epsilon(in_all.entries, 1e-5) <= 5.0
+    assert in_all.epsilon(1e-5) < rest.epsilon()
+    assert rest.epsilon(0) == filter_epsilon(spent.entries, 1e-5)
     with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise keeps"):
-        PrivacyPlan.from_config(replace(config, target_epsilon=0.9 * spent.epsilon(1e-5)), **units, spent=spent)
+        PrivacyPlan.from_config(replace(config, target_epsilon=0.9 * filter_epsilon(spent.entries, 1e-5)), **units, spent=spent)
 
 
 def test_steps_of_one_kind_are_one_entry_of_a_plan() -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.accounting.plan import PrivacyPlan
+from dp_flash_hf.accounting.privacy_filter import filter_epsilon
 from dp_flash_hf.accounting.spend_log import SpendLog
 from dp_flash_hf.errors import PrivacyError
-from dp_flash_hf.reporting.report import PrivacyReport
+from dp_flash_hf.reporting.report import CHANGED_NOT_COVERED, EXTENDED_NOT_COVERED, PrivacyReport
 from tests.support.gates import STEPS, dpsgd, logged, read, run, started, step, steps_in, taken
 from tests.support.models import Toy
 from tests.support.trainers import attached, trainer_for
@@ -24,10 +25,10 @@ def test_state_is_public_json_and_continues() -> None:
     mechanism.release()
     optimizer.step()
     state = json.loads(json.dumps(mechanism.state_dict()))
-    assert state.keys() == {"config", "sampler", "noise_multiplier", "steps", "ledgers", "taken", "checksum"}
+    assert state.keys() == {"config", "sampler", "noise_multiplier", "steps", "extended", "ledgers", "taken", "checksum"}
     again = dpsgd()
     again.load_state_dict(state)
-    assert (again.account.steps, again.account.steps_left, again.epsilon()) == (1, STEPS - 1, mechanism.epsilon())
+    assert (again.account.steps, again.account.steps_left, again.spent_epsilon()) == (1, STEPS - 1, mechanism.spent_epsilon())
 
 
 def test_loading_never_forgets_what_was_spent() -> None:
@@ -54,6 +55,10 @@ def test_a_calibrated_plan_is_continued_with_its_own_noise() -> None:
     [
         ({"n": 60}, "n_units: 50 in the checkpoint, 60 now"),
         ({"sampling": "truncated_poisson", "max_batch_size": 20}, "cannot add up steps of .*truncated.*set accountant='pld'"),
+        (
+            {"sampling": "truncated_poisson", "max_batch_size": 20, "accountant": "pld"},
+            "truncated_poisson sampling.*no privacy filter is known.*start afresh",
+        ),
         ({"privacy_unit": "user", "max_examples_per_unit": 2}, "privacy_unit: None in the checkpoint, 'user' now"),
         ({"seed": 1}, "seed: None in the checkpoint, 1 now"),
     ],
@@ -72,7 +77,6 @@ def test_what_cannot_be_added_up_is_refused(changes: dict[str, Any], match: str)
         {"max_grad_norm": 3.0},
         {"unit_loss": "sum"},
         {"target_delta": 1e-4},
-        {"sampling": "truncated_poisson", "max_batch_size": 20},
     ],
     ids=str,
 )
@@ -84,33 +88,55 @@ def test_steps_of_other_kinds_are_added_up(changes: dict[str, Any]) -> None:
     alone = again.account.plan.epsilon(3)
     again.load_state_dict(first.state_dict())
     assert (again.account.steps, again.account.steps_left) == (2, 3)
-    assert again.epsilon() == first.account.ledger.epsilon(delta)
+    assert again.spent_epsilon() == first.account.ledger.epsilon(delta)
     report = taken(again, 3).report()
     assert (report.steps, report.planned_steps, report.lost_steps) == (5, 5, 0)
     by_hand = Ledger.total([first.account.ledger], "pld")
     by_hand.record(again.account.plan.sampler, again.account.plan.noise_multiplier, 3)
-    assert (
-        report.epsilon
-        == by_hand.epsilon(delta)
-        == again.account.plan.epsilon()
-        > max(alone, first.account.ledger.epsilon(delta))
-    )
+    assert report.spent_epsilon == by_hand.epsilon(delta) > max(alone, first.account.ledger.epsilon(delta))
+    assert report.epsilon == again.epsilon() == again.account.plan.epsilon()
+    if len(by_hand.entries) == 1:  # clipping and delta are no parameters of how steps add up
+        assert report.epsilon == report.spent_epsilon
+    else:  # changed by what may have been seen: the promise is that of a filter, and more than that of fixed steps
+        assert report.epsilon == filter_epsilon(by_hand.entries, delta) > report.spent_epsilon
+        assert (report.accountant, CHANGED_NOT_COVERED in report.not_covered) == ("pld, filter", True)
     with pytest.raises(PrivacyError, match="planned steps are spent"):
         again.release()
 
 
 def test_the_noise_of_the_rest_keeps_a_changed_budget() -> None:
     first = taken(dpsgd(target_epsilon=2.0, noise_multiplier=None), 2)
-    more = dpsgd(steps=10, target_epsilon=2.5, noise_multiplier=None)
+    more = dpsgd(steps=10, target_epsilon=6.0, noise_multiplier=None)
     alone = more.account.plan.noise_multiplier
     more.load_state_dict(first.state_dict())
     assert more.account.steps_left == 8
     assert more.account.plan.noise_multiplier > alone
-    assert 0.999 * 2.5 <= taken(more, 8).epsilon() <= 2.5
-    less = dpsgd(steps=10, target_epsilon=0.9 * first.epsilon(), noise_multiplier=None)
+    assert 0.999 * 6.0 <= taken(more, 8).epsilon() <= 6.0
+    less = dpsgd(steps=10, target_epsilon=0.9 * first.spent_epsilon(), noise_multiplier=None)
     with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise keeps"):
         less.load_state_dict(first.state_dict())
     assert (less.account.steps, less.account.steps_left) == (2, 0)  # what was spent counts, and nothing may follow
+
+
+def test_a_run_that_stops_early_promises_what_it_planned() -> None:
+    """Killed, or stopped by what was seen: what it released is a part of what the whole run would have released."""
+    for took in (0, 1, STEPS - 1, STEPS):
+        mechanism = taken(dpsgd(accountant="pld"), took)
+        report = mechanism.report()
+        assert report.epsilon == mechanism.epsilon() == mechanism.account.plan.epsilon(STEPS)
+        assert report.spent_epsilon == mechanism.spent_epsilon() == mechanism.account.plan.epsilon(took)
+        assert (report.spent_epsilon < report.epsilon) == (took < STEPS)
+
+
+def test_a_plan_made_longer_afterwards_is_said() -> None:
+    first = taken(dpsgd(), 2)
+    longer = dpsgd(steps=STEPS + 4)
+    longer.load_state_dict(first.state_dict())
+    again = dpsgd(steps=STEPS + 4)
+    again.load_state_dict(taken(longer, 1).state_dict())
+    same = dpsgd()
+    same.load_state_dict(first.state_dict())
+    assert [EXTENDED_NOT_COVERED in m.report().not_covered for m in (first, longer, again, same)] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("changes", [{"noise_multiplier": 2.0}, {"target_epsilon": 50.0, "noise_multiplier": None}])
@@ -118,7 +144,7 @@ def test_a_training_that_is_done_is_not_planned_anew(changes: dict[str, Any]) ->
     done = taken(dpsgd(), STEPS)
     again = dpsgd(**changes)
     again.load_state_dict(done.state_dict())
-    assert (again.account.steps_left, again.epsilon()) == (0, done.epsilon())
+    assert (again.account.steps_left, again.epsilon(), again.spent_epsilon()) == (0, done.epsilon(), done.epsilon())
     with pytest.raises(PrivacyError, match="planned steps are spent"):
         taken(again, 1)
 
@@ -338,7 +364,7 @@ def test_kinds_of_step_are_kept_apart(path: Path) -> None:
     run(again, optimizer, 3)
     ledger = Ledger.total(read(path).ledgers.values(), "rdp")
     assert {sigma: steps for (_, sigma), steps in ledger.entries} == {1.0: 2, 2.0: 3}
-    assert again.epsilon() == ledger.epsilon(1e-3)
+    assert again.spent_epsilon() == ledger.epsilon(1e-3)
     with pytest.raises(PrivacyError, match=r"seed: None in earlier runs of .*spend.jsonl, 1 now.*another folder"):
         logged(path, seed=1)
 
@@ -382,7 +408,7 @@ def test_a_training_that_begins_is_planned_once(path: Path, monkeypatch: pytest.
     log = SpendLog(path)
     account.begin(log, state)
     log.close()
-    assert (account.plan.steps, account.steps_left, account.epsilon()) == (7, 7, account.plan.epsilon(0))
+    assert (account.plan.steps, account.steps_left, account.epsilon()) == (7, 7, account.plan.epsilon())
     assert calibrated == [10 - STEPS]
 
 

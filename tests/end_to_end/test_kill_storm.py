@@ -111,7 +111,7 @@ def check(folder: Path, steps: int) -> None:
     assert report.steps == on_record.steps == report.planned_steps
     assert report.lost_steps == report.steps - steps
     assert report.epsilon >= counted.epsilon(1e-3)
-    assert report.epsilon == on_record.epsilon(1e-3)
+    assert report.epsilon == report.spent_epsilon == on_record.epsilon(1e-3)
     newest, *_ = checkpoints.by_age(folder / "run")
     state = checkpoints.read_state(newest)
     assert state["global_step"] == steps

@@ -460,7 +460,9 @@ def test_6_7_nothing_without_noise_is_logged_unmarked(tmp_path: Path, monkeypatc
     assert not RAW & {name for logs in everything for name in logs}
     assert sum("not_private/loss" in logs for logs in everything) == 6
     assert all("privacy/epsilon" in logs for logs in everything)
-    assert max(logs["privacy/epsilon"] for logs in everything) == dp.report().epsilon
+    assert {logs["privacy/epsilon"] for logs in everything} == {dp.report().epsilon}  # the promise, from the first step on
+    assert min(logs["privacy/spent_epsilon"] for logs in everything) < dp.report().spent_epsilon == dp.report().epsilon
+    assert max(logs["privacy/spent_epsilon"] for logs in everything) == dp.report().spent_epsilon
     trainer.create_model_card()  # reads the history
     assert "train_loss" not in (tmp_path / "README.md").read_text()
 
@@ -491,7 +493,8 @@ def test_6_7_the_progress_bar_shows_epsilon(tmp_path: Path, capfd: pytest.Captur
     trainer = trainer_for("gpt2", tmp_path, disable_tqdm=False)
     dp = attached(trainer)
     trainer.train()
-    assert f"epsilon={dp.report().epsilon:.3f}" in capfd.readouterr().err
+    report = dp.report()
+    assert f"epsilon={report.epsilon:.3f}, spent={report.spent_epsilon:.3f}" in capfd.readouterr().err
 
 
 # 6.8

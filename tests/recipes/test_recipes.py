@@ -443,11 +443,11 @@ def test_progress_is_one_line_with_loss_and_epsilon(
     progress.on_train_begin(args, state, control)
     for state.global_step in range(1, 41):
         progress.on_step_end(args, state, control)
-        loss = {"not_private/loss": 2.0, "privacy/epsilon": state.global_step / 10} if private else {"loss": 2.0}
+        loss = {"not_private/loss": 2.0, "privacy/spent_epsilon": state.global_step / 10} if private else {"loss": 2.0}
         progress.on_log(args, state, control, logs={**loss, "learning_rate": 0.1})
         if state.global_step == 20:
             progress.on_log(args, state, control, logs={"eval_loss": 3.0, "eval_runtime": 1.0, "eval_samples_per_second": 1.0})
-    progress.on_log(args, state, control, logs={"not_private/train_loss": 2.0, "privacy/epsilon": 4.0})
+    progress.on_log(args, state, control, logs={"not_private/train_loss": 2.0, "privacy/spent_epsilon": 4.0})
     progress.on_train_end(args, state, control)
     progress.on_log(args, state, control, logs={"eval_loss": 9.0})
     printed = capsys.readouterr().out
@@ -458,10 +458,10 @@ def test_progress_is_one_line_with_loss_and_epsilon(
         assert len(lines) == 1
         last = screen.getvalue().rstrip().rpartition("\r")[2]
         assert "training: 100%" in last
-        assert ("loss=2.000, epsilon=4.000" if private else "loss=2.000") in last
+        assert ("loss=2.000, epsilon spent=4.000" if private else "loss=2.000") in last
     else:
         assert len(lines) == 10 + 1
-        assert lines[-1] == f"step 40 of 40: loss 2.000{', epsilon 4.000' if private else ''}, 0 s"
+        assert lines[-1] == f"step 40 of 40: loss 2.000{', epsilon spent 4.000' if private else ''}, 0 s"
 
 
 QUICK = ["hidden_size=16", "num_layers=1", "num_heads=2", "max_length=16", "logging_steps=1", "per_device_eval_batch_size=256"]

@@ -11,7 +11,7 @@ from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.mechanisms.sampling import PoissonSampler
-from dp_flash_hf.reporting.report import LOST_STEPS_NOT_COVERED, NOT_COVERED, PrivacyReport
+from dp_flash_hf.reporting.report import CHANGED_NOT_COVERED, LOST_STEPS_NOT_COVERED, NOT_COVERED, PrivacyReport
 
 CONFIG = PrivacyConfig(target_delta=1e-5, noise_multiplier=2.5, max_grad_norm=0.25, clipping="automatic")
 TRUNCATED = replace(
@@ -35,7 +35,8 @@ def test_report_states_what_was_executed() -> None:
     report = report_of(CONFIG)
     ledger = Ledger()
     ledger.record(PoissonSampler(1000, 20), 2.5, 30)
-    assert report.epsilon == ledger.epsilon(1e-5) < report_of(CONFIG, 40).epsilon
+    assert report.spent_epsilon == ledger.epsilon(1e-5) < report.epsilon
+    assert report.epsilon == report_of(CONFIG, 40).epsilon == report_of(CONFIG, 40).spent_epsilon
     assert (report.steps, report.planned_steps) == (30, 40)
     assert (report.sampler, report.sampling_rate, report.expected_batch_size, report.max_batch_size) == (
         "poisson",
@@ -47,7 +48,7 @@ def test_report_states_what_was_executed() -> None:
     assert (report.n_units, report.adjacency, report.unit) == (1000, "add or remove one unit", "one training example")
     assert report.private
     assert set(NOT_COVERED) <= set(report.not_covered)
-    names = {"dp-flash-hf", "torch", "transformers", "dp-accounting"}
+    names = {"dp-flash-hf", "torch", "transformers", "scipy"}
     assert report.versions == {name: metadata.version(name) for name in names}
 
 
@@ -55,6 +56,7 @@ def test_report_of_users_under_truncated_sampling() -> None:
     report = report_of(TRUNCATED)
     assert (report.unit, report.max_examples_per_unit, report.max_batch_size) == ("all rows with the same 'user|id'", 4, 70)
     assert report.sampler == "truncated_poisson"
+    assert report.versions["dp-accounting"] == metadata.version("dp-accounting")
 
 
 def test_report_names_opacus_where_it_did_the_accounting() -> None:
@@ -68,7 +70,7 @@ def test_caller_can_name_the_unit_and_add_gaps() -> None:
     plan = PrivacyPlan.from_config(CONFIG, n_units=1000, expected_batch_size=20, steps=40)
     report = PrivacyReport.of(CONFIG, plan, Ledger(), unit="one preference pair", not_covered=("The reference model.",))
     assert report.unit == "one preference pair"
-    assert report.epsilon == 0
+    assert (report.spent_epsilon, report.epsilon) == (0, plan.epsilon())
     assert report.not_covered == (*NOT_COVERED, LOST_STEPS_NOT_COVERED, "The reference model.")
 
 
@@ -79,7 +81,7 @@ def test_lost_steps_are_covered_where_they_are_on_record() -> None:
     report = PrivacyReport.of(CONFIG, plan, ledger, lost_steps=3, recorded=True)
     assert report.not_covered == NOT_COVERED
     assert "3 of them are not in the weights" in " ".join(report.to_text().split())
-    assert report.epsilon == report_of(CONFIG).epsilon
+    assert report.spent_epsilon == report_of(CONFIG).spent_epsilon
 
 
 def test_every_part_is_shown() -> None:
@@ -90,7 +92,9 @@ def test_every_part_is_shown() -> None:
     ledger.record(plan.sampler, 2.5, 10)
     report = PrivacyReport.of(CONFIG, plan, ledger)
     assert (report.steps, report.planned_steps) == (17, 47)
-    assert report.epsilon == ledger.epsilon(1e-5) > report_of(CONFIG, 10).epsilon
+    assert report.spent_epsilon == ledger.epsilon(1e-5) > report_of(CONFIG, 10).spent_epsilon
+    assert report.epsilon == plan.epsilon()
+    assert CHANGED_NOT_COVERED in report.not_covered
     assert PrivacyReport.from_json(report.to_json()) == report
     for text in (" ".join(report.to_text().split()), report.to_model_card()):
         assert "composed of 7 steps with sigma = 1.5, q = 0.05; 10 steps with sigma = 2.5, q = 0.02" in text
@@ -124,7 +128,7 @@ def test_text_and_model_card_say_everything_on_one_screen(config: PrivacyConfig)
     for shown in ("1e-05", "add or remove one unit", "1000 units", "q = 0.02", "20 units expected", "C = 0.25", "sigma = 2.5"):
         assert shown in said
         assert shown in card
-    for shown in ("30 executed of 40 planned", "pld", metadata.version("dp-accounting"), report.sampler, *report.not_covered):
+    for shown in ("30 executed of 40 planned", "pld", metadata.version("scipy"), report.sampler, *report.not_covered):
         assert shown in said
         assert shown in card
     assert (report.max_batch_size is not None) == ("at most 70" in said)
@@ -140,13 +144,15 @@ def test_printed_epsilon_never_flatters() -> None:
         text = replace(report, epsilon=epsilon).to_text()
         shown = float(text.split("epsilon <= ")[1].split()[0])
         assert shown == epsilon or epsilon < shown <= epsilon + 0.001 + 1e-9
+        spent = replace(report, spent_epsilon=epsilon).to_text().split("epsilon <= ")[2].split()[0]
+        assert float(spent) == shown
 
 
 def test_budget_is_shown_beside_what_was_spent() -> None:
     report = report_of(PrivacyConfig(target_epsilon=0.5, target_delta=1e-5))
     assert report.target_epsilon == 0.5
     assert "(budget: epsilon = 0.5)" in report.to_text()
-    assert report.epsilon < 0.5
+    assert report.spent_epsilon < report.epsilon <= 0.5
 
 
 def test_a_fixed_seed_is_shouted() -> None:
