@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dp_flash_hf.integrations.trainer import DPCallback
     from dp_flash_hf.layers.rules import register_rule
     from dp_flash_hf.mechanisms.config import PrivacyConfig
-    from dp_flash_hf.mechanisms.gaussian_noise import fresh_generator
+    from dp_flash_hf.mechanisms.generators import fresh_generator
     from dp_flash_hf.reporting.report import PrivacyReport
     from dp_flash_hf.training.dp_sgd import DPSGD
 
@@ -68,7 +68,7 @@ _PUBLIC = {
     "integrations.trainer": ("DPCallback",),
     "layers.rules": ("register_rule",),
     "mechanisms.config": ("PrivacyConfig",),
-    "mechanisms.gaussian_noise": ("fresh_generator",),
+    "mechanisms.generators": ("fresh_generator",),
     "reporting.report": ("PrivacyReport",),
     "training.dp_sgd": ("DPSGD",),
 }

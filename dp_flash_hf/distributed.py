@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
-from dp_flash_hf.mechanisms.gaussian_noise import fresh_generator
 
 _BUCKET_BYTES = 32 * 2**20  # smaller sums share a bucket: DDP's own buckets have 25 MiB
 _CHECKED_BYTES = 64 * 2**20  # at once, for a checksum
@@ -93,21 +92,14 @@ class Ranks:
         dist.broadcast_object_list(values, src=source, device=self._device)
         return values[0]
 
-    def generator(self, device: torch.device | str = "cpu", *, stream: str) -> torch.Generator:
-        """A new generator from fresh entropy: the same on all ranks that name the same stream, and unrelated otherwise.
-
-        Args:
-            device: of the generator.
-            stream: which numbers, by name; ranks that hold the same part of a parameter name the same.
-
-        Returns:
-            A generator seeded from 32 bytes of the first rank's operating system.
-        """
+    def secret(self) -> bytes:
+        """32 new bytes of the first rank's operating system, the same on all ranks, and known to them alone."""
+        fresh = os.urandom(32)
         if self.size == 1:
-            return fresh_generator(device)
-        secret = torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8).to(self._device)
-        dist.broadcast(secret, src=0)
-        return fresh_generator(device, seed=int.from_bytes(bytes(secret.tolist()), "little"), stream=stream)
+            return fresh
+        shared = torch.frombuffer(bytearray(fresh), dtype=torch.uint8).to(self._device)
+        dist.broadcast(shared, src=0)
+        return bytes(shared.tolist())
 
     def added_up(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Add up each tensor over all ranks, in place, and hand them out bucket by bucket while the next ones are on their way.

@@ -38,7 +38,8 @@ from dp_flash_hf.benchmarks.methods import (
     text_lengths,
 )
 from dp_flash_hf.benchmarks.timing import peak_memory, require_device, take_turns, timed
-from dp_flash_hf.mechanisms.gaussian_noise import add_gaussian_noise_, fresh_generator
+from dp_flash_hf.kernels.keystream import Keystream, fresh_secret
+from dp_flash_hf.mechanisms import gaussian_noise
 
 # For scripts that measure one method their own way, its parts go with the presets.
 __all__ = [
@@ -167,10 +168,11 @@ def _step_of(make: Method, work: Work, length: int) -> Step:
 def release_milliseconds(work: Work, length: int) -> float:
     """What one logical batch takes besides, whatever its size: noise on every gradient, and the division by the batch size."""
     gradients = [torch.zeros_like(p) for p in model_of(work, length, "sdpa").parameters() if p.requires_grad]
-    generator = fresh_generator(work.device)
+    spacing = gaussian_noise.spacing(sum(gradient.numel() for gradient in gradients), max_grad_norm=1.0, std=1.0)
 
     def release() -> None:
-        add_gaussian_noise_(gradients, std=1.0, generator=generator)
+        words = Keystream(fresh_secret(), work.device)
+        gaussian_noise.add_gaussian_noise_(gradients, std=1.0, spacing=spacing, words=words)
         for gradient in gradients:
             gradient.div_(work.batch)
 

@@ -12,6 +12,7 @@ Clipping = Literal["flat", "automatic", "per_layer"]
 Sampling = Literal["poisson", "truncated_poisson"]
 AccountantName = Literal["pld", "prv", "rdp"]
 UnitLoss = Literal["mean", "sum"]
+Noise = Literal["secure", "fast"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,9 @@ class PrivacyConfig:
             example is a unit.
         max_examples_per_unit: With privacy_unit, and only then: most rows of a unit in one draw, at least 1.
         unit_loss: "mean": the loss of a unit is the mean over its own labels. "sum": their sum, so that long texts weigh more.
+        noise: Where the noise's randomness comes from. "secure": a cryptographic keystream (AES-256 in counter mode on CPUs,
+            ChaCha20 on GPUs) under a new key for every step. "fast": torch's generator of the device. Both are on the same
+            exact grid, with full tails; see `mechanisms.gaussian_noise`.
         seed: For tests only, 0 or above: sampling and noise can then be replayed, and nothing is private.
 
     Raises:
@@ -64,6 +68,7 @@ class PrivacyConfig:
     privacy_unit: str | None = field(default=None, metadata={"help": "column naming the unit; default: one example is a unit"})
     max_examples_per_unit: int | None = field(default=None, metadata={"help": "with privacy_unit: most examples per draw"})
     unit_loss: UnitLoss = field(default="mean", metadata={"help": "mean over a unit's own labels, or their sum"})
+    noise: Noise = field(default="secure", metadata={"help": "secure: from a cryptographic keystream; fast: torch's generator"})
     seed: int | None = field(default=None, metadata={"help": "tests only: replays sampling and noise, so nothing is private"})
 
     def __post_init__(self) -> None:
@@ -102,4 +107,5 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "sampling": get_args(Sampling),
     "accountant": get_args(AccountantName),
     "unit_loss": get_args(UnitLoss),
+    "noise": get_args(Noise),
 }

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.errors import UnsupportedError
-from dp_flash_hf.mechanisms.gaussian_noise import fresh_generator
+from dp_flash_hf.mechanisms.generators import fresh_generator
 from dp_flash_hf.mechanisms.sampling import PoissonSampler, choose_rows
 from dp_flash_hf.units import IGNORED, Units, leading_shape, select_items, subset, text_starts
 
@@ -76,11 +76,11 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
         return self.steps * self.splits
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        fresh = self.ranks.generator(stream="draws")
+        shared = self.ranks.secret()
         for _ in range(self.steps):
-            generator = fresh
-            if self.seed is not None:
-                generator = fresh_generator(seed=self.seed, stream=f"sampling step {self.step}")
+            # In one process from the operating system for each draw, so that a fork of it draws others. Ranks cannot be forked.
+            secret = self.seed if self.seed is not None else shared if self.ranks.size > 1 else self.ranks.secret()
+            generator = fresh_generator(seed=secret, stream=f"sampling step {self.step}")
             self.step += 1
             drawn = self.sampler.draw(generator)
             own = [[unit] for unit in drawn.tolist()]

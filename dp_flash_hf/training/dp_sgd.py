@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,10 @@ from dp_flash_hf.accounting.run_account import RunAccount
 from dp_flash_hf.distributed import Ranks, as_gradient, local, part_of
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.kernels.keystream import Keystream, derived_key
 from dp_flash_hf.mechanisms.config import PrivacyConfig
-from dp_flash_hf.mechanisms.gaussian_noise import add_gaussian_noise_, fresh_generator
+from dp_flash_hf.mechanisms.gaussian_noise import SENSITIVITY, Words, add_gaussian_noise_, spacing
+from dp_flash_hf.mechanisms.generators import fresh_generator, generator_words
 from dp_flash_hf.reporting.report import PrivacyReport
 
 
@@ -26,7 +29,7 @@ class DPSGD:
         mechanism.start(engine, optimizer)
         for draw in draws:              # of plan.sampler
             engine.backward(...)        # any number of times, also never: an empty draw takes a noisy step like any other
-            mechanism.release()         # .grad = (clipped sum + N(0, (sigma C)^2)) / expected batch size
+            mechanism.release()         # .grad = (clipped sum + N(0, (sigma C)^2), on a grid) / expected batch size
             optimizer.step(); optimizer.zero_grad()
         mechanism.stop()
 
@@ -76,7 +79,6 @@ class DPSGD:
         self._handles: list[Any] = []
         self._gradient: Literal["clipped", "released", "used"] = "clipped"
         self._released: dict[torch.nn.Parameter, tuple[torch.Tensor, int]] = {}  # what release() made, and its version
-        self._generators: dict[tuple[torch.device, str], torch.Generator] = {}
         self._ranks = Ranks()
         self._steps_here = 0  # since start()
 
@@ -94,7 +96,7 @@ class DPSGD:
         with Ranks().all_ranks_or_none():
             inner = self._require_fitting(engine, optimizer)
         self.stop()
-        self._ranks, self._steps_here, self._generators = Ranks(), 0, {}
+        self._ranks, self._steps_here = Ranks(), 0
         account = self.account
         account.rename_writer(self._ranks.shared(account.writer))  # one name for one training, also where no spend log gives it
         plan = account.plan
@@ -154,8 +156,9 @@ class DPSGD:
         """Noise the clipped sums, once, and make them the gradients of one optimizer step.
 
         Each parameter of the engine gets `.grad`, of its own dtype and layout: (clipped sum over all ranks + Gaussian noise of
-        standard deviation noise_multiplier * max_grad_norm) / expected batch size. Noise is float32 or better, added before the
-        division; where parameters are sharded, each shard has its own.
+        standard deviation noise_multiplier * max_grad_norm, and 0.4 % more for all that rounds the sum) / expected batch size.
+        Sum and noise are added exactly, on a grid, before the division, see `mechanisms.gaussian_noise`; where parameters are
+        sharded, each shard has noise of its own. The noise's key is drawn for this step, and forgotten with it.
 
         Raises:
             PrivacyError: See `require_next`; the step cannot be written to the spend log; or another rank refused it. Nothing
@@ -167,13 +170,17 @@ class DPSGD:
             assert self._engine is not None
             self.account.count_step()  # before anything of it can be seen
             sums = self._engine.take_sums()
-        if self.config.seed is not None:
-            self._generators = {}  # a stream for every step
+        noise = _StepNoise(
+            self.config,
+            self._ranks.secret(),
+            step=self.account.taken + 1,
+            std=self.account.plan.noise_multiplier * self._engine.max_grad_norm * SENSITIVITY,
+            spacing=self._spacing(),
+        )
         split = [total for parameter, total in sums.items() if part_of(parameter)]
-        part = next((part_of(parameter) for parameter in sums if part_of(parameter)), "")
-        self._add_noise(split, part)  # added up already
+        noise.add_(split, next((part_of(parameter) for parameter in sums if part_of(parameter)), ""))  # added up already
         for bucket in self._ranks.added_up([total for parameter, total in sums.items() if not part_of(parameter)]):
-            self._add_noise(bucket, "")
+            noise.add_(bucket, "")
         for parameter in list(sums):
             total = sums.pop(parameter)
             # A public constant: the drawn size would reveal how many units took part.
@@ -219,25 +226,11 @@ class DPSGD:
         """Continue where a checkpoint stopped, see `RunAccount.load_state_dict`."""
         self.account.load_state_dict(state)
 
-    def _add_noise(self, sums: Sequence[torch.Tensor], part: str) -> None:
-        """Noise on sums of one part of their parameters: the same wherever that part is held, independent on all others."""
+    def _spacing(self) -> float:
         assert self._engine is not None
-        std = self.account.plan.noise_multiplier * self._engine.max_grad_norm
-        for device in sorted({total.device for total in sums}, key=str):
-            here = [total for total in sums if total.device == device]
-            add_gaussian_noise_(here, std=std, generator=self._generator(device, part))
-
-    def _generator(self, device: torch.device, part: str) -> torch.Generator:
-        if (device, part) not in self._generators:
-            stream = f"noise {part}"
-            if self.config.seed is not None:
-                made = fresh_generator(
-                    device, seed=self.config.seed, stream=f"{stream} step {self.account.taken + 1} {device.type}"
-                )
-            else:
-                made = self._ranks.generator(device, stream=stream)
-            self._generators[device, part] = made
-        return self._generators[device, part]
+        bound = self._engine.max_grad_norm
+        n_values = sum(parameter.numel() for parameter in self._engine.parameters)
+        return spacing(n_values, bound, self.account.plan.noise_multiplier * bound)
 
     @staticmethod
     def _only_zeros(optimizer: torch.optim.Optimizer) -> bool:
@@ -279,3 +272,36 @@ class DPSGD:
         compared = parameters if self._steps_here == 0 else [one]
         self._ranks.require_equal([(part_of(p), local(p)) for p in compared], "parameters after a step")
         self._steps_here += 1
+
+
+class _StepNoise:
+    """The noise of one step: the same on all ranks for the same part of a parameter, independent on all others.
+
+    Args:
+        config: Says where randomness comes from.
+        secret: Of this step, and of all ranks.
+        step: Its number, for a fixed seed.
+        std, spacing: As of `add_gaussian_noise_`.
+    """
+
+    def __init__(self, config: PrivacyConfig, secret: bytes, *, step: int, std: float, spacing: float) -> None:
+        self._fast = config.noise == "fast"
+        self._secret = secret if config.seed is None else repr((config.seed, step)).encode()
+        self._std, self._spacing = std, spacing
+        self._words: dict[tuple[torch.device, str], Words] = {}
+
+    def add_(self, sums: Sequence[torch.Tensor], part: str) -> None:
+        """Release these sums, of one part of their parameters, in place."""
+        for device in sorted({total.device for total in sums}, key=str):
+            here = [total for total in sums if total.device == device]
+            add_gaussian_noise_(here, std=self._std, spacing=self._spacing, words=self._words_of(device, part))
+
+    def _words_of(self, device: torch.device, part: str) -> Words:
+        if (device, part) not in self._words:
+            stream = f"noise {part}"  # the same on whatever device the part lies
+            self._words[device, part] = (
+                partial(generator_words, fresh_generator(device, seed=self._secret, stream=stream))
+                if self._fast
+                else Keystream(derived_key(self._secret, stream), device)
+            )
+        return self._words[device, part]

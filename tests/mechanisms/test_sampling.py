@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from dp_flash_hf.mechanisms.config import PrivacyConfig
-from dp_flash_hf.mechanisms.gaussian_noise import fresh_generator
+from dp_flash_hf.mechanisms.generators import fresh_generator
 from dp_flash_hf.mechanisms.sampling import (
     PoissonSampler,
     TruncatedPoissonSampler,
