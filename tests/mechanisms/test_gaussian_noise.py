@@ -122,9 +122,8 @@ def test_the_release_is_exact(values: list[float], std: float, seed: int) -> Non
     """(round(S / D) + n) D in rational arithmetic, rounded once to the tensor's dtype."""
     grid = spacing(len(values), 1.0, std)
     added = whole_noise(len(values), std / grid, words_of(seed)).tolist()
-    exact = [
-        (round(Fraction(value) / Fraction(grid)) + Fraction(n)) * Fraction(grid) for value, n in zip(values, added, strict=True)
-    ]
+    on_grid = [round(Fraction(value) / Fraction(grid)) + Fraction(n) for value, n in zip(values, added, strict=True)]
+    exact = [number * Fraction(grid) for number in on_grid]
     for dtype in (torch.float32, torch.float64):
         tensor = torch.tensor(values, dtype=dtype)
         add_gaussian_noise_([tensor], std=std, spacing=grid, words=words_of(seed))
@@ -165,7 +164,7 @@ def test_the_grid_moves_neighbours_by_a_thousandth_at_most(n_values: int, bound:
 
 
 def test_more_values_than_are_charged_for_are_refused() -> None:
-    with pytest.raises(ValueError, match="n_values.*LoRA"):
+    with pytest.raises(ValueError, match=r"n_values.*LoRA"):
         spacing(MOST_VALUES + 1, 1.0, 1.0)
 
 
