@@ -281,13 +281,20 @@ class ClippingEngine:
         """
         return self._buffer.take()
 
+    def withhold_sums(self, value: bool = True) -> None:
+        """Drop the sums so far; from now on `.grad` stays empty until `take_sums` or, with False, shows them again.
+
+        So nothing finds sums before noise is on them. Called again it does what `zero_grad()`, with nothing to empty, cannot.
+        """
+        self._buffer.withhold(value)
+
     @property
     def holds_sums(self) -> bool:
         """Whether clipped sums were made that `take_sums` did not hand over yet."""
         return bool(self._buffer)
 
     def norm_methods(self) -> dict[str, str]:
-        """How the last batch's gradient norm was computed, for each parameter that had one, by name."""
+        """How the last batch's norm was computed, by name of each parameter that had one."""
         if self._selector.works_unit_by_unit:
             return dict.fromkeys(self.parameters.values(), "microbatch")
         return {name: self._recorder.norm_methods[p] for p, name in self.parameters.items() if p in self._recorder.norm_methods}

@@ -24,7 +24,7 @@ def add_in_halves_if_needed(
     Raises what `add` raises for anything else, and for one unit alone. Raises PrivacyError where a half could be added and the
     rest could not: the sums are then dropped, because what is in them cannot be taken out again.
     """
-    held, dropped = buffer.has_gradients, clipper.dropped_units
+    held, dropped = buffer.holds, clipper.dropped_units
     try:
         return add(batch)
     except (RuntimeError, MemoryError) as error:

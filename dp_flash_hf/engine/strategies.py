@@ -33,6 +33,8 @@ from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.gradient_records import full_precision
 from dp_flash_hf.layers.recorder import Recorder, TwoPassError
 
+_MOST_IN_FLOAT32 = 64  # units of one part that are added one by one
+
 Strategy = Literal["auto", "bookkeeping", "two_pass", "microbatch"]
 WholeBatchStrategy = Literal["bookkeeping", "two_pass"]
 
@@ -93,7 +95,7 @@ class Strategies:
         """
         loss, factors = self._norms_pass(batch)
         # Sums that exist are added to in place, and new ones made in backward: memory for no second set.
-        sums = self._buffer.in_place()
+        sums = self._buffer.in_place(batch.units.n)
         begun = bool(sums)
         parts: dict[nn.Parameter, Tensor] = {}
         self._recorder.start("sum", batch.units, factors, sums)
@@ -113,7 +115,7 @@ class Strategies:
         sums |= parts
         parts.clear()
         self._buffer.put_back()
-        with self._buffer.adding(begun=begun):
+        with self._buffer.adding(batch.units.n, begun=begun):
             self._buffer.add_all(sums)
         return loss
 
@@ -128,7 +130,9 @@ class Strategies:
                 "'bookkeeping' or 'two_pass'"
             )
         parameters, units = self._parameters, batch.units
-        sums = {p: torch.zeros_like(local(p), dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters}
+        # Every unit is added by itself, so float32 would round as often: see `GradientBuffer`.
+        wide = torch.float64 if units.n > _MOST_IN_FLOAT32 else torch.float32
+        sums = {p: torch.zeros_like(local(p), dtype=torch.promote_types(p.dtype, wide)) for p in parameters}
         total = torch.zeros(())
         norms = []
         self.reached = set()
@@ -152,7 +156,7 @@ class Strategies:
                 p.grad = None
         self._clipper.set_norms(torch.cat(norms))
         self._buffer.put_back()
-        with self._buffer.adding():
+        with self._buffer.adding(units.n):
             self._buffer.add_all(sums)
         return total
 
@@ -176,7 +180,7 @@ class Strategies:
         records = self._recorder.records
         self.reached = self._recorder.reached
         self._buffer.put_back()
-        with self._buffer.adding(), full_precision(factors.device):
+        with self._buffer.adding(len(factors)), full_precision(factors.device):
             for parameter in self._parameters:
                 record, own = records.pop(parameter, None), factors[:, groups[parameter]].to(device_of(parameter))
                 if parameter in self._shards.parameters:

@@ -107,6 +107,7 @@ class DPSGD:
             )
         self._ranks.require_equal([(part_of(p), local(p)) for p in engine.model.parameters()], "parameters")
         self._engine = engine
+        engine.withhold_sums()
         self._gradient = "clipped"
         self._handles = [inner.register_step_pre_hook(self._before_step), inner.register_step_post_hook(self._after_step)]
 
@@ -132,6 +133,8 @@ class DPSGD:
         """Let go of engine and optimizer, which then updates by any gradient; what was spent stays on the account."""
         for handle in self._handles:
             handle.remove()
+        if self._engine is not None:
+            self._engine.withhold_sums(False)
         self._handles, self._engine, self._released = [], None, {}
 
     @property

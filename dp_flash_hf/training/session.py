@@ -250,6 +250,7 @@ class PrivateTraining:
         if self.strategy == "auto":
             self._choose_strategy(engine, reader)
         loss = preflight(engine, self.adapter, reader, cut_padding=self.max_tokens is not None)
+        engine.withhold_sums()  # nothing of the checks stays
         if engine.sharded:
             self._one_unit = reader.batch([0])
         self._loss = loss
@@ -307,7 +308,7 @@ class PrivateTraining:
 
     def drop_step(self) -> None:
         """Forget what was added to the step: it was clipped, but has no noise."""
-        self._started().model.zero_grad()
+        self._started().withhold_sums()
 
     def stop(self) -> None:
         """Let go of model and optimizer, as they are without the library, and of the spend log; what was spent stays counted.

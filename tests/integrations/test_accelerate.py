@@ -22,6 +22,7 @@ from dp_flash_hf import PrivacyConfig
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.integrations.accelerate import PrivateLoop
+from dp_flash_hf.mechanisms.gaussian_noise import SENSITIVITY
 from dp_flash_hf.training import dp_sgd as mechanism_module
 from dp_flash_hf.training.batches import UNITS
 from tests.support.loops import loop, run
@@ -537,7 +538,7 @@ def test_noise_is_added_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mechanism_module, "add_gaussian_noise_", recorded)
     private, _, optimizer = loop(max_rows_per_device=1, privacy=config(noise_multiplier=1.5, max_grad_norm=2.0))
     run(private, optimizer)
-    assert added == [3.0] * 3
+    assert added == [3.0 * SENSITIVITY] * 3
 
 
 def test_a_checkpoint_continues_the_books(tmp_path: Path) -> None:

@@ -40,9 +40,6 @@ def noise(size: int = 50, *, std: float = 1.0, seed: int = 0, dtype: torch.dtype
     return tensor
 
 
-# The distribution.
-
-
 @pytest.mark.parametrize("std", [1e-4, 0.7, 300.0])
 @pytest.mark.parametrize("shape", [(), (3,), (17, 5), (0, 4)])
 def test_noise_is_gaussian_of_the_right_scale_and_independent(std: float, shape: tuple[int, ...]) -> None:
@@ -109,9 +106,6 @@ def test_tails_have_no_end() -> None:
     assert math.sqrt(2 * 3 * 63 * math.log(2)) <= float(found.norm()) + 1 / 11 < 18  # 16.2 and what the last words add
 
 
-# The grid.
-
-
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     values=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=9),
@@ -147,7 +141,8 @@ def test_the_noise_is_the_gaussian_mechanism_rounded_with_a_random_offset(
     scaled = cells * coarse * z
 
     def rounded(x: Fraction, offset: int) -> int:
-        return coarse * math.floor((x - offset) / coarse + Fraction(1, 2)) + offset
+        nearest: int = math.floor((x - offset) / coarse + Fraction(1, 2))
+        return offset + coarse * nearest
 
     assert s + rounded(scaled, (t - s) % coarse) == rounded(s + scaled, t)
 
@@ -166,9 +161,6 @@ def test_the_grid_moves_neighbours_by_a_thousandth_at_most(n_values: int, bound:
 def test_more_values_than_are_charged_for_are_refused() -> None:
     with pytest.raises(ValueError, match=r"n_values.*LoRA"):
         spacing(MOST_VALUES + 1, 1.0, 1.0)
-
-
-# The precision that the proof assumes.
 
 
 def test_numbers_are_as_precise_as_the_charge_assumes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,14 +183,14 @@ def test_numbers_are_as_precise_as_the_charge_assumes(monkeypatch: pytest.Monkey
     monkeypatch.setattr(gaussian_noise, "_CELLS", 2**48)
     found = (whole_noise(2 * pairs, 2.0**48, kept) * 2.0**-48).view(2, -1)
     (words,) = asked
-    with mpmath.workdps(60):
-        for pair in range(pairs):
-            high, low, angle = (int(words[row, pair]) & (2**63 - 1) for row in range(3))
-            u = (high + (low + mpmath.mpf("0.5")) / 2**63) / 2**63
-            radius, turn = mpmath.sqrt(-2 * mpmath.log(u)), 2 * mpmath.pi * angle / 2**63
-            for row, ideal in ((0, radius * mpmath.cos(turn)), (1, radius * mpmath.sin(turn))):
-                off = abs(mpmath.mpf(float(found[row, pair])) - ideal)
-                assert off <= UNIT * (20 * radius + 2 / radius) + mpmath.mpf(2) ** -49, (pair, row, float(radius))
+    monkeypatch.setattr(mpmath.mp, "dps", 60)
+    for pair in range(pairs):
+        high, low, angle = words[:3, pair].tolist()
+        u = ((high & 2**63 - 1) + ((low & 2**63 - 1) + mpmath.mpf("0.5")) / 2**63) / 2**63
+        radius, turn = mpmath.sqrt(-2 * mpmath.log(u)), mpmath.pi * angle / 2**63
+        for row, ideal in ((0, radius * mpmath.cos(turn)), (1, radius * mpmath.sin(turn))):
+            off = abs(mpmath.mpf(float(found[row, pair])) - ideal)
+            assert off <= UNIT * (20 * radius + 2 / radius) + mpmath.mpf(2) ** -49, (pair, row, float(radius))
 
 
 def test_the_charge_is_small_and_grows_as_the_root() -> None:
@@ -206,9 +198,6 @@ def test_the_charge_is_small_and_grows_as_the_root() -> None:
     assert closeness(400, log_inverse) < 1e-5
     assert closeness(40_000, log_inverse) == pytest.approx(10 * closeness(400, log_inverse), rel=0.01)
     assert closeness(1, 0.0) == pytest.approx(MOST_VALUES / 2 * ETA**2)
-
-
-# Arguments.
 
 
 def test_noise_is_added_in_place_also_to_views_and_parameters() -> None:
