@@ -87,7 +87,7 @@ def _dp_accounting_epsilon(entries: tuple[Entry, ...], delta: float, interval: f
 
     if _hopeless(entries):
         return math.inf
-    if delta < _LEAST_TRUNCATED_DELTA:
+    if delta < 0.99 * _LEAST_TRUNCATED_DELTA:  # some of a delta is charged for noise
         raise UnsupportedError(
             f"truncated_poisson sampling can be accounted for target_delta >= {_LEAST_TRUNCATED_DELTA:g}, not {delta:g}; use "
             "sampling='poisson' with accountant='pld', which any delta will do for"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Self, get_args
 
@@ -9,6 +10,7 @@ from dp_flash_hf import validation
 from dp_flash_hf.accounting.epsilon import Entry, epsilon_of
 from dp_flash_hf.errors import invalid
 from dp_flash_hf.mechanisms.config import AccountantName
+from dp_flash_hf.mechanisms.gaussian_noise import closeness
 from dp_flash_hf.mechanisms.sampling import PoissonSampler, sampler_from_dict
 
 ADJACENCY = "add or remove one unit"
@@ -98,6 +100,8 @@ class Ledger:
     def epsilon(self, delta: float) -> float:
         """The epsilon of all steps, if they were fixed beforehand, for neighbours that differ by one unit added or removed.
 
+        That of ideal Gaussian noise, and what noise computed in float64 is charged, 2e-5 for 400 steps.
+
         Typically 0.05 s with pld, 0.1 s with prv or rdp, at once if asked again: call it when logging. The first call imports
         the accountant's library, which takes a second or more.
 
@@ -113,7 +117,12 @@ class Ledger:
         """
         validation.delta("delta", delta)
         # In one order, so that the same steps give the same figure to the last digit, whichever came first.
-        return epsilon_of(self.accountant, tuple(sorted(self.entries, key=repr)), delta)
+        entries = tuple(sorted(self.entries, key=repr))
+        ideal = epsilon_of(self.accountant, entries, delta * (1 - 2.0**-9))
+        if not 0 < ideal < math.inf:
+            return ideal
+        # A failure of delta 2^-10 / (1 + exp(ideal + 1)), as `mechanisms.gaussian_noise` has it.
+        return ideal + 2 * closeness(self.steps, math.log(2.0**11 / delta) + ideal + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The ledger as plain JSON data. It holds no secret: no draw, no noise, no generator state."""

@@ -200,13 +200,6 @@ class ClippingEngine:
     def batch(self, units: Tensor | Units | None = None, loss_scale: Tensor | None = None) -> Iterator[None]:
         """The thin primitive under `backward`: run one forward of the model and one backward inside it.
 
-        >>> model = nn.Linear(2, 1)
-        >>> engine = ClippingEngine(model, max_grad_norm=1.0)
-        >>> with engine.batch():
-        ...     model(input=torch.randn(4, 2)).sum().backward()
-        >>> engine.norms.shape
-        torch.Size([4])
-
         By book-keeping only, and with the model called by keyword where its inputs have names. When the block ends the batch is
         added; if it ends with an exception, `.grad` is what it was before.
 
@@ -269,15 +262,9 @@ class ClippingEngine:
         return self._buffer.total(parameter)
 
     def take_sums(self) -> dict[nn.Parameter, Tensor]:
-        """Hand over the clipped sums so far, for noise to be put on them.
+        """Hand over the clipped sums so far, of every trained parameter; raises as `clipped_sum`.
 
         From then on `.grad` is the caller's: the engine adds to it no more until `zero_grad()`.
-
-        Returns:
-            As `clipped_sum`, of every trained parameter.
-
-        Raises:
-            PrivacyError: as `clipped_sum`.
         """
         return self._buffer.take()
 
@@ -287,6 +274,15 @@ class ClippingEngine:
         So nothing finds sums before noise is on them. Called again it does what `zero_grad()`, with nothing to empty, cannot.
         """
         self._buffer.withhold(value)
+
+    def sum_in_float64(self) -> None:
+        """Sums are float64 until they are taken or dropped: where ranks add up more than float32 is charged for."""
+        self._buffer.widen()
+
+    @property
+    def rounding(self) -> tuple[int, bool]:
+        """How many units are in the sums, and whether these are float64."""
+        return self._buffer.units, self._buffer.wide
 
     @property
     def holds_sums(self) -> bool:
@@ -330,10 +326,7 @@ class ClippingEngine:
         self._selector.choose(strategy)
 
     def without_microbatching(self) -> AbstractContextManager[None]:
-        """Within the context, strategy="auto" computes no batch unit by unit only because that is faster.
-
-        Checks need it: units that are computed one by one cannot see each other, whatever they do in other batches.
-        """
+        """Within the context, no batch is computed unit by unit, which would hide that units see each other, only for speed."""
         return self._selector.without_microbatching()
 
     def eagerly(self) -> AbstractContextManager[None]:

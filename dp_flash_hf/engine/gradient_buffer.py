@@ -1,8 +1,8 @@
 """Ownership of `.grad`: nothing is added to it but clipped sums, and no batch in part.
 
 Sums are *shown*, and stand in `.grad`, or, for a mechanism that puts noise on them, *withheld*: `.grad` is then empty until
-they are taken, and `drop` gives them up in place of `zero_grad()`. Between two `zero_grad()` they are in one of these states, and a
-batch takes them through the first three:
+they are taken, and `drop` gives them up in place of `zero_grad()`. Between two `zero_grad()` they are in one of these states,
+and a batch takes them through the first three:
 
 ===========  ==========================================  ===================================================================
 state        `.grad` holds                               entered by

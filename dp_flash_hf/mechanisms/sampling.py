@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
@@ -60,6 +61,11 @@ class PoissonSampler:
     def sampling_rate(self) -> float:
         """The probability q that a unit is drawn for a step."""
         return self.expected_batch_size / self.n_units
+
+    @property
+    def hardly_more(self) -> int:
+        """Units that a draw exceeds with probability below 1e-30 (Bernstein's inequality)."""
+        return math.ceil(self.expected_batch_size + 12 * math.sqrt(self.expected_batch_size) + 72)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """The units of one step.

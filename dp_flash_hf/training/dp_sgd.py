@@ -12,6 +12,7 @@ from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.accounting.run_account import RunAccount
 from dp_flash_hf.distributed import Ranks, as_gradient, local, part_of
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
+from dp_flash_hf.engine.gradient_buffer import MOST_ROUNDING
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.kernels.keystream import Keystream, derived_key
 from dp_flash_hf.mechanisms.config import PrivacyConfig
@@ -169,6 +170,7 @@ class DPSGD:
         """
         sums: dict[torch.nn.Parameter, torch.Tensor] = {}
         with self._ranks.all_ranks_or_none():  # what one rank refuses, no rank releases
+            self._sum_alike()
             self.require_next()
             assert self._engine is not None
             self.account.count_step()  # before anything of it can be seen
@@ -177,7 +179,7 @@ class DPSGD:
             self.config,
             self._ranks.secret(),
             step=self.account.taken + 1,
-            std=self.account.plan.noise_multiplier * self._engine.max_grad_norm * SENSITIVITY,
+            std=self._std(),
             spacing=self._spacing(),
         )
         split = [total for parameter, total in sums.items() if part_of(parameter)]
@@ -228,6 +230,23 @@ class DPSGD:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a checkpoint stopped, see `RunAccount.load_state_dict`."""
         self.account.load_state_dict(state)
+
+    def _std(self) -> float:
+        """Of the noise: sigma times how far neighbours' sums may be apart, which a sharded model's are further for large draws."""
+        assert self._engine is not None
+        plan, further = self.account.plan, 0.0
+        if self._engine.sharded:  # added up over ranks in float32, after each batch
+            further = max(0.0, self._ranks.size * plan.sampler.hardly_more - MOST_ROUNDING / 2) * 2.0**-23
+        return plan.noise_multiplier * self._engine.max_grad_norm * (SENSITIVITY + further)
+
+    def _sum_alike(self) -> None:
+        """Ranks add float64 sums up where float32 would round further than is charged for, or one of them has those already."""
+        engine = self._engine
+        if engine is None or self._ranks.size == 1 or engine.sharded:
+            return
+        units, wide = zip(*self._ranks.gathered(engine.rounding), strict=True)
+        if any(wide) or self._ranks.size * sum(units) > MOST_ROUNDING / 2:
+            engine.sum_in_float64()
 
     def _spacing(self) -> float:
         assert self._engine is not None

@@ -141,8 +141,7 @@ def test_the_noise_is_the_gaussian_mechanism_rounded_with_a_random_offset(
     scaled = cells * coarse * z
 
     def rounded(x: Fraction, offset: int) -> int:
-        nearest: int = math.floor((x - offset) / coarse + Fraction(1, 2))
-        return offset + coarse * nearest
+        return coarse * int(((x - offset) / coarse + Fraction(1, 2)) // 1) + offset
 
     assert s + rounded(scaled, (t - s) % coarse) == rounded(s + scaled, t)
 
