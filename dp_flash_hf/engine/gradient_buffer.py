@@ -50,6 +50,10 @@ class _Sum:
     gradient: Tensor | None
     version: int = 0
 
+    def widen(self) -> None:
+        """The total is float64 from now on."""
+        self.total = self.total.double()
+
     def publish(self) -> None:
         """The total was added to: the gradient follows."""
         if self.gradient is None:
@@ -113,7 +117,7 @@ class GradientBuffer:
         """From now on sums are float64, until they are taken or dropped."""
         self.wide = True
         for own in self._sums.values():
-            own.total = own.total.double()
+            own.widen()
 
     # What is there.
 

@@ -22,7 +22,7 @@ NOT_COVERED = (
     "A tokenizer, vocabulary, filter or base model that was itself learnt from the private data.",
     "The number of units is treated as public; so is every setting of the run.",
     "Copies: a person whose data also appears in other units is protected unit by unit, not as a whole.",
-    "Attacks on floating-point noise, on PyTorch's random generators, or on timing and memory use.",
+    "Attacks on the ciphers and the operating system's random numbers that noise is made from, or on timing and memory use.",
     "Anyone who reads the training machine's memory, random states saved with a checkpoint, or the spend log.",
 )
 EXTENDED_NOT_COVERED = (
@@ -32,6 +32,7 @@ CHANGED_NOT_COVERED = (
     "Parameters were changed after some steps: epsilon is that of a privacy filter, for these steps. Over this run and what it "
     "would have been unchanged, it holds at twice the delta."
 )
+FAST_NOISE_NOT_COVERED = "Attacks on PyTorch's random generators, of which noise='fast' is made."
 LOST_STEPS_NOT_COVERED = "Steps lost in a crash after the last checkpoint, if anything that they wrote was seen."
 _NOT_PRIVATE = "NOT PRIVATE: a fixed seed makes the sampling and the noise reproducible. No figure here is a guarantee."
 
@@ -64,6 +65,7 @@ class PrivacyReport:
         expected_batch_size: Units in a step on average.
         max_batch_size: Most units in a step; None with plain Poisson sampling.
         noise_multiplier: Standard deviation of the noise on a step's sum / max_grad_norm.
+        noise: "secure" or "fast", see `PrivacyConfig`.
         max_grad_norm: L2 norm that each unit's gradient is clipped to.
         clipping: "flat", "automatic" or "per_layer".
         steps: All noisy steps that count.
@@ -92,6 +94,7 @@ class PrivacyReport:
     expected_batch_size: int
     max_batch_size: int | None
     noise_multiplier: float
+    noise: str
     max_grad_norm: float
     clipping: str
     steps: int
@@ -149,6 +152,7 @@ class PrivacyReport:
             libraries.append("opacus")
         caveats = [
             *NOT_COVERED,
+            *([FAST_NOISE_NOT_COVERED] if config.noise == "fast" else []),
             *([] if recorded else [LOST_STEPS_NOT_COVERED]),
             *([CHANGED_NOT_COVERED] if plan.spent else [EXTENDED_NOT_COVERED] if extended else []),
             *not_covered,
@@ -168,6 +172,7 @@ class PrivacyReport:
             expected_batch_size=sampler.expected_batch_size,
             max_batch_size=sampler.max_batch_size if isinstance(sampler, TruncatedPoissonSampler) else None,
             noise_multiplier=plan.noise_multiplier,
+            noise=config.noise,
             max_grad_norm=config.max_grad_norm,
             clipping=config.clipping,
             steps=ledger.steps,
@@ -238,7 +243,7 @@ class PrivacyReport:
             ("clipping", f"{clip}, C = {self.max_grad_norm:g}"),
             (
                 "noise",
-                f"Gaussian, sigma = {self.noise_multiplier:.6g}: std sigma * C on each step's sum, also of an empty draw",
+                f"Gaussian, {self.noise}, sigma = {self.noise_multiplier:.6g}: std sigma * C on each sum, also an empty one",
             ),
             ("steps", f"{self.steps} executed of {self.planned_steps} planned{lost}"),
             *(("parts", parts) for parts in [_parts(self.parts)] if len(self.parts) > 1),

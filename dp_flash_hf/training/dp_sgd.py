@@ -232,7 +232,7 @@ class DPSGD:
         self.account.load_state_dict(state)
 
     def _std(self) -> float:
-        """Of the noise: sigma times how far neighbours' sums may be apart, which a sharded model's are further for large draws."""
+        """Of the noise: sigma times how far neighbours' sums may be apart, further for large draws of a sharded model."""
         assert self._engine is not None
         plan, further = self.account.plan, 0.0
         if self._engine.sharded:  # added up over ranks in float32, after each batch

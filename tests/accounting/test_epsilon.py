@@ -44,7 +44,9 @@ def test_rdp_is_opacus_and_an_upper_bound() -> None:
         units, batch, sigma, steps, delta = run
         rdp = RDPAccountant()
         rdp.history = [(sigma, batch / units, steps)]
-        assert plan_of(run, "rdp").epsilon() == rdp.get_epsilon(delta) > plan_of(run).epsilon()
+        charged = plan_of(run, "rdp").epsilon()  # for noise computed in float64
+        assert charged - 1e-3 < rdp.get_epsilon(delta) < charged
+        assert plan_of(run).epsilon() < charged
 
 
 def true_delta(epsilon: float, *, larger: int, others: int, q: float, most: int, sigma: float) -> float:

@@ -63,7 +63,7 @@ def test_any_budget_is_used_to_a_thousandth(
     plan = PrivacyPlan.from_config(config, n_units=units, expected_batch_size=batch, steps=steps)
     assert 0.999 * epsilon <= plan.epsilon() <= epsilon
     if sigma is not None:
-        assert plan.noise_multiplier == pytest.approx(sigma, rel=1e-3)
+        assert plan.noise_multiplier == pytest.approx(sigma, rel=2e-3)  # a thousandth, and what noise is charged
     if delta >= 1e-10 and steps <= 1000:
         direct = fine_pld_epsilon(batch / units, plan.noise_multiplier, steps, delta, 1e-3)
         assert 0.99 * epsilon <= direct <= 1.001 * epsilon

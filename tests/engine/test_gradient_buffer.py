@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
-from dp_flash_hf.engine.gradient_buffer import GradientBuffer
+from dp_flash_hf.engine.gradient_buffer import MOST_ROUNDING, GradientBuffer
 from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.layers.recorder import Recorder
@@ -233,3 +233,61 @@ def test_half_of_a_batch_is_never_handed_over(
     model.zero_grad(set_to_none=set_to_none)
     engine.backward(loss, batch)
     assert distance(grads(model), wanted) == 0.0
+
+
+def buffer_of(*values: float) -> tuple[GradientBuffer, list[nn.Parameter]]:
+    parameters = [nn.Parameter(torch.tensor([value])) for value in values]
+    model = nn.ParameterList(parameters)
+    return GradientBuffer(model, {p: str(n) for n, p in enumerate(parameters)}), parameters
+
+
+def add(buffer: GradientBuffer, parameters: list[nn.Parameter], value: float, units: int) -> None:
+    with buffer.apart():
+        buffer.put_back()
+        with buffer.adding(units):
+            buffer.add_all({p: torch.tensor([value]) for p in parameters})
+
+
+def test_sums_that_are_withheld_show_nothing_until_they_are_taken() -> None:
+    buffer, parameters = buffer_of(0.0, 0.0)
+    buffer.withhold(True)
+    add(buffer, parameters, 1.0, units=1)
+    add(buffer, parameters, 2.0, units=1)
+    assert all(p.grad is None for p in parameters)
+    assert buffer.holds
+    assert [float(total) for total in buffer.take().values()] == [3.0, 3.0]
+    assert not buffer.holds
+    add(buffer, parameters, 1.0, units=1)
+    buffer.withhold(False)
+    assert not buffer.holds
+    add(buffer, parameters, 4.0, units=1)
+    assert all(float(p.grad) == 4.0 for p in parameters if p.grad is not None)
+
+
+def test_a_gradient_beside_withheld_sums_is_refused() -> None:
+    buffer, parameters = buffer_of(0.0)
+    buffer.withhold(True)
+    add(buffer, parameters, 1.0, units=1)
+    parameters[0].grad = torch.ones(1)
+    with pytest.raises(PrivacyError, match="grad was"):
+        buffer.take()
+
+
+def test_sums_become_float64_before_float32_rounds_further_than_is_charged_for() -> None:
+    """One unit at a time: 2 + 3 + ... + n units of rounding."""
+    buffer, parameters = buffer_of(0.0)
+    buffer.withhold(True)
+    for number in range(1, 190):
+        add(buffer, parameters, 1.0, units=1)
+        assert buffer.wide == (sum(range(2, number + 1)) > MOST_ROUNDING), number
+
+
+def test_a_wide_sum_keeps_what_float32_would_lose() -> None:
+    buffer, parameters = buffer_of(0.0)
+    buffer.withhold(True)
+    add(buffer, parameters, 1.0, units=MOST_ROUNDING)
+    add(buffer, parameters, 2.0**-40, units=1)
+    assert buffer.wide
+    (total,) = buffer.take().values()
+    assert float(total) == 1.0 + 2.0**-40
+    assert not buffer.wide  # the next sums begin in float32

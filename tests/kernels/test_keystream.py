@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from dp_flash_hf.kernels.keystream import KEY_BYTES, Keystream, derived_key, fresh_secret
+from tests.support.forks import forked
 
 KEY = bytes(range(32))
 
@@ -71,18 +70,5 @@ def test_a_key_of_another_length_is_refused(key: bytes) -> None:
         Keystream(key)
 
 
-def in_a_fork(draw: Callable[[], bytes]) -> bytes:
-    """What a forked process draws."""
-    read, write = os.pipe()
-    if (child := os.fork()) == 0:
-        os.write(write, draw())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as file:
-        given = file.read()
-    os.waitpid(child, 0)
-    return given
-
-
-def test_secrets_are_fresh_in_a_fork() -> None:
-    assert len({fresh_secret(), fresh_secret(), in_a_fork(fresh_secret), in_a_fork(fresh_secret)}) == 4
+def test_secrets_are_fresh_forked() -> None:
+    assert len({fresh_secret(), fresh_secret(), forked(fresh_secret), forked(fresh_secret)}) == 4

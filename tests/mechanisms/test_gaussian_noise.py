@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import mpmath
 import pytest
@@ -140,8 +141,9 @@ def test_the_noise_is_the_gaussian_mechanism_rounded_with_a_random_offset(
     t = data.draw(st.integers(0, coarse - 1))
     scaled = cells * coarse * z
 
-    def rounded(x: Fraction, offset: int) -> int:
-        return coarse * int(((x - offset) / coarse + Fraction(1, 2)) // 1) + offset
+    def rounded(x: Fraction, offset: int) -> Any:
+        nearest: int = ((x - offset) / coarse + Fraction(1, 2)) // 1
+        return coarse * nearest + offset
 
     assert s + rounded(scaled, (t - s) % coarse) == rounded(s + scaled, t)
 
@@ -163,7 +165,7 @@ def test_more_values_than_are_charged_for_are_refused() -> None:
 
 
 def test_numbers_are_as_precise_as_the_charge_assumes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against 60 digits: every number within 2^-53 (20 r + 2 / r) of the ideal one, for small, usual and large radii r."""
+    """Against 60 digits: every number within 2^-53 (16 r + 2 / r) of the ideal one, for small, usual and large radii r."""
     draw = words_of(5)
     asked: list[Tensor] = []
 
@@ -189,7 +191,7 @@ def test_numbers_are_as_precise_as_the_charge_assumes(monkeypatch: pytest.Monkey
         radius, turn = mpmath.sqrt(-2 * mpmath.log(u)), mpmath.pi * angle / 2**63
         for row, ideal in ((0, radius * mpmath.cos(turn)), (1, radius * mpmath.sin(turn))):
             off = abs(mpmath.mpf(float(found[row, pair])) - ideal)
-            assert off <= UNIT * (20 * radius + 2 / radius) + mpmath.mpf(2) ** -49, (pair, row, float(radius))
+            assert off <= UNIT * (16 * radius + 2 / radius) + mpmath.mpf(2) ** -49, (pair, row, float(radius))
 
 
 def test_the_charge_is_small_and_grows_as_the_root() -> None:

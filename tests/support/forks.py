@@ -41,6 +41,20 @@ def exit_code(function: Callable[..., object], *args: Any) -> int | None:
     return code
 
 
+def forked(draw: Callable[[], bytes]) -> bytes:
+    """What a fork of this very process, its copy, draws."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        with os.fdopen(write, "wb") as pipe:
+            pipe.write(draw())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        given = pipe.read()
+    os.waitpid(child, 0)
+    return given
+
+
 def begin(environment: Mapping[str, str]) -> None:
     """What every such process does first: one thread, these variables, and no garbage collection of what was imported."""
     gc.freeze()

@@ -11,6 +11,7 @@ from torch import nn
 from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.accounting.spend_log import SpendLog
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
+from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.training.dp_sgd import DPSGD
 from tests.support.models import Toy
 from tests.support.trainers import config
@@ -24,9 +25,11 @@ def dpsgd(steps: int = STEPS, n: int = N, expected: int = EXPECTED, **changes: A
     return DPSGD(chosen, PrivacyPlan.from_config(chosen, n_units=n, expected_batch_size=expected, steps=steps))
 
 
-def started(model: nn.Module, optimizer: Any = None, **changes: Any) -> tuple[DPSGD, ClippingEngine, Any]:
+def started(
+    model: nn.Module, optimizer: Any = None, *, strategy: Strategy = "auto", **changes: Any
+) -> tuple[DPSGD, ClippingEngine, Any]:
     mechanism = dpsgd(**changes)
-    engine = ClippingEngine(model, max_grad_norm=mechanism.config.max_grad_norm)
+    engine = ClippingEngine(model, max_grad_norm=mechanism.config.max_grad_norm, strategy=strategy)
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
     mechanism.start(engine, optimizer)
     return mechanism, engine, optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,12 @@ import torch
 from torch import nn
 
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
+from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.kernels.keystream import Keystream
+from dp_flash_hf.training.dp_sgd import DPSGD
+from tests.support.engines import STRATEGIES
+from tests.support.forks import forked
 from tests.support.gates import EXPECTED, STEPS, dpsgd, started
 from tests.support.models import Toy, toy_batch, toy_loss
 from tests.support.oracle import clipped_sum, each_row, unit_gradients
@@ -151,3 +157,68 @@ def test_an_engine_that_clips_otherwise_than_the_report_says_is_refused(options:
     name = "clipping" if "clipping" in options else "max_grad_norm"
     with pytest.raises(PrivacyError, match=f"make the engine with config.{name}"):
         mechanism.start(engine, torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nothing_is_in_grad_before_noise_is_on_it(strategy: Strategy) -> None:
+    """Whoever looks between two parts of a draw, as `on_substep_end` of a callback, finds nothing."""
+    model = Toy()
+    mechanism, engine, optimizer = started(model, strategy=strategy)
+    for _ in range(3):
+        engine.backward(toy_loss(model), toy_batch())
+        assert all(p.grad is None for p in model.parameters())
+    mechanism.release()
+    assert all(p.grad is not None for p in model.parameters())
+    optimizer.step()
+    optimizer.zero_grad()
+    mechanism.stop()
+    engine.backward(toy_loss(model), toy_batch())  # an engine without a mechanism shows its sums
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def released(mechanism: DPSGD, model: nn.Module) -> bytes:
+    mechanism.release()
+    return b"".join(p.grad.numpy().tobytes() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("noise", ["secure", "fast"])
+def test_noise_is_fresh_in_a_fork(noise: str) -> None:
+    """A process and its forks are one another's copies, and release different noise."""
+    model = Toy()
+    mechanism, _, _ = started(model, noise=noise)
+    torch.manual_seed(0)
+    elsewhere = [forked(partial(released, mechanism, model)) for _ in range(2)]
+    assert len({*elsewhere, released(mechanism, model)}) == 3
+
+
+@pytest.mark.parametrize("noise", ["secure", "fast"])
+def test_a_fixed_seed_replays_the_noise_of_a_step_and_of_no_other(noise: str) -> None:
+    drawn: list[list[bytes]] = []
+    for seed in (1, 1, 2):
+        model = Toy()
+        mechanism, _, optimizer = started(model, noise=noise, seed=seed)
+        drawn.append([])
+        for _ in range(2):
+            drawn[-1].append(released(mechanism, model))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert drawn[0] == drawn[1]
+    assert len({*drawn[0], *drawn[2]}) == 4
+
+
+def test_noise_is_of_the_keystream_unless_it_is_to_be_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    words = Keystream.__call__
+
+    def counted(self: Keystream, n: int) -> torch.Tensor:
+        asked.append(n)
+        return words(self, n)
+
+    monkeypatch.setattr(Keystream, "__call__", counted)
+    for noise, expected in (("fast", False), ("secure", True)):
+        model = Toy()
+        mechanism, _, _ = started(model, noise=noise)
+        mechanism.release()
+        assert bool(asked) == expected
+        assert mechanism.report().noise == noise
+        assert (noise == "fast") == any("PyTorch's random generators" in line for line in mechanism.report().not_covered)
