@@ -6,12 +6,14 @@ dp-accounting alone takes seconds to import, for it brings scipy.signal: nothing
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from dp_flash_hf.accounting.privacy_loss import Steps, gaussian_epsilon, grid_interval, poisson_epsilon
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.mechanisms.config import AccountantName
+from dp_flash_hf.mechanisms.gaussian_noise import closeness
 from dp_flash_hf.mechanisms.sampling import PoissonSampler, TruncatedPoissonSampler
 
 Entry = tuple[tuple[PoissonSampler, float], int]  # ((sampler, noise multiplier), steps taken with them)
@@ -55,6 +57,22 @@ def epsilon_of(accountant: AccountantName, entries: tuple[Entry, ...], delta: fl
     if any(sigma < _LEAST_SIGMA for (_, sigma), _ in entries) and accountant != "rdp":
         return math.inf
     return _pld_epsilon(entries, delta) if accountant == "pld" else _opacus_epsilon(accountant, entries, delta)
+
+
+def of_computed_noise(of_ideal_noise: Callable[[float], float], steps: int, delta: float) -> float:
+    """The epsilon of so many steps whose noise is computed, not ideal: as in `mechanisms.gaussian_noise`.
+
+    d = delta 2^-11 exp(-epsilon - 1), so that e^e delta (1 - 2^-9) + d (1 + e^(epsilon + e)) is at most delta.
+
+    Args:
+        of_ideal_noise: delta -> the epsilon of the same steps with ideal noise.
+        steps: All that are added up.
+        delta: Of the guarantee.
+    """
+    ideal = of_ideal_noise(delta * (1 - 2.0**-9))
+    if not 0 < ideal < math.inf:
+        return ideal
+    return ideal + 2 * closeness(steps, math.log(2.0**11 / delta) + ideal + 1)
 
 
 def chi_square(sampler: PoissonSampler, noise_multiplier: float) -> float:

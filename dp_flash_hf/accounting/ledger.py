@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, Self, get_args
 
 from dp_flash_hf import validation
-from dp_flash_hf.accounting.epsilon import Entry, epsilon_of
+from dp_flash_hf.accounting.epsilon import Entry, epsilon_of, of_computed_noise
 from dp_flash_hf.errors import invalid
 from dp_flash_hf.mechanisms.config import AccountantName
-from dp_flash_hf.mechanisms.gaussian_noise import closeness
 from dp_flash_hf.mechanisms.sampling import PoissonSampler, sampler_from_dict
 
 ADJACENCY = "add or remove one unit"
@@ -118,11 +116,7 @@ class Ledger:
         validation.delta("delta", delta)
         # In one order, so that the same steps give the same figure to the last digit, whichever came first.
         entries = tuple(sorted(self.entries, key=repr))
-        ideal = epsilon_of(self.accountant, entries, delta * (1 - 2.0**-9))
-        if not 0 < ideal < math.inf:
-            return ideal
-        # A failure of delta 2^-10 / (1 + exp(ideal + 1)), as `mechanisms.gaussian_noise` has it.
-        return ideal + 2 * closeness(self.steps, math.log(2.0**11 / delta) + ideal + 1)
+        return of_computed_noise(lambda delta: epsilon_of(self.accountant, entries, delta), self.steps, delta)
 
     def state_dict(self) -> dict[str, Any]:
         """The ledger as plain JSON data. It holds no secret: no draw, no noise, no generator state."""

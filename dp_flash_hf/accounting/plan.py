@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 from dp_flash_hf import validation
-from dp_flash_hf.accounting.epsilon import Entry, chi_square
+from dp_flash_hf.accounting.epsilon import Entry, chi_square, of_computed_noise
 from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.accounting.privacy_filter import filter_epsilon
 from dp_flash_hf.errors import invalid
@@ -127,7 +128,7 @@ class PrivacyPlan:
         """
         ledger = self._ledger(self.steps if steps is None else steps)
         if self.spent:
-            return filter_epsilon(ledger.entries, self.target_delta)
+            return of_computed_noise(partial(filter_epsilon, ledger.entries), ledger.steps, self.target_delta)
         return ledger.epsilon(self.target_delta)
 
     def _ledger(self, steps: int) -> Ledger:
