@@ -237,6 +237,13 @@ def device_of(parameter: Tensor) -> torch.device:
     return parameter.device
 
 
+def accelerators(parameters: Iterable[Tensor]) -> list[torch.device]:
+    """The devices beside the CPU that the model computes with these parameters on, each with its number."""
+    found = {device_of(p) for p in parameters}
+    numbered = {d if d.index is not None else torch.device(d.type, 0) for d in found if d.type not in ("cpu", "meta")}
+    return sorted(numbered, key=str)
+
+
 def as_gradient(parameter: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """A gradient of the parameter's dtype and layout, and `values`, this rank's part of it: one storage if of one dtype."""
     if not isinstance(parameter, DTensor):

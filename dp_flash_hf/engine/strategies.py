@@ -6,7 +6,8 @@ strategy      passes over the batch  held beside one plain backward pass  exact 
 bookkeeping   1 forward, 1 backward  every layer's input and output       rules cover all uses of trained parameters
                                      gradient until the norms are known
 two_pass      2 forward, 2 backward  those of one layer at a time         as bookkeeping, and the second pass repeats
-                                                                          the first (torch's random numbers do)
+                                                                          the first (random numbers of torch, numpy
+                                                                          and Python do)
 microbatch    1 of each for a unit   one more set of float32 sums         always
 ============  =====================  ===================================  ==========================================
 
@@ -25,13 +26,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dp_flash_hf.distributed import Shards, add_own_parts, device_of, local, own_part_of_sum
+from dp_flash_hf.distributed import Shards, accelerators, add_own_parts, device_of, local, own_part_of_sum
 from dp_flash_hf.engine.clipper import Clipper
 from dp_flash_hf.engine.gradient_buffer import GradientBuffer
 from dp_flash_hf.engine.physical_batch import PhysicalBatch
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.gradient_records import full_precision
 from dp_flash_hf.layers.recorder import Recorder, TwoPassError
+from dp_flash_hf.mechanisms.fresh_randomness import repeated_randomness
 
 _MOST_IN_FLOAT32 = 64  # units of one part that are added one by one
 
@@ -104,7 +106,7 @@ class Strategies:
             if self._shards.any(not torch.allclose(again, loss, rtol=1e-5, atol=1e-6, equal_nan=True)):
                 raise TwoPassError(
                     f"strategy='two_pass': the second pass gave loss {float(again.detach())} after {float(loss)}; the model "
-                    "draws random numbers that torch does not replay, use strategy='bookkeeping'"
+                    "draws random numbers from a generator of its own, use strategy='bookkeeping'"
                 )
             if begun:
                 self._buffer.begin()
@@ -207,8 +209,7 @@ class Strategies:
 
     def _norms_pass(self, batch: PhysicalBatch) -> tuple[Tensor, Tensor]:
         """The first of two passes: the loss, and the factors (units, groups)."""
-        devices = sorted({device_of(p).index or 0 for p in self._parameters if device_of(p).type == "cuda"})
-        with torch.random.fork_rng(devices):  # both passes must see the same dropout
+        with repeated_randomness(accelerators(self._parameters)):  # both passes must see the same dropout
             self._recorder.start("norms", batch.units)
             loss = self._loss(batch)
             _plain_backward(loss)

@@ -28,6 +28,7 @@ from dp_flash_hf.integrations.trainer_adapter import TrainerAdapter
 from dp_flash_hf.integrations.trainer_settings import refuse_settings
 from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.mechanisms.config import PrivacyConfig
+from dp_flash_hf.mechanisms.fresh_randomness import same_randomness
 from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training.batches import UNITS, PoissonBatches, steps_per_epoch
 from dp_flash_hf.training.dp_sgd import DPSGD
@@ -368,7 +369,8 @@ class DPCallback(TrainerCallback, ExportableState):
         """Tokens of the longest row of each unit: int64 (units,)."""
         dataset, column = self.trainer.train_dataset, self.trainer.args.length_column_name
         given = column in getattr(dataset, "column_names", ())
-        of_row = torch.tensor(dataset[column] if given else [length_of(dataset[row]) for row in range(len(dataset))])
+        with same_randomness(dataset):
+            of_row = torch.tensor(dataset[column] if given else [length_of(dataset[row]) for row in range(len(dataset))])
         rows = self.training.rows
         return of_row if rows is None else torch.stack([of_row[own].max() for own in rows])
 

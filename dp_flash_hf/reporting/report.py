@@ -23,7 +23,8 @@ NOT_COVERED = (
     "The number of units is treated as public; so is every setting of the run.",
     "Copies: a person whose data also appears in other units is protected unit by unit, not as a whole.",
     "Attacks on the ciphers and the operating system's random numbers that noise is made from, or on timing and memory use.",
-    "Anyone who reads the training machine's memory, random states saved with a checkpoint, or the spend log.",
+    "Anyone who reads the training machine's memory or the spend log.",
+    "Dropout, masking and augmentation by generators that code seeds for itself: see the page on random numbers.",
 )
 EXTENDED_NOT_COVERED = (
     "Steps were added to the plan after some were taken: epsilon holds if that was not decided by what had been released."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,12 @@ from torch.utils.data import Dataset, Sampler
 
 from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.errors import UnsupportedError
+from dp_flash_hf.mechanisms.fresh_randomness import fresh_randomness, own_generators
 from dp_flash_hf.mechanisms.generators import fresh_generator
 from dp_flash_hf.mechanisms.sampling import PoissonSampler, choose_rows
 from dp_flash_hf.units import IGNORED, Units, leading_shape, select_items, subset, text_starts
+
+_Made = TypeVar("_Made")
 
 UNITS = "dp_units"  # key under which the collator passes on the unit of every example
 # Inputs that hold something for every token; which other tensors of that width do is not known.
@@ -97,20 +100,39 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
         return [part.tolist() for part in torch.arange(n).tensor_split(ends)]
 
 
-class WithUnits(Dataset[tuple[Any, int]]):
-    """A map-style dataset read by the (row, unit) keys of `PoissonBatches`, which passes the unit on with the example."""
+class Read(list[tuple[Any, int]]):
+    """Examples as they were read, each with its unit, and the rows that they came from."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    def __init__(self, examples: Iterable[tuple[Any, int]], rows: Sequence[int]) -> None:
+        super().__init__(examples)
+        self.rows = rows
+
+
+class WithUnits(Dataset[tuple[Any, int]]):
+    """A map-style dataset read by the (row, unit) keys of `PoissonBatches`, which passes the unit on with the example.
+
+    Every list of rows is read with fresh random numbers, which augmentation draws from; see `fresh_randomness`.
+
+    Args:
+        dataset: of the user.
+        seed: `PrivacyConfig.seed`: where the same rows are read together again, the same numbers are drawn.
+    """
+
+    def __init__(self, dataset: Any, *, seed: int | None = None) -> None:
+        self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Any, int]]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Read:
         rows = [row for row, _ in keys]
         fetch = getattr(self.dataset, "__getitems__", None)
-        examples = fetch(rows) if callable(fetch) and rows else [self.dataset[row] for row in rows]
-        return list(zip(examples, (unit for _, unit in keys), strict=True))
+
+        def read() -> list[Any]:
+            return list(fetch(rows) if callable(fetch) and rows else [self.dataset[row] for row in rows])
+
+        examples = _freshly(read, self.dataset, seed=self.seed, stream=f"reading {rows}")
+        return Read(zip(examples, (unit for _, unit in keys), strict=True), rows)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         return self.__getitems__([key])[0]
@@ -131,6 +153,41 @@ class UnitCollator:
         if not examples:
             return {UNITS: units}
         return {**self.collator([example for example, _ in examples]), UNITS: units}
+
+
+class FreshCollator:
+    """A collator that draws fresh random numbers for every batch, in whichever process it runs.
+
+    They come from torch's, numpy's and Python's generators, or those that the collator holds, as far as `own_generators` finds
+    them. All are put back after every batch, so evaluation with the same collator goes on as if nothing had been trained.
+
+    Args:
+        collator: what repeats a batch where these generators are repeated.
+        seed: `PrivacyConfig.seed`: where the same rows are collated together again, the same numbers are drawn.
+    """
+
+    def __init__(self, collator: UnitCollator, *, seed: int | None = None) -> None:
+        self.collator, self.seed = collator, seed
+
+    def __call__(self, examples: list[tuple[Any, int]]) -> dict[str, Any]:
+        """The batch that the collator makes of the examples of `WithUnits`."""
+        rows = examples.rows if isinstance(examples, Read) else ()
+        return _freshly(lambda: self.collator(examples), self.collator, seed=self.seed, stream=f"collating {rows}")
+
+
+def _freshly(make: Callable[[], _Made], owner: object, *, seed: int | None, stream: str) -> _Made:
+    """What `make` returns with fresh random numbers from all generators, those of `owner` too."""
+    for _ in range(2):  # some make themselves a generator, from a seed that others may know, when they are called first
+        own = own_generators(owner)
+        with fresh_randomness(own=own, seed=seed, stream=stream):
+            made = make()
+        known = {id(generator) for generator in own}
+        if all(id(generator) in known for generator in own_generators(owner)):
+            return made
+    raise UnsupportedError(
+        f"{type(owner).__name__} makes itself a new random generator for every batch, so its random numbers cannot be kept "
+        "secret: let the dataset and the collator draw from torch's, numpy's or Python's own generators, or make theirs once"
+    )
 
 
 def units_of(batch: Mapping[str, Any], of_example: Tensor, rows_per_example: int = 1) -> Units:

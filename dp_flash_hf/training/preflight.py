@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dp_flash_hf.distributed import accelerators
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.layout_probing import training_mode
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.mechanisms.fresh_randomness import same_randomness
 from dp_flash_hf.training.adapter import TrainingAdapter, prepared
 from dp_flash_hf.training.batches import units_of, without_trailing_padding
 from dp_flash_hf.training.losses import UnitLoss, learn_loss
@@ -157,15 +158,10 @@ def check_collator(reader: UnitReader, keys: Sequence[Key]) -> None:
     *others, (_, unit) = examples
     batches = []
     for last in (*(example for example, _ in others), examples[-1][0]):
-        with torch.random.fork_rng([]):
-            state, numpy_state = random.getstate(), np.random.get_state()
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            collated = _copy_of(reader.collate)([*copy.deepcopy(others), (copy.deepcopy(last), unit)])
+        collate = _copy_of(reader.collate)
+        with same_randomness(collate):
+            collated = collate([*copy.deepcopy(others), (copy.deepcopy(last), unit)])
             batches.append(prepared(reader.adapter, collated)[0])
-            random.setstate(state)
-            np.random.set_state(numpy_state)
     rows_per_example = reader.adapter.rows_per_example
     *exchanged, whole = (_of_others(batch, len(keys), rows_per_example) for batch in batches)
     for name, value in whole.items():
@@ -352,8 +348,7 @@ def check_training_mode(
     buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
 
     def norms_of(chosen: dict[str, Any]) -> Tensor:
-        with training_mode(engine.model, True), torch.random.fork_rng():
-            torch.manual_seed(0)
+        with training_mode(engine.model, True), same_randomness(engine.model, accelerators(engine.parameters)):
             engine.backward(loss, chosen, units, scale)
         engine.model.zero_grad()
         return engine.norms.double()

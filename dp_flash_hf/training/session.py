@@ -19,7 +19,7 @@ from dp_flash_hf import validation
 from dp_flash_hf.accounting.dataset_fingerprint import fingerprint_of
 from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.accounting.spend_log import SpendLog
-from dp_flash_hf.distributed import Ranks, local
+from dp_flash_hf.distributed import Ranks, accelerators, local
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.memory import choose_by_memory, moments_of
 from dp_flash_hf.engine.model_loss import model_loss
@@ -27,10 +27,19 @@ from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.mechanisms.config import PrivacyConfig
+from dp_flash_hf.mechanisms.fresh_randomness import Generator, fresh_randomness, own_generators, same_randomness
 from dp_flash_hf.mechanisms.sampling import group_rows
 from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training.adapter import TrainingAdapter, prepared
-from dp_flash_hf.training.batches import UNITS, PoissonBatches, UnitCollator, WithUnits, physical_batches, steps_per_epoch
+from dp_flash_hf.training.batches import (
+    UNITS,
+    FreshCollator,
+    PoissonBatches,
+    UnitCollator,
+    WithUnits,
+    physical_batches,
+    steps_per_epoch,
+)
 from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.losses import UnitLoss
 from dp_flash_hf.training.preflight import choose_units, preflight
@@ -57,6 +66,10 @@ class PrivateTraining:
     plus Gaussian noise, divided by the expected batch size; `mechanism` is the only way a gradient reaches the optimizer. That
     is (epsilon, delta)-differential privacy under adding or removing one unit, for everything that is computed from the weights
     (Abadi et al. 2016, https://arxiv.org/abs/1607.00133); losses and norms that are shown meanwhile are not covered.
+
+    **Random numbers.** Data are read and collated, and gradients are computed, with numbers of torch's, numpy's and Python's
+    generators that start from the operating system's entropy for every part of a draw, on every rank and in every worker. No
+    state of them is kept: after every call the generators are where they were before. See `fresh_randomness`.
 
     **Edge cases.** An empty draw is a step like any other. A unit whose gradient is not finite adds zero. A unit without a
     label adds zero. On several ranks every method is called by all of them, and what one refuses, all refuse.
@@ -92,16 +105,19 @@ class PrivateTraining:
     ) -> None:
         if max_tokens is not None:
             validation.whole_number("max_tokens_per_device", max_tokens, remedy="set 4096, say, or None to count rows instead")
-        refuse_data(dataset)
+        with same_randomness(dataset):
+            refuse_data(dataset)
+            self.rows = None if config.privacy_unit is None else group_rows(_column(dataset, config.privacy_unit))
         self.config, self.dataset, self.adapter, self.strategy = config, dataset, adapter, strategy
         self.max_examples, self.max_tokens = max_examples, max_tokens
-        self.rows = None if config.privacy_unit is None else group_rows(_column(dataset, config.privacy_unit))
         n_units = len(dataset) if self.rows is None else len(self.rows)
         steps = steps or math.ceil(epochs * steps_per_epoch(n_units, expected_batch_size))
         plan = PrivacyPlan.from_config(config, n_units=n_units, expected_batch_size=expected_batch_size, steps=steps)
         self.mechanism = DPSGD(config, plan)
         self.engine: ClippingEngine | None = None
         self._loss: UnitLoss | None = None
+        self._own_generators: list[Generator] = []  # of the model
+        self._parts = (0, 0)  # the step that parts are added to, and how many were begun
         self._moments = 0  # values of optimizer state for each trained one
         self._one_unit: tuple[dict[str, Any], Units] = ({}, Units.rows(0))  # for ranks that have none left
         logger.info(
@@ -140,7 +156,8 @@ class PrivateTraining:
             with ranks.all_ranks_or_none():
                 if ranks.first:
                     log = SpendLog(path)
-                    log.require_dataset(self.dataset)
+                    with same_randomness(self.dataset):
+                        log.require_dataset(self.dataset)
             replica = ranks.shared(None if log is None else log.replica())
             with ranks.all_ranks_or_none():
                 self.mechanism.account.begin(replica if log is None else log, state)
@@ -172,7 +189,7 @@ class PrivateTraining:
             options: of torch's DataLoader.
         """
         return DataLoader(
-            WithUnits(dataset),
+            WithUnits(dataset, seed=self.config.seed),
             batch_sampler=PoissonBatches(
                 self.mechanism.account.plan.sampler,
                 steps=steps,
@@ -184,7 +201,7 @@ class PrivateTraining:
                 seed=self.config.seed,
                 first_step=first_step,
             ),
-            collate_fn=UnitCollator(collate),
+            collate_fn=FreshCollator(UnitCollator(collate), seed=self.config.seed),
             **options,
         )
 
@@ -218,7 +235,8 @@ class PrivateTraining:
             return
         key = ranks.shared(secrets.token_hex(16))  # hashes that only the ranks of this run can compare
         rows = None if self.rows is None else fingerprint_of([own.tolist() for own in self.rows], key, examples=len(self.rows))
-        found = (fingerprint_of(self.dataset, key), rows)
+        with same_randomness(self.dataset):
+            found = (fingerprint_of(self.dataset, key), rows)
         if any(other != found for other in ranks.gathered(found)):
             raise PrivacyError(
                 "ranks were given different training data, or the same in another order, so a unit could be drawn on two of "
@@ -238,6 +256,20 @@ class PrivateTraining:
             UnsupportedError: the loss or the layout of batches is none of those known.
         """
         engine = self._started()
+        # Alike on all ranks, which may have to compute the same batch.
+        secret = Ranks().shared(secrets.randbits(256) if self.config.seed is None else self.config.seed)
+        with fresh_randomness(accelerators(engine.parameters), own=own_generators(engine.model), seed=secret, stream="checks"):
+            loss = self._checked(engine, loader)
+        self._loss, self._own_generators = loss, own_generators(engine.model)
+        attention = getattr(getattr(engine.model, "config", None), "_attn_implementation", None)
+        methods = sorted(set(engine.norm_methods().values()))
+        logger.info(
+            f"preflight passed: the loss is a {loss.divides} over {loss.counted}, attention is {attention}, "
+            f"gradients are exact by {', '.join(methods)}"
+        )
+
+    def _checked(self, engine: ClippingEngine, loader: DataLoader[Any]) -> UnitLoss:
+        """What `check` finds out."""
         with Ranks().all_ranks_or_none():
             require_finite_weights(engine.model, "nothing was trained")
         reader = UnitReader(
@@ -253,13 +285,7 @@ class PrivateTraining:
         engine.withhold_sums()  # nothing of the checks stays
         if engine.sharded:
             self._one_unit = reader.batch([0])
-        self._loss = loss
-        attention = getattr(getattr(engine.model, "config", None), "_attn_implementation", None)
-        methods = sorted(set(engine.norm_methods().values()))
-        logger.info(
-            f"preflight passed: the loss is a {loss.divides} over {loss.counted}, attention is {attention}, "
-            f"gradients are exact by {', '.join(methods)}"
-        )
+        return loss
 
     def _choose_strategy(self, engine: ClippingEngine, reader: UnitReader) -> None:
         longest = choose_units(reader.n_units, reader.first_example)[0]
@@ -290,25 +316,38 @@ class PrivateTraining:
         engine = self._started()
         if self._loss is None:
             raise PrivacyError("a step before check(): how the loss divides is not known")
+        step = self.mechanism.account.taken
+        part = self._parts[1] if self._parts[0] == step else 0
+        self._parts = (step, part + 1)
+        with fresh_randomness(
+            accelerators(engine.parameters),
+            own=self._own_generators,
+            seed=self.config.seed,
+            stream=f"computing step {step} part {part} rank {Ranks().rank}",
+        ):
+            return self._added(engine, self._loss, inputs)
+
+    def drop_step(self) -> None:
+        """Forget what was added to the step: it was clipped, but has no noise."""
+        self._started().withhold_sums()
+
+    def _added(self, engine: ClippingEngine, loss_fn: UnitLoss, inputs: Mapping[str, Any]) -> Tensor:
+        """What `add` does."""
         total, labels = torch.zeros(()), 0.0
         parts = self._physical_batches(inputs)
         # On ranks that compute as one, each takes part in all forward and backward passes of the others.
         most = max(Ranks().gathered(len(parts))) if engine.sharded else len(parts)
         for part, units in parts:
-            scale = self._loss.scale(part, units) if self.config.unit_loss == "mean" else None
-            loss = engine.backward(self._loss, part, units, scale)
+            scale = loss_fn.scale(part, units) if self.config.unit_loss == "mean" else None
+            loss = engine.backward(loss_fn, part, units, scale)
             total = total.to(loss.device) + loss
-            labels += self._loss.count(part)
+            labels += loss_fn.count(part)
         for _ in range(most - len(parts)):
-            engine.participate(self._loss, *self._one_unit)
+            engine.participate(loss_fn, *self._one_unit)
         if Ranks().any(not bool(total.isfinite())):  # of one unit, which then adds zero; or of all
             with Ranks().all_ranks_or_none():
                 require_finite_weights(engine.model, "nothing was released")
         return total / max(labels, 1.0)
-
-    def drop_step(self) -> None:
-        """Forget what was added to the step: it was clipped, but has no noise."""
-        self._started().withhold_sums()
 
     def stop(self) -> None:
         """Let go of model and optimizer, as they are without the library, and of the spend log; what was spent stays counted.

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dp_flash_hf.training.adapter import TrainingAdapter, prepared
+from dp_flash_hf.training.batches import FreshCollator
 from dp_flash_hf.units import Units
 
 Key = tuple[int, int]  # (row of the dataset, number of its unit in the batch)
@@ -36,7 +37,9 @@ class UnitReader:
     ) -> None:
         assert loader.collate_fn is not None
         self.dataset: Any = loader.dataset
-        self.collate = loader.collate_fn
+        collate = loader.collate_fn
+        # The bare collator: a check that collates twice repeats random numbers itself.
+        self.collate = collate.collator if isinstance(collate, FreshCollator) else collate
         self.adapter, self.n_units = adapter, n_units
         self._rows, self._most = rows, max_examples_per_unit
 

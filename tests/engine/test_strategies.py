@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.mechanisms.fresh_randomness import same_randomness
 from tests.support.engines import FAST, STRATEGIES, Functional, Hidden, backward
 from tests.support.models import Batch, Toy, batch_of, loss_of, tiny, toy_batch, toy_loss
 from tests.support.oracle import clipped_sum, distance, each_row, grads, total_norm, unit_gradients
@@ -216,9 +218,23 @@ def test_strategies_agree_under_dropout() -> None:
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
-def test_two_pass_refuses_randomness_that_is_not_replayed() -> None:
+@pytest.mark.parametrize("strategy", FAST)
+@pytest.mark.parametrize("draw", [random.random, lambda: float(np.random.uniform())])
+def test_random_numbers_of_python_and_numpy_are_the_same_in_both_passes(draw: Callable[[], float], strategy: Strategy) -> None:
+    """What is added is what was clipped: as one pass would."""
     model, batch = Toy(), toy_batch()
-    model.norm.register_forward_hook(lambda module, args, out: out * (1 + random.random() * module.training))
+    model.norm.register_forward_hook(lambda module, args, out: out * (1 + 5 * draw() * module.training))
+    with same_randomness(None):
+        found = backward(model, toy_loss(model), batch, C=0.7, strategy=strategy)
+    with same_randomness(None):
+        wanted = backward(model, toy_loss(model), batch, C=0.7, strategy="bookkeeping")
+    assert distance(found[0], wanted[0]) < 1e-12
+    torch.testing.assert_close(found[1], wanted[1])
+
+
+def test_two_pass_refuses_randomness_that_is_not_replayed() -> None:
+    model, batch, secret = Toy(), toy_batch(), random.SystemRandom()
+    model.norm.register_forward_hook(lambda module, args, out: out * (1 + secret.random() * module.training))
     engine = ClippingEngine(model, max_grad_norm=0.7, strategy="two_pass")
     with pytest.raises(PrivacyError, match=r"two_pass.*random numbers"):
         engine.backward(toy_loss(model), batch)
