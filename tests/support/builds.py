@@ -29,7 +29,10 @@ from typing import Any
 import torch
 
 CHIPS = {80: "A100", 90: "H100", 100: "B200"}
-MODULES = ("attention_forward", "attention_backward", "ghost_norm_triton", "clipped_sum_triton", "linear_cross_entropy_triton")
+MODULES = (
+    *("attention_forward", "attention_backward", "ghost_norm_triton"),
+    *("clipped_sum_triton", "linear_cross_entropy_triton", "keystream_triton"),
+)
 # Matrix instructions by what PTX calls them, newest first.
 MATRIX_UNITS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma"}
 Call = Callable[[], Any]
@@ -123,7 +126,7 @@ def attention_calls(everything: bool) -> Iterator[tuple[str, Call]]:
 
 def recorded_calls(everything: bool) -> Iterator[tuple[str, Call]]:
     """Norms and clipped sums of what layers record, and cross entropies, as the dispatching modules launch them."""
-    from dp_flash_hf.kernels import clipped_sum_triton, ghost_norm_triton, linear_cross_entropy_triton
+    from dp_flash_hf.kernels import clipped_sum_triton, ghost_norm_triton, keystream_triton, linear_cross_entropy_triton
     from dp_flash_hf.kernels.types import Head
 
     sizes, factors = (512, 500), torch.zeros(2)
@@ -144,6 +147,7 @@ def recorded_calls(everything: bool) -> Iterator[tuple[str, Call]]:
             yield f"log-sum-exp, {kind}", partial(linear_cross_entropy_triton.log_sum_exp, a, head)
             yield f"logit gradients, {kind}", partial(linear_cross_entropy_triton.logit_gradients, *logits, 0, 4096)
     gradients = torch.zeros(2, 64, 64)
+    yield "keystream", partial(keystream_triton.chacha_stream, [0] * 8, 1, 2**16, torch.device("cpu"))
     yield "clipped per-unit gradients", partial(clipped_sum_triton.add_per_unit_, gradients[0].clone(), gradients, factors)
 
 
