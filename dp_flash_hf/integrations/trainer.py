@@ -30,7 +30,7 @@ from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.mechanisms.fresh_randomness import same_randomness
 from dp_flash_hf.reporting.report import PrivacyReport
-from dp_flash_hf.training.batches import UNITS, PoissonBatches, steps_per_epoch
+from dp_flash_hf.training.batches import UNITS, PoissonBatches, WithUnits, steps_per_epoch
 from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.preflight import length_of
 from dp_flash_hf.training.session import PrivateTraining, require_finite_weights
@@ -137,13 +137,14 @@ class DPCallback(TrainerCallback, ExportableState):
             "_get_num_items_in_batch": self._num_items,
             "get_train_dataloader": self._train_dataloader,
             "training_step": self._training_step,
+            "num_examples": self._num_examples,
             "_clip_grad_norm": lambda *args, **kwargs: None,  # would rescale by a norm taken before noise
             "_get_grad_norm": lambda *args, **kwargs: None,  # would log that norm
             "floating_point_ops": lambda *args, **kwargs: 0,  # would log how many tokens were drawn
             # Would also add gradients of adapters on a sharded model up as they arise, before they are clipped.
             "_sync_replicated_trainable_parameters": lambda model: Ranks().make_equal(model),
         }
-        called = ("train", "log", "_save_checkpoint", "_get_num_items_in_batch")
+        called = ("train", "log", "_save_checkpoint", "_get_num_items_in_batch", "num_examples")
         own = {name: getattr(trainer, name) for name in called}
         with ExitStack() as undo:
             for name, override in overrides.items():
@@ -345,10 +346,9 @@ class DPCallback(TrainerCallback, ExportableState):
             collator = trainer._get_collator_with_removed_columns(collator, description="training")
         account = self.mechanism.account
         sampler = account.plan.sampler
-        if trainer.train_dataset is not training.dataset or (training.rows is None and len(dataset) != sampler.n_units):
+        if trainer.train_dataset is not training.dataset or (training.rows is None and len(dataset) != training.n_units):
             raise PrivacyError(
-                f"train_dataset changed since attach, when it had {sampler.n_units} units: call dp.detach() and "
-                "dp.attach(trainer) once the data are final"
+                "train_dataset changed since attach: call dp.detach() and dp.attach(trainer) once the data are final"
             )
         workers = args.dataloader_num_workers
         steps = steps_per_epoch(sampler.n_units, sampler.expected_batch_size)
@@ -387,6 +387,12 @@ class DPCallback(TrainerCallback, ExportableState):
     def _num_items(self, batches: list[dict[str, Any]], device: torch.device) -> Any:
         # In training, it would divide every unit's loss by what others hold; evaluation is the trainer's own.
         return None if batches and UNITS in batches[0] else self._own["_get_num_items_in_batch"](batches, device)
+
+    def _num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """What the trainer logs, and computes its speed from."""
+        if self.config.public_n_units is not None and isinstance(dataloader.dataset, WithUnits):
+            return self.config.public_n_units
+        return int(self._own["num_examples"](dataloader))
 
     def _log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         for name in ("loss", "train_loss"):

@@ -46,6 +46,10 @@ class PrivacyConfig:
         privacy_unit: Column of the dataset that names whose data a row is; rows of the same value are one unit. None: every
             example is a unit.
         max_examples_per_unit: With privacy_unit, and only then: most rows of a unit in one draw, at least 1.
+        public_n_units: A public estimate of the number of units, where the number itself must not be told. Sampling rate and
+            divisor follow from it alone, and no message, log or report holds the true number, which may be larger or smaller.
+            None: the units are counted, and their number is public. With plain Poisson sampling only: what a truncated draw
+            costs depends on the true number.
         unit_loss: "mean": the loss of a unit is the mean over its own labels. "sum": their sum, so that long texts weigh more.
         noise: Where the noise's randomness comes from. "secure": a cryptographic keystream (AES-256 in counter mode on CPUs,
             ChaCha20 on GPUs) under a new key for every step. "fast": torch's generator of the device. Both are on the same
@@ -67,6 +71,9 @@ class PrivacyConfig:
     accountant: AccountantName = field(default="pld", metadata={"help": "pld (tight), prv or rdp (opacus)"})
     privacy_unit: str | None = field(default=None, metadata={"help": "column naming the unit; default: one example is a unit"})
     max_examples_per_unit: int | None = field(default=None, metadata={"help": "with privacy_unit: most examples per draw"})
+    public_n_units: int | None = field(
+        default=None, metadata={"help": "public estimate of the number of units; default: count"}
+    )
     unit_loss: UnitLoss = field(default="mean", metadata={"help": "mean over a unit's own labels, or their sum"})
     noise: Noise = field(default="secure", metadata={"help": "secure: from a cryptographic keystream; fast: torch's generator"})
     seed: int | None = field(default=None, metadata={"help": "tests only: replays sampling and noise, so nothing is private"})
@@ -94,6 +101,17 @@ class PrivacyConfig:
                 raise invalid(name, expected=f"a whole number >= 1 with {owner}", actual=value, remedy=f"set {name}")
             if not needed and value is not None:
                 raise invalid(name, expected=f"None without {owner}", actual=value, remedy=f"set {owner} or drop {name}")
+        if self.public_n_units is not None:
+            validation.whole_number(
+                "public_n_units", self.public_n_units, remedy="estimate the number of units from what is public"
+            )
+            if self.sampling != "poisson":
+                raise invalid(
+                    "public_n_units",
+                    expected=f"None with sampling={self.sampling!r}, whose cost depends on the true number",
+                    actual=self.public_n_units,
+                    remedy="use sampling='poisson'",
+                )
         if self.seed is not None:
             validation.whole_number("seed", self.seed, least=0, remedy="leave it out outside tests")
 

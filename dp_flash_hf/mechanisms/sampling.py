@@ -33,7 +33,7 @@ class PoissonSampler:
     torch.int64
 
     Attributes:
-        n_units: Privacy units in the dataset; public, and the same for all steps.
+        n_units: Privacy units in the dataset, or a public estimate of their number; public, and the same for all steps.
         expected_batch_size: Units in a draw on average, over all processes.
         kind: "poisson", as in saved states and reports.
 
@@ -64,27 +64,28 @@ class PoissonSampler:
 
     @property
     def hardly_more(self) -> int:
-        """Units that a draw exceeds with probability below 1e-30 (Bernstein's inequality)."""
+        """Units that a draw from n_units exceeds with probability below 1e-30 (Bernstein's inequality)."""
         return math.ceil(self.expected_batch_size + 12 * math.sqrt(self.expected_batch_size) + 72)
 
-    def draw(self, generator: torch.Generator) -> Tensor:
+    def draw(self, generator: torch.Generator, population: int | None = None) -> Tensor:
         """The units of one step.
 
         Args:
             generator: On the CPU, from `fresh_generator`; never one whose state is saved or logged.
+            population: How many units there are to draw from, each at the sampling rate; None: n_units.
 
         Returns:
             int64 (size,) on the CPU, ascending, without repetition. Size 0 is a valid draw, and a noisy step like any other.
         """
-        return self._included(self._uniforms(generator))
+        return self._included(self._uniforms(generator, population))
 
     def to_dict(self) -> dict[str, Any]:
         """The sampler as plain data; `sampler_from_dict` reads it."""
         return {"kind": self.kind, **asdict(self)}
 
-    def _uniforms(self, generator: torch.Generator) -> Tensor:
+    def _uniforms(self, generator: torch.Generator, population: int | None) -> Tensor:
         # float32 uniforms are multiples of 2^-24: for a q of that size units would be drawn at another rate than is accounted.
-        return torch.rand(self.n_units, dtype=torch.float64, generator=generator)
+        return torch.rand(self.n_units if population is None else population, dtype=torch.float64, generator=generator)
 
     def _included(self, uniforms: Tensor) -> Tensor:
         return (uniforms < self.sampling_rate).nonzero().flatten()
@@ -124,9 +125,9 @@ class TruncatedPoissonSampler(PoissonSampler):
                 remedy="raise it: several times sqrt(expected_batch_size) above costs almost no privacy",
             )
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """As `PoissonSampler.draw`, with at most max_batch_size units."""
-        uniforms = self._uniforms(generator)
+    def draw(self, generator: torch.Generator, population: int | None = None) -> Tensor:
+        """As `PoissonSampler.draw`, with at most max_batch_size units; accounted only where the population is n_units."""
+        uniforms = self._uniforms(generator, population)
         included = self._included(uniforms)
         if included.numel() > self.max_batch_size:
             # Below q the uniforms are again independent and uniform, so the smallest belong to a uniformly random subset.

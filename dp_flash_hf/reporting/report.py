@@ -20,11 +20,15 @@ NOT_COVERED = (
     "Choosing hyper-parameters, or the best of several runs or checkpoints, by results on the private data.",
     "Validation and test data, unless they too were trained on under this guarantee.",
     "A tokenizer, vocabulary, filter or base model that was itself learnt from the private data.",
-    "The number of units is treated as public; so is every setting of the run.",
+    "Every setting of the run, which is public.",
     "Copies: a person whose data also appears in other units is protected unit by unit, not as a whole.",
     "Attacks on the ciphers and the operating system's random numbers that noise is made from, or on timing and memory use.",
     "Anyone who reads the training machine's memory or the spend log.",
     "Dropout, masking and augmentation by generators that code seeds for itself: see the page on random numbers.",
+)
+N_UNITS_NOT_COVERED = (
+    "The number of units, which is public, as it is between neighbours that differ by a unit emptied, not removed, for which "
+    "epsilon is the same. With public_n_units it is not needed."
 )
 EXTENDED_NOT_COVERED = (
     "Steps were added to the plan after some were taken: epsilon holds if that was not decided by what had been released."
@@ -60,7 +64,8 @@ class PrivacyReport:
         adjacency: Which datasets are neighbours: those that differ by one unit added or removed.
         unit: What one unit is, in words.
         max_examples_per_unit: Most rows of a unit in one draw; None where one example is a unit.
-        n_units: Units in the dataset.
+        n_units: Units in the dataset; where `n_units_estimated`, a public estimate, and the true number is not in the report.
+        n_units_estimated: Whether the configuration gave `public_n_units`.
         sampler: "poisson" or "truncated_poisson".
         sampling_rate: Probability that a unit is drawn for a step.
         expected_batch_size: Units in a step on average.
@@ -90,6 +95,7 @@ class PrivacyReport:
     unit: str
     max_examples_per_unit: int | None
     n_units: int
+    n_units_estimated: bool
     sampler: str
     sampling_rate: float
     expected_batch_size: int
@@ -154,6 +160,7 @@ class PrivacyReport:
         caveats = [
             *NOT_COVERED,
             *([FAST_NOISE_NOT_COVERED] if config.noise == "fast" else []),
+            *([N_UNITS_NOT_COVERED] if config.public_n_units is None else []),
             *([] if recorded else [LOST_STEPS_NOT_COVERED]),
             *([CHANGED_NOT_COVERED] if plan.spent else [EXTENDED_NOT_COVERED] if extended else []),
             *not_covered,
@@ -168,6 +175,7 @@ class PrivacyReport:
             unit=unit,
             max_examples_per_unit=config.max_examples_per_unit,
             n_units=sampler.n_units,
+            n_units_estimated=config.public_n_units is not None,
             sampler=sampler.kind,
             sampling_rate=sampler.sampling_rate,
             expected_batch_size=sampler.expected_batch_size,
@@ -236,7 +244,10 @@ class PrivacyReport:
             ("spent", f"{spent} by the steps executed, if nothing released decided when to stop"),
             ("adjacency", self.adjacency),
             ("unit", f"{self.unit}{per_draw}"),
-            ("dataset", f"{self.n_units} units"),
+            (
+                "dataset",
+                f"{self.n_units} units, {'a public estimate' if self.n_units_estimated else 'counted: the number is public'}",
+            ),
             (
                 "sampling",
                 f"{self.sampler}, q = {self.sampling_rate:.6g}: {self.expected_batch_size} units expected a step{at_most}",

@@ -44,7 +44,8 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
     all of them.
 
     Args:
-        sampler: what draws units, int64 in 0..n_units-1.
+        sampler: what draws units, int64 in 0..population-1.
+        population: how many units there are, whatever the sampler's public number of them is.
         steps: how many draws.
         splits: parts of a draw, the trainer's `gradient_accumulation_steps`.
         in_one_part: put a whole draw into its first part, for `physical_batches` to split by length; else the parts are about
@@ -61,6 +62,7 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
         self,
         sampler: PoissonSampler,
         *,
+        population: int,
         steps: int,
         splits: int,
         in_one_part: bool,
@@ -70,7 +72,8 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
         seed: int | None,
         first_step: int,
     ) -> None:
-        self.sampler, self.steps, self.splits, self.in_one_part = sampler, steps, splits, in_one_part
+        self.sampler, self.population = sampler, population
+        self.steps, self.splits, self.in_one_part = steps, splits, in_one_part
         self.rows, self.max_examples_per_unit, self.lengths = rows, max_examples_per_unit, lengths
         self.seed, self.step = seed, first_step
         self.ranks = Ranks()
@@ -85,7 +88,7 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
             secret = self.seed if self.seed is not None else shared if self.ranks.size > 1 else self.ranks.secret()
             generator = fresh_generator(seed=secret, stream=f"sampling step {self.step}")
             self.step += 1
-            drawn = self.sampler.draw(generator)
+            drawn = self.sampler.draw(generator, self.population)
             own = [[unit] for unit in drawn.tolist()]
             if self.rows is not None and self.max_examples_per_unit is not None:
                 own = [rows.tolist() for rows in choose_rows(self.rows, drawn, self.max_examples_per_unit, generator)]

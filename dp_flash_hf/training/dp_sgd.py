@@ -13,7 +13,7 @@ from dp_flash_hf.accounting.run_account import RunAccount
 from dp_flash_hf.distributed import Ranks, as_gradient, local, part_of
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.gradient_buffer import MOST_ROUNDING
-from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.kernels.keystream import Keystream, derived_key
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.mechanisms.gaussian_noise import SENSITIVITY, Words, add_gaussian_noise_, spacing
@@ -114,6 +114,11 @@ class DPSGD:
 
     def _require_fitting(self, engine: ClippingEngine, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The optimizer itself, where accelerate wraps it."""
+        if engine.sharded and self.config.public_n_units is not None:
+            raise UnsupportedError(  # `_std` bounds the rounding of a sharded sum by the largest draw from n_units
+                "public_n_units with a sharded model: how far a sum is rounded depends on the true number of units; train "
+                "without FSDP2, or leave public_n_units out where the number may be public"
+            )
         for name in ("max_grad_norm", "clipping"):
             if getattr(engine, name) != getattr(self.config, name):
                 raise PrivacyError(

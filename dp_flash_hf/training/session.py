@@ -110,7 +110,8 @@ class PrivateTraining:
             self.rows = None if config.privacy_unit is None else group_rows(_column(dataset, config.privacy_unit))
         self.config, self.dataset, self.adapter, self.strategy = config, dataset, adapter, strategy
         self.max_examples, self.max_tokens = max_examples, max_tokens
-        n_units = len(dataset) if self.rows is None else len(self.rows)
+        self.n_units = len(dataset) if self.rows is None else len(self.rows)  # to draw from; never told where it is not public
+        n_units = config.public_n_units or self.n_units
         steps = steps or math.ceil(epochs * steps_per_epoch(n_units, expected_batch_size))
         plan = PrivacyPlan.from_config(config, n_units=n_units, expected_batch_size=expected_batch_size, steps=steps)
         self.mechanism = DPSGD(config, plan)
@@ -192,6 +193,7 @@ class PrivateTraining:
             WithUnits(dataset, seed=self.config.seed),
             batch_sampler=PoissonBatches(
                 self.mechanism.account.plan.sampler,
+                population=self.n_units,
                 steps=steps,
                 splits=splits,
                 in_one_part=self.max_tokens is not None,  # `physical_batches` then sees the whole draw, and sorts it by length
@@ -277,7 +279,7 @@ class PrivateTraining:
             self.adapter,
             rows=self.rows,
             max_examples_per_unit=self.config.max_examples_per_unit,
-            n_units=self.mechanism.account.plan.sampler.n_units,
+            n_units=self.n_units,
         )
         if self.strategy == "auto":
             self._choose_strategy(engine, reader)

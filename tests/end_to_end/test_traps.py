@@ -201,7 +201,7 @@ def test_6_4_the_loader_draws_poisson_batches_and_splits_them_without_loss(
 
 
 def test_6_4_would_fail_for_shuffled_batches_of_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def shuffled(self: PoissonSampler, generator: torch.Generator) -> Tensor:
+    def shuffled(self: PoissonSampler, generator: torch.Generator, *_: Any) -> Tensor:
         return torch.randperm(self.n_units, generator=generator)[: self.expected_batch_size]
 
     monkeypatch.setattr(PoissonSampler, "draw", shuffled)

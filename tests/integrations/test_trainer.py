@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -20,6 +21,7 @@ from torch import Tensor
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.integrations.trainer import DPCallback
 from dp_flash_hf.mechanisms.config import PrivacyConfig
+from dp_flash_hf.reporting.report import N_UNITS_NOT_COVERED
 from dp_flash_hf.training.batches import PoissonBatches
 from tests.support.attributes import attributes, differing
 from tests.support.forks import exit_code
@@ -121,6 +123,43 @@ def test_two_lines_train_to_the_budget(tmp_path: Path) -> None:
     assert 0.998 * 8.0 <= report.epsilon <= 8.0
     assert (report.private, report.n_units, report.expected_batch_size) == (True, 24, 4)
     assert trainer.state.log_history[-1]["privacy/epsilon"] == report.epsilon
+
+
+@pytest.mark.parametrize("units", [1117, 23])
+@pytest.mark.parametrize("budget", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 0.1}], ids=str)
+def test_with_a_public_estimate_the_true_number_of_units_is_told_nowhere(
+    units: int, budget: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """More units than estimated, or fewer: rate, divisor, steps, logs, report and checkpoint follow from the estimate alone."""
+    hf.utils.logging.set_verbosity_info()  # type: ignore[no-untyped-call]
+    hf.utils.logging.enable_propagation()
+    try:
+        with caplog.at_level("DEBUG"):
+            trainer = trainer_for("gpt2", tmp_path, texts(units), save_strategy="steps", save_steps=1, **budget)
+            dp = attached(trainer, public_n_units=80)
+            result = trainer.train()
+    finally:
+        hf.utils.logging.set_verbosity_warning()  # type: ignore[no-untyped-call]
+        hf.utils.logging.disable_propagation()
+    report = dp.report()
+    assert (report.n_units, report.sampling_rate, report.steps) == (80, 4 / 80, 2)
+    assert "80 units, a public estimate" in report.to_text()
+    assert N_UNITS_NOT_COVERED not in report.not_covered
+    assert "Num examples = 80" in caplog.text
+    saved = (tmp_path / "checkpoint-1" / "trainer_state.json").read_text()
+    everything = (caplog.text, str(result), str(trainer.state.log_history), saved, report.to_json(), report.to_text())
+    told = re.compile(
+        rf"(?<![\d.:]){units // 1000},?{units % 1000}(?![\d.])" if units > 1000 else r"\b23 (units|examples)|= 23\b"
+    )
+    assert not [text for text in (*everything, *capfd.readouterr()) if told.search(text)]
+
+
+def test_every_unit_of_more_than_were_estimated_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for("gpt2", tmp_path, texts(40), per_device_train_batch_size=10, max_steps=1)
+    dp = attached(trainer, public_n_units=10)
+    loader = trainer.get_train_dataloader()
+    assert sorted(row for row, _ in next(iter(loader.batch_sampler))) == list(range(40))  # at a rate of 1
+    assert dp.mechanism.account.plan.sampler.expected_batch_size == 10
 
 
 def sums_of(

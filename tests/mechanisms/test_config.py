@@ -23,6 +23,15 @@ def test_fields_are_frozen_and_by_keyword_only() -> None:
     assert len({config, PrivacyConfig(**GOOD)}) == 1  # equal by value, and usable as a key
 
 
+def test_a_public_number_of_units_is_for_plain_poisson_sampling() -> None:
+    assert PrivacyConfig(**GOOD, public_n_units=1000).public_n_units == 1000
+    for bad in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="public_n_units"):
+            PrivacyConfig(**GOOD, public_n_units=bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"public_n_units.*cost depends on the true number.*sampling='poisson'"):
+        PrivacyConfig(**GOOD, public_n_units=1000, sampling="truncated_poisson", max_batch_size=60)
+
+
 def test_every_field_explains_itself() -> None:
     assert all(field.metadata["help"] for field in dataclasses.fields(PrivacyConfig))
 

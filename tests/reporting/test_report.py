@@ -11,7 +11,13 @@ from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.mechanisms.sampling import PoissonSampler
-from dp_flash_hf.reporting.report import CHANGED_NOT_COVERED, LOST_STEPS_NOT_COVERED, NOT_COVERED, PrivacyReport
+from dp_flash_hf.reporting.report import (
+    CHANGED_NOT_COVERED,
+    LOST_STEPS_NOT_COVERED,
+    N_UNITS_NOT_COVERED,
+    NOT_COVERED,
+    PrivacyReport,
+)
 
 CONFIG = PrivacyConfig(target_delta=1e-5, noise_multiplier=2.5, max_grad_norm=0.25, clipping="automatic")
 TRUNCATED = replace(
@@ -71,7 +77,7 @@ def test_caller_can_name_the_unit_and_add_gaps() -> None:
     report = PrivacyReport.of(CONFIG, plan, Ledger(), unit="one preference pair", not_covered=("The reference model.",))
     assert report.unit == "one preference pair"
     assert (report.spent_epsilon, report.epsilon) == (0, plan.epsilon())
-    assert report.not_covered == (*NOT_COVERED, LOST_STEPS_NOT_COVERED, "The reference model.")
+    assert report.not_covered == (*NOT_COVERED, N_UNITS_NOT_COVERED, LOST_STEPS_NOT_COVERED, "The reference model.")
 
 
 def test_lost_steps_are_covered_where_they_are_on_record() -> None:
@@ -79,7 +85,7 @@ def test_lost_steps_are_covered_where_they_are_on_record() -> None:
     ledger = Ledger()
     ledger.record(plan.sampler, 2.5, 30)
     report = PrivacyReport.of(CONFIG, plan, ledger, lost_steps=3, recorded=True)
-    assert report.not_covered == NOT_COVERED
+    assert report.not_covered == (*NOT_COVERED, N_UNITS_NOT_COVERED)
     assert "3 of them are not in the weights" in " ".join(report.to_text().split())
     assert report.spent_epsilon == report_of(CONFIG).spent_epsilon
 

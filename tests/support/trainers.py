@@ -128,8 +128,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Seen:
     seen = Seen()
     draw, release = PoissonSampler.draw, DPSGD.release
 
-    def drawn(self: PoissonSampler, generator: torch.Generator) -> Tensor:
-        units = draw(self, generator)
+    def drawn(self: PoissonSampler, generator: torch.Generator, population: int | None = None) -> Tensor:
+        units = draw(self, generator, population)
         seen.drawn.append(units.tolist())
         return units
 
@@ -148,7 +148,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Seen:
 def draws(monkeypatch: pytest.MonkeyPatch, *steps: Sequence[int]) -> None:
     """Let the sampler draw these units, one list for every step, and none afterwards: workers fetch in advance."""
     upcoming = iter(steps)
-    monkeypatch.setattr(PoissonSampler, "draw", lambda self, generator: torch.tensor(next(upcoming, []), dtype=torch.long))
+    monkeypatch.setattr(PoissonSampler, "draw", lambda self, *_: torch.tensor(next(upcoming, []), dtype=torch.long))
 
 
 class ZeroGradient(hf.Trainer):
