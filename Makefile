@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)') --dist worksteal
 SHARD ?= 1/1
 
-.PHONY: quickstart test test-all test-slow coverage gpu docs
+.PHONY: quickstart test test-all test-slow mutants coverage gpu docs
 
 # On public text: what earlier runs spent on it, which its folder remembers, may be forgotten.
 quickstart: .venv/installed
@@ -31,6 +31,10 @@ test-all: test docs
 # About an hour: kill storms, memory as it is measured, every configuration of every kernel. One at a time, for they measure.
 test-slow: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+# Hours: faults planted in the privacy core, each of which a test has to find. With FAULTS="--sample 20" so many of them.
+mutants: .venv/installed-dev
+	$(BIN)/python -m tests.support.mutants $(FAULTS)
 
 # Every architecture of Transformers, exact or refused; writes docs/coverage.md.
 coverage: .venv/installed-dev
