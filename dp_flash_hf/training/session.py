@@ -44,6 +44,7 @@ from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.losses import UnitLoss
 from dp_flash_hf.training.preflight import choose_units, preflight
 from dp_flash_hf.training.refusals import refuse_data
+from dp_flash_hf.training.shared_numbers import shares_random_numbers
 from dp_flash_hf.training.unit_reader import UnitReader
 from dp_flash_hf.units import Units
 
@@ -117,6 +118,7 @@ class PrivateTraining:
         self.mechanism = DPSGD(config, plan)
         self.engine: ClippingEngine | None = None
         self._loss: UnitLoss | None = None
+        self._one_by_one = False  # whether no two units may share a physical batch
         self._own_generators: list[Generator] = []  # of the model
         self._parts = (0, 0)  # the step that parts are added to, and how many were begun
         self._moments = 0  # values of optimizer state for each trained one
@@ -284,6 +286,20 @@ class PrivateTraining:
         if self.strategy == "auto":
             self._choose_strategy(engine, reader)
         loss = preflight(engine, self.adapter, reader, cut_padding=self.max_tokens is not None)
+        self._one_by_one = Ranks().any(
+            shares_random_numbers(
+                engine,
+                loss,
+                *reader.batch(choose_units(reader.n_units, reader.first_example)),
+                tolerance=1e-3 if self.adapter.reduced_precision or engine.reduces_precision else 1e-5,
+            )
+        )
+        if self._one_by_one:
+            logger.warning(
+                "every unit is computed by itself: the model draws random numbers that all rows of a batch share (layer drop, "
+                "say, or dropout of relative positions), or draws from numpy or Python. Set that probability to 0 in the config "
+                "of the model, and units are computed together"
+            )
         engine.withhold_sums()  # nothing of the checks stays
         if engine.sharded:
             self._one_unit = reader.batch([0])
@@ -373,7 +389,10 @@ class PrivateTraining:
             return []
         batch, units = prepared(self.adapter, inputs)
         examples = torch.bincount(of_example.cpu(), minlength=units.n).tolist()
-        return list(physical_batches(batch, units, examples, max_examples=self.max_examples, max_tokens=self.max_tokens))
+        max_examples, max_tokens = self.max_examples, self.max_tokens
+        if self._one_by_one:
+            max_examples, max_tokens = 1, None if max_tokens is None else 1
+        return list(physical_batches(batch, units, examples, max_examples=max_examples, max_tokens=max_tokens))
 
 
 def require_finite_weights(model: nn.Module, outcome: str) -> None:
