@@ -297,8 +297,8 @@ class PrivateTraining:
         if self._one_by_one:
             logger.warning(
                 "every unit is computed by itself: the model draws random numbers that all rows of a batch share (layer drop, "
-                "say, or dropout of relative positions), or draws from numpy or Python. Set that probability to 0 in the config "
-                "of the model, and units are computed together"
+                "say, or dropout of relative positions), or draws from numpy or Python. Set that probability to 0 in the "
+                "model's config, and units are computed together"
             )
         engine.withhold_sums()  # nothing of the checks stays
         if engine.sharded:
