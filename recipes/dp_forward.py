@@ -32,8 +32,11 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trai
 
 from dp_flash_hf import AttentionPrivacy, Privatized, privatize, verify_cut
 from dp_flash_hf.cli.common import run
+from dp_flash_hf.forward_privacy.config import Noise
 from dp_flash_hf.recipes.classification import accuracy, encode
 from dp_flash_hf.recipes.common import leaving_nothing_behind, load_rows, read_options, require_columns, show_progress
+
+GIVEN = ("input_ids", "attention_mask")  # what a text is released of
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Options:
     max_length: int = field(default=128, metadata={"help": "tokens kept of each text"})
     sharpness: float = field(default=20.0, metadata={"help": "of the likeness to labels: softmax(sharpness * cosine)"})
     release_batch_size: int = field(default=64, metadata={"help": "texts whose scores are computed at a time"})
-    secure: bool = field(default=True, metadata={"help": "noise from ChaCha20, as so large an epsilon needs; else Philox"})
+    noise: Noise = field(default="secure", metadata={"help": "secure: from a cryptographic keystream; fast: from Philox"})
 
 
 class Likeness(nn.Module):
@@ -111,7 +114,7 @@ def release(privatized: Privatized, rows: Dataset, name: str, collate: Any, devi
     released: list[Tensor] = []
     for start in track(range(0, len(rows), batch_size), f"releasing {name}", disable=not sys.stderr.isatty()):
         places = by_length[start : start + batch_size]
-        batch = collate([{key: rows[i][key] for key in ("input_ids", "attention_mask")} for i in places])
+        batch = collate([{key: rows[i][key] for key in GIVEN} for i in places])
         with torch.no_grad(), privatized.ledger.units([(name, i) for i in places]):
             released += privatized.model(**batch.to(device)).cpu()
     features = torch.stack(released)[torch.tensor(by_length).argsort()]
@@ -136,12 +139,12 @@ def main(overrides: Sequence[str]) -> None:
         clip_norm=1.0,
         target_epsilon=options.target_epsilon,
         target_delta=options.target_delta,
-        secure=options.secure,
+        noise=options.noise,
     )
     owner = Owner(encoder, names, options.sharpness)
     privatized = privatize(owner, privacy, layers=["likeness"], placement="residual")
     collate = DataCollatorWithPadding(tokenizer)
-    verify_cut(privatized, names, private=("input_ids",))
+    verify_cut(privatized, {key: names[key] for key in GIVEN}, private=("input_ids",))
     train = release(privatized, train, "train", collate, args.device, options.release_batch_size)
     held_out = release(privatized, held_out, "test", collate, args.device, options.release_batch_size)
 

@@ -21,6 +21,7 @@ from dp_flash_hf.forward_privacy.sensitivity import full_token_factor
 
 Unit = Literal["sequence", "token"]
 Placement = Literal["attention", "residual"]
+Noise = Literal["secure", "fast"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,10 @@ class AttentionPrivacy:
         logit_cap: S above 0; logits become S tanh(logits / S). unit="token" needs it.
         head_shares: What share of mu^2 each query head spends, adding up to 1. By default in proportion to C_h^2, which gives
             every head the same noise.
-        secure: Noise from ChaCha20 with 256-bit keys, instead of Philox with keys of 64 bits, which is no cryptographic
-            generator, and under which two of n releases have the same noise with probability n^2 / 2^65.
+        noise: Where the noise's randomness comes from. "secure": a cryptographic keystream (ChaCha20), under a new key of 256
+            bits from the operating system for every call. "fast": Philox, with keys of 64 bits, which is no cryptographic
+            generator, and under which two of n releases have the same noise with probability n^2 / 2^65. Both have full
+            tails, and neither is on an exact grid: noise is added in float32 (float64 for such a model).
     """
 
     clip_norm: float | Sequence[float]
@@ -74,7 +77,7 @@ class AttentionPrivacy:
     unit: Unit = "sequence"
     logit_cap: float | None = None
     head_shares: Sequence[float] | None = None
-    secure: bool = False
+    noise: Noise = "secure"
 
     def __post_init__(self) -> None:
         for name in ("clip_norm", "head_shares"):
@@ -89,6 +92,7 @@ class AttentionPrivacy:
         validation.whole_number("passes", self.passes, remedy="count forward passes")
         validation.rate("sampling_rate", self.sampling_rate, remedy="give batch size / number of units")
         validation.one_of("unit", self.unit, get_args(Unit))
+        validation.one_of("noise", self.noise, get_args(Noise))
         if self.logit_cap is not None:
             validation.positive("logit_cap", self.logit_cap, remedy="try 5")
         if self.unit == "token" and self.logit_cap is None:
@@ -124,6 +128,11 @@ class AttentionPrivacy:
                 actual=(self.passes, self.sampling_rate),
                 remedy="leave them out: with a noise_multiplier the ledger counts what happens",
             )
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether noise comes from a cryptographic keystream."""
+        return self.noise == "secure"
 
     def multiplier(self, places: int) -> float:
         """Noise std / sensitivity of each of so many privatised places: `noise_multiplier`, or what the target needs.

@@ -16,8 +16,8 @@ themselves, placement "residual", as in DP-Forward (Du et al., CCS 2023, arXiv:2
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,6 +27,8 @@ from dp_flash_hf.attention import release
 from dp_flash_hf.attention.function import NAMES
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
 from dp_flash_hf.forward_privacy.config import AttentionPrivacy, Placement
+from dp_flash_hf.forward_privacy.fingerprint import fingerprint
+from dp_flash_hf.forward_privacy.generation import Recorded
 from dp_flash_hf.forward_privacy.ledger import AttentionLedger
 from dp_flash_hf.forward_privacy.places import check_fits, owner_of, select
 from dp_flash_hf.forward_privacy.report import ADJACENCY, AttentionPrivacyReport
@@ -75,20 +77,6 @@ def privatize(
     return Privatized(model, privacy, placement, places)
 
 
-class Verdict(NamedTuple):
-    """What `verify_cut` found to be cut off from what.
-
-    Attributes:
-        private: Names of the protected inputs.
-        public: Names of the other tensors among the inputs.
-        released: Names of the outputs that may leave the model.
-    """
-
-    private: tuple[str, ...]
-    public: tuple[str, ...]
-    released: tuple[str, ...]
-
-
 class Privatized:
     """A model with noise at some places; made by `privatize`, and called as before.
 
@@ -102,10 +90,13 @@ class Privatized:
     case                                  what happens
     ====================================  ============================================================================
     evaluation, training, `no_grad`       noise alike: what is released does not depend on the mode
-    generation                            every pass through the model is a call, one for each token
+    generation                            every pass through the model is a call, one for each token; it is verified by
+                                          itself, with ``verify_cut(..., call="generate")``
     beams, several return sequences       PrivacyError unless `ledger.units(ids)` names the unit of every row
-    another attention implementation      the verdict of `verify_cut` no longer holds, and `report` refuses
-    places or parameters that changed     the same
+    a call that was not verified          `report` refuses from then on: other arguments or options, `generate` with other
+                                          settings, a part of the model called by itself
+    a model that changed                  the same, until it is verified as it stands: hooks, modules, methods, mode, config,
+                                          parametrizations, attention implementation, which parameters are trained
     `remove()`                            no noise from then on, and no report
     ====================================  ============================================================================
 
@@ -121,7 +112,6 @@ class Privatized:
     def __init__(self, model: nn.Module, privacy: AttentionPrivacy, placement: Placement, places: dict[str, nn.Module]) -> None:
         self.model, self.privacy, self.placement, self.places = model, privacy, placement, tuple(places)
         self.ledger = AttentionLedger()
-        self._verified: tuple[Verdict, tuple[Any, ...]] | None = None  # and the state of the model that it holds for
         parts = {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
         owners = {place: owner_of(parts, place) for place in places}
         if placement == "attention":
@@ -140,8 +130,9 @@ class Privatized:
             self._hook(part.register_forward_pre_hook(self.scope.enter, with_kwargs=True, prepend=True))
             self._hook(part.register_forward_hook(self.scope.leave, always_call=True))
             if hasattr(type(part), _EXPAND):
-                setattr(part, _EXPAND, functools.partial(_expand, part, self.ledger))
-                self._undo.append(functools.partial(vars(part).pop, _EXPAND))
+                self._put(part, _EXPAND, functools.partial(_expand, part, self.scope))
+            if hasattr(type(part), "generate"):
+                self._put(part, "generate", Recorded(part, self.scope, vars(part).get("generate")))
         self._hook(model.register_forward_hook(self.scope.check_released))
 
     def _install(self, place: str, module: nn.Module, owner: PreTrainedModel | None) -> None:
@@ -154,6 +145,12 @@ class Privatized:
         if owner is not None:
             self._hook(owner.register_forward_pre_hook(site.see_padding, with_kwargs=True))
 
+    def _put(self, part: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        """In place of this method of a model, until `remove`."""
+        before = vars(part).get(name)
+        setattr(part, name, method)
+        self._undo.append(functools.partial(setattr, part, name, before) if before else functools.partial(vars(part).pop, name))
+
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
 
@@ -164,11 +161,6 @@ class Privatized:
         """
         while self._undo:
             self._undo.pop()()
-        self._verified = None
-
-    def record_verdict(self, verdict: Verdict | None) -> None:
-        """For `verify_cut` alone: what it found to be cut off, as the model stands; None takes an earlier verdict back."""
-        self._verified = None if verdict is None else (verdict, self._state())
 
     def report(self, delta: float | None = None) -> AttentionPrivacyReport:
         """The guarantee of everything released so far.
@@ -177,15 +169,24 @@ class Privatized:
             delta: Above 0 and below 1; default: `privacy.target_delta`.
 
         Raises:
-            PrivacyError: `verify_cut` has not passed since privatised places or trainable parameters last changed.
+            PrivacyError: Something was released by a call that was not made as `verify_cut` tried it, or the model, as it
+                stands, was not verified; the message says which call, and what changed.
             ValueError: No delta, or one outside its range.
         """
-        if self._verified is None or self._verified[1] != self._state():
+        calls, state = self.scope.calls, fingerprint(self.model)
+        if not calls.is_verified(state):
             raise PrivacyError(
                 "whether the privatised places are a cut has not been verified as the model stands: noise that the private "
-                "input gets around protects nothing. Call verify_cut(privatized, batch) first"
+                f"input gets around protects nothing. Call verify_cut(privatized, batch) first{calls.since_verified(state)}"
             )
-        verdict = self._verified[0]
+        unverified = calls.not_verified()
+        if unverified:
+            raise PrivacyError(
+                f"released by calls that have not been verified: {'; '.join(unverified)}. Call verify_cut(privatized, batch) "
+                'with the arguments that the model is called with, call="generate" for generating; what cannot be verified '
+                "has no epsilon"
+            )
+        verdicts = calls.verdicts(state)
         delta = self.privacy.target_delta if delta is None else delta
         validation.delta("delta", delta)
         assert delta is not None
@@ -203,27 +204,22 @@ class Privatized:
             noise_multiplier=self.privacy.multiplier(len(self.places)),
             max_length=self.privacy.max_length,
             logit_cap=self.privacy.logit_cap,
-            generator="ChaCha20, 256-bit keys" if self.privacy.secure else "Philox4x32-10, 64-bit keys",
-            private_inputs=verdict.private,
-            public_inputs=verdict.public,
-            released=verdict.released,
-        )
-
-    def _state(self) -> tuple[Any, ...]:
-        """What verify_cut's verdict depends on: modules and places, what is trained, who computes attention, and whether
-        batches are normalised by themselves.
-        """
-        return (
-            tuple((name, is_private(module)) for name, module in self.model.named_modules()),
-            tuple(name for name, parameter in self.model.named_parameters() if parameter.requires_grad),
-            tuple(config._attn_implementation for config in self.scope.configs),
-            tuple(module.training for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)),
+            noise=self.privacy.noise,
+            verified_calls=tuple(dict.fromkeys(map(str, verdicts))),
+            private_inputs=_names(verdict.private for verdict in verdicts.values()),
+            public_inputs=_names(verdict.public for verdict in verdicts.values()),
+            released=_names(verdict.released for verdict in verdicts.values()),
         )
 
 
-def _expand(part: Any, ledger: AttentionLedger, *args: Any, **kwargs: Any) -> Any:
+def _names(several: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """All of them, once each."""
+    return tuple(dict.fromkeys(name for names in several for name in names))
+
+
+def _expand(part: Any, scope: Scope, *args: Any, **kwargs: Any) -> Any:
     """In place of a model's method for beams and several return sequences, which put one unit into several rows."""
-    if kwargs.get("expand_size", args[0] if args else 1) > 1 and not ledger.knows_units:
+    if kwargs.get("expand_size", args[0] if args else 1) > 1 and not (scope.ledger.knows_units or scope.is_observed):
         raise PrivacyError(
             "beams and several return sequences repeat a unit in several rows, and each row is a release: say so, "
             "with ledger.units(ids), an id for every row, repeated like the rows"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from dp_flash_hf.forward_privacy.config import Noise
 from dp_flash_hf.reporting import text
 
 ADJACENCY = {
@@ -17,8 +18,16 @@ NOT_COVERED = (
     "The trained weights, where gradients of private data reach them by another way than the released outputs.",
     "A number of calls that depends on what calls released: then the epsilon is that of the most calls there could have been.",
     "Units that hold several rows of a batch, or several batches' rows, unless ledger.units(ids) said so.",
-    "Attacks on floating-point noise, on the operating system's random numbers, or on timing and memory use.",
+    "Attacks on floating-point noise: it is added in float32 or float64, not on an exact grid, and whoever sees all digits of "
+    "what is released may see which sums are impossible.",
+    "Attacks on the operating system's random numbers, or on timing and memory use.",
+    "Weights and whole numbers of modules, if they were changed by hand after verify_cut.",
 )
+
+_RANDOMNESS: dict[Noise, str] = {
+    "secure": "secure: from a cryptographic keystream (ChaCha20), a new 256-bit key for every call",
+    "fast": "fast: from Philox, a new 64-bit key for every call; not cryptographic",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +49,8 @@ class AttentionPrivacyReport:
         noise_multiplier: Noise std / sensitivity of one place.
         max_length: Rows of a unit that the noise is made for, or None.
         logit_cap: Bound on the logits, or None.
-        generator: Where the noise comes from.
+        noise: Where its randomness comes from: "secure" or "fast".
+        verified_calls: How the model was called, and may be, as `verify_cut` tried it.
         private_inputs: Names of the protected inputs.
         public_inputs: Names of the other tensors that the model was given.
         released: Names of the outputs that may leave the model.
@@ -59,7 +69,8 @@ class AttentionPrivacyReport:
     noise_multiplier: float
     max_length: int | None
     logit_cap: float | None
-    generator: str
+    noise: Noise
+    verified_calls: tuple[str, ...]
     private_inputs: tuple[str, ...]
     public_inputs: tuple[str, ...]
     released: tuple[str, ...]
@@ -80,8 +91,9 @@ class AttentionPrivacyReport:
             ("adjacency", self.adjacency),
             ("placement", f"{self.placement}: {', '.join(self.places)}"),
             ("clipping", f"C = {self.clip_norm}{cap}"),
-            ("noise", f"Gaussian, std / sensitivity = {self.noise_multiplier:.6g}{length}; {self.generator}"),
+            ("noise", f"Gaussian, std / sensitivity = {self.noise_multiplier:.6g}{length}; {_RANDOMNESS[self.noise]}"),
             ("calls", str(self.calls)),
+            ("verified", "; ".join(self.verified_calls)),
             ("private", ", ".join(self.private_inputs)),
             ("public", ", ".join(self.public_inputs) or "nothing else was given"),
             ("released", ", ".join(self.released)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig
 
 from dp_flash_hf.attention.function import NAMES
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.forward_privacy.calls import Calls, Way
 from dp_flash_hf.forward_privacy.config import AttentionPrivacy
+from dp_flash_hf.forward_privacy.fingerprint import fingerprint
 from dp_flash_hf.forward_privacy.ledger import AttentionLedger
 from dp_flash_hf.kernels.counter_noise import normals
 
@@ -53,7 +55,9 @@ class Scope:
     ) -> None:
         self.root, self.privacy, self.places, self.ledger, self.configs = root, privacy, len(places), ledger, configs
         self._missing = set(places)  # that have not released yet
-        self._whole: frozenset[str] = frozenset()  # places whose rows may not be those of the batch, as verify_cut saw
+        self.calls = Calls()
+        self._way: Way | None = None  # of the call under way
+        self._generating = False
         self._rows: int | None = None  # of the batch that the outermost model was given; None if its inputs disagree
         self._depth = 0
         self._given: list[Given] | None = None  # what sites were given, while verify_cut runs
@@ -65,6 +69,9 @@ class Scope:
         self._depth += 1
         if self._depth > 1:
             return
+        arguments = arguments_of(module, args, kwargs)
+        if not self._generating and not self.is_observed:
+            self._way = self.way("forward" if module is self.root else f"forward of a {type(module).__name__}", arguments)
         for config in self.configs:
             if config._attn_implementation not in NAMES:
                 raise PrivacyError(
@@ -73,7 +80,7 @@ class Scope:
                 )
         sizes = {
             value.shape[0]
-            for name, value in arguments_of(module, args, kwargs).items()
+            for name, value in arguments.items()
             if isinstance(value, Tensor) and value.ndim > 1 and name not in STRUCTURE
         }
         self._rows = sizes.pop() if len(sizes) == 1 else None
@@ -83,6 +90,23 @@ class Scope:
         self._depth = max(self._depth - 1, 0)
         if self._depth == 0:
             self._rows = None
+            self._way = self._way if self._generating else None
+
+    def way(self, method: str, arguments: Mapping[str, Any]) -> Way:
+        """How the model, as it stands, is called by this method with these arguments."""
+        return Way.of(method, arguments, fingerprint(self.root))
+
+    @contextmanager
+    def within(self, method: str, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+        """Within the context, calls are part of one of this method; of the outer one, if there is one already."""
+        if self._generating:
+            yield
+            return
+        self._way, self._generating = self.way(method, arguments()), True
+        try:
+            yield
+        finally:
+            self._way, self._generating = None, False
 
     def check_released(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the whole model."""
@@ -96,17 +120,15 @@ class Scope:
         costs = self.per_unit(place, by_row, by_row if by_part is None else by_part)
         multiplier = self.privacy.multiplier(self.places)
         base = 1.0 if self.privacy.max_length is None else self.privacy.factor
+        self.calls.record(self._way or Way("a privatised module called by itself", frozenset(), frozenset()))
         self.ledger.record(place, [factor / base / multiplier**2 for factor in costs])
         self._missing.discard(place)
 
     def per_unit(self, place: str, by_row: list[float], by_part: list[float]) -> list[float]:
         """What a call costs each unit in it; see AttentionLedger.per_unit."""
-        rows_are_units = self._rows == len(by_row) and place not in self._whole
+        verdict = None if self._way is None else self.calls.verdict(self._way)
+        rows_are_units = self._rows == len(by_row) and (verdict is None or place not in verdict.whole)
         return self.ledger.per_unit(by_row, by_part, sum(by_row), rows_are_units=rows_are_units)
-
-    def count_as_one(self, places: frozenset[str]) -> None:
-        """From now on, every call of these places, and of no others, counts as one unit."""
-        self._whole = places
 
     @property
     def is_observed(self) -> bool:

@@ -44,7 +44,7 @@ class AttentionSite:
         if privacy.unit == "token":
             by_row, by_part = _token_factors(call, cast(float, privacy.logit_cap))
         scope.account(self.place, by_row, by_part)
-        return Release(clip, std, fresh_key(secure=privacy.secure), exact=privacy.unit == "token"), softcap
+        return Release(clip, std, fresh_key(secure=privacy.is_secure), exact=privacy.unit == "token"), softcap
 
     def _cap(self, call: Call) -> float | None:
         """The cap on this call's logits. Raises UnsupportedError where the bounds do not hold for the call."""
@@ -154,7 +154,9 @@ class ResidualSite:
             hidden = hidden.masked_fill(~real, 0)
         norm = cast(float, privacy.clip_norm)
         hidden = hidden * (norm / torch.linalg.vector_norm(hidden, dim=(1, 2), keepdim=True).clamp(min=norm))
-        noise = normals(fresh_key(secure=privacy.secure), (batch, 1, *hidden.shape[1:]), hidden.device, secure=privacy.secure)
+        noise = normals(
+            fresh_key(secure=privacy.is_secure), (batch, 1, *hidden.shape[1:]), hidden.device, secure=privacy.is_secure
+        )
         noised: Tensor = hidden + 2 * norm * privacy.multiplier(scope.places) * noise[:, 0]
         if real is not None:
             noised = noised.masked_fill(~real, 0)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dp_flash_hf.errors import PrivacyError, invalid
+from dp_flash_hf.forward_privacy.generation import generator_of
 from dp_flash_hf.forward_privacy.privatize import Privatized
 from dp_flash_hf.forward_privacy.scope import Given
+
+Call = Literal["forward", "generate"]
+LOGITS = "logits of pass "  # and its number, of a generation: checked, and not among what is returned
 
 
 class Run(NamedTuple):
@@ -38,8 +42,9 @@ class Trial:
         private: tuple[str, ...],
         released: Sequence[str] | None,
         special_ids: Sequence[int],
+        call: Call,
     ) -> None:
-        self.model, self.scope = privatized.model, privatized.scope
+        self.model, self.scope, self.call = privatized.model, privatized.scope, call
         self.inputs, self.private, self.released = inputs, private, released
         numbers = {
             entry
@@ -52,7 +57,7 @@ class Trial:
         self.special, self.words = torch.tensor(special, dtype=torch.long), torch.tensor(sorted(words), dtype=torch.long)
 
     def run(self, inputs: Mapping[str, Any], probe: Callable[[int, Tensor], Tensor] | None = None) -> Run:
-        """One forward, always from the same torch seed.
+        """One forward, or all of one generation, always from the same torch seed.
 
         probe: `probe(i, output)` replaces the output of the i-th embedding that is looked up; with it, gradients flow.
         """
@@ -72,8 +77,24 @@ class Trial:
             for module in self.model.modules():
                 if isinstance(module, nn.Embedding):
                     stack.callback(module.register_forward_hook(look_up).remove)
-            output = self.model(**inputs)
-        return Run(dict(self._released(output)), seen, looked_up)
+            if self.call == "forward":
+                return Run(dict(self._released(self.model(**inputs))), seen, looked_up)
+            chosen_from: list[Tensor] = []
+            generator: Any = generator_of(self.model)
+            stack.callback(generator.register_forward_hook(lambda _, args, output: chosen_from.append(output.logits)).remove)
+            model: Any = self.model
+            released = dict(self._released(self._continuation(model.generate(**inputs))))
+        # Tokens hide what hardly moves the logits that they are chosen from.
+        return Run({**released, **{f"{LOGITS}{i + 1}": x for i, x in enumerate(chosen_from)}}, seen, looked_up)
+
+    def _continuation(self, output: Any) -> dict[str, Any]:
+        """What `generate` returned, without the prompt that it repeats."""
+        entries = dict(output) if isinstance(output, Mapping) else {"sequences": output}
+        generator: Any = generator_of(self.model)
+        prompt = self.inputs.get("input_ids", self.inputs.get("inputs"))
+        if prompt is not None and not generator.config.is_encoder_decoder:
+            entries["sequences"] = entries["sequences"][:, prompt.shape[1] :]
+        return entries
 
     def run_like(self, first: Run, inputs: Mapping[str, Any]) -> Run:
         """`run` without a probe; raises PrivacyError if other calls are made than in `first`."""

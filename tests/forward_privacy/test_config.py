@@ -34,6 +34,7 @@ TARGET: dict[str, Any] = {"noise_multiplier": None, "target_epsilon": 3.0, "targ
         ("passes", {**TARGET, "passes": 0}),
         ("sampling_rate", {**TARGET, "sampling_rate": 0.0}),
         ("unit", {"unit": "word"}),
+        ("noise", {"noise": "chacha"}),
         ("logit_cap", {"logit_cap": -1.0}),
         ("logit_cap", {"unit": "token"}),
     ],

@@ -63,7 +63,7 @@ def verify_cut_or_not(privatized: Privatized) -> None:
 
 def test_a_report_says_what_was_promised() -> None:
     model = bart()
-    privacy = AttentionPrivacy(clip_norm=1.0, max_length=4, target_epsilon=4.0, target_delta=1e-6, passes=2, secure=True)
+    privacy = AttentionPrivacy(clip_norm=1.0, max_length=4, target_epsilon=4.0, target_delta=1e-6, passes=2, noise="secure")
     privatized = privatize(model, privacy, layers="cross")
     with pytest.raises(PrivacyError, match="verify_cut"):
         privatized.report()

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import pickle
 from itertools import count
-from typing import Any
+from typing import Any, get_args
 
 import dp_accounting
 import pytest
@@ -19,10 +19,25 @@ from torch.utils.checkpoint import checkpoint
 from dp_flash_hf.attention.backends import use
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.forward_privacy import sites
-from dp_flash_hf.forward_privacy.config import AttentionPrivacy
+from dp_flash_hf.forward_privacy.config import AttentionPrivacy, Noise
+from dp_flash_hf.forward_privacy.privatize import privatize
 from dp_flash_hf.forward_privacy.sensitivity import token_sensitivity
 from dp_flash_hf.kernels import reference
-from tests.support.forward_privacy import EPS64, GOOD, SILENT, call, clipped, cost, private_layer, random_qkv
+from dp_flash_hf.kernels.counter_noise import fresh_key
+from tests.support.forward_privacy import (
+    EPS64,
+    GOOD,
+    NOISE,
+    SILENT,
+    call,
+    clipped,
+    cost,
+    llama,
+    plain_output,
+    private_layer,
+    random_qkv,
+    texts,
+)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "reference"])
@@ -52,19 +67,19 @@ def test_a_value_of_zero_has_a_gradient() -> None:
     assert qkv[2].grad.isfinite().all()
 
 
-@pytest.mark.parametrize("secure", [False, True])
-def test_noise_has_its_scale_in_every_head_and_none_goes_to_padding(secure: bool) -> None:
+@pytest.mark.parametrize("noise", get_args(Noise))
+def test_noise_has_its_scale_in_every_head_and_none_goes_to_padding(noise: Noise) -> None:
     shares = [0.7, 0.3]
-    privacy = AttentionPrivacy(clip_norm=0.5, noise_multiplier=2.0, max_length=64, head_shares=shares, secure=secure)
+    privacy = AttentionPrivacy(clip_norm=0.5, noise_multiplier=2.0, max_length=64, head_shares=shares, noise=noise)
     module, _ = private_layer(privacy, rows=64)
     qkv = random_qkv(64, 2, 2, 64, e=8)
     lengths = torch.arange(64) % 63 + 2
     padding = torch.arange(64) < lengths[:, None]
-    noise = call(module, qkv, padding) - call_plain(qkv, 0.5, padding)
-    real = padding[:, None, :, None].expand_as(noise)
-    assert (noise[~real] == 0).all()
+    added = call(module, qkv, padding) - call_plain(qkv, 0.5, padding)
+    real = padding[:, None, :, None].expand_as(added)
+    assert (added[~real] == 0).all()
     for head, std in enumerate(privacy.noise_std(2, 2, 1)):
-        drawn = noise[:, head][real[:, head]] / std
+        drawn = added[:, head][real[:, head]] / std
         # 16,000 squares: their mean is within 4 standard deviations of 1 but once in 16,000 runs.
         assert abs(float(drawn.square().mean()) - 1) < 4 * math.sqrt(2 / drawn.numel())
         assert abs(float(drawn.mean())) < 4 / math.sqrt(drawn.numel())
@@ -133,6 +148,26 @@ def test_a_bias_added_to_the_logits_cannot_make_a_row_infinite() -> None:
     bias[0, 0, 1, 0], bias[0, 0, 2, 0] = math.nan, math.inf
     output = call(module, random_qkv(1, 1, 1, 4), position_bias=bias)
     assert (output.norm(dim=-1) <= 1 + 8 * EPS64).all()
+
+
+def test_noise_is_cryptographic_unless_it_was_asked_to_be_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At both kinds of place, under a new key for every call."""
+    drawn: list[tuple[int, ...]] = []
+
+    def fresh(*, secure: bool) -> tuple[int, ...]:
+        drawn.append(fresh_key(secure=secure))
+        return drawn[-1]
+
+    monkeypatch.setattr(sites, "fresh_key", fresh)
+    for options, words in (({}, 8), ({"noise": "secure"}, 8), ({"noise": "fast"}, 2)):
+        module, _ = private_layer(AttentionPrivacy(**{**GOOD, **options}))
+        model = llama()
+        privatize(model, AttentionPrivacy(**{**NOISE, **options}), layers=[0], placement="residual")
+        for _ in range(2):
+            call(module, random_qkv(1, 1, 1, 3))
+            plain_output(model, texts())
+        assert [len(key) for key in drawn[-4:]] == [words] * 4
+    assert len(set(drawn)) == 12
 
 
 def test_no_two_calls_have_the_same_noise_wherever_the_module_goes() -> None:
@@ -214,15 +249,15 @@ def audited_epsilon(one: Tensor, other: Tensor, delta: float) -> float:
 
 
 @pytest.mark.parametrize("shares", [None, [0.2, 0.8]])
-@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("noise", get_args(Noise))
 def test_an_attacker_who_knows_everything_gains_what_is_reported(
-    shares: list[float] | None, secure: bool, monkeypatch: pytest.MonkeyPatch
+    shares: list[float] | None, noise: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The likelihood ratio of two sequences that are as far apart as can be, over two calls."""
     keys = count()  # so that the audit always finds the same
     monkeypatch.setattr(sites, "fresh_key", lambda *, secure: (next(keys),) * (8 if secure else 2))
     clip, delta, trials, rows = [1.0, 0.5], 0.05, 60_000, 2
-    privacy = AttentionPrivacy(clip_norm=clip, noise_multiplier=1.3, max_length=rows, head_shares=shares, secure=secure)
+    privacy = AttentionPrivacy(clip_norm=clip, noise_multiplier=1.3, max_length=rows, head_shares=shares, noise=noise)
     module, ledger = private_layer(privacy, rows=trials)
     ratio = torch.tensor([c / std**2 for c, std in zip(clip, privacy.noise_std(2, 2, 1), strict=True)], dtype=torch.float64)
 

@@ -188,6 +188,36 @@ def test_parameters_before_the_noise_have_to_be_frozen() -> None:
         privatized.report(1e-5)
 
 
+class Gated(nn.Module):
+    """A decoder, and a way around it that a trained gate closes as yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.gate, self.shift = llama(), nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).logits
+        around: Tensor = self.model.model.embed_tokens(input_ids).sum(-1, keepdim=True)
+        return logits + self.gate * around + self.shift
+
+
+def test_a_parameter_that_is_trained_around_the_noise_has_to_be_frozen() -> None:
+    model = Gated()
+    privatized = privatize(model, RESIDUAL, layers=["model.model.layers.0"], placement="residual")
+    with pytest.raises(PrivacyError, match=r"trained around the noise: the gradient that output gives gate depends"):
+        verify_cut(privatized, texts())
+    model.gate.requires_grad_(False)  # and shift may be trained
+    verify_cut(privatized, texts())
+
+
+def test_rows_that_see_each_other_are_seen_in_half_precision_too() -> None:
+    model = llama().bfloat16()
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: (args[0] - args[0].mean(0), *args[1:]))
+    privatized = privatize(model, RESIDUAL, layers=[0], placement="residual")
+    with pytest.raises(PrivacyError, match="of one row depends on other rows"):
+        verify_cut(privatized, texts(use_cache=False))
+
+
 def test_a_tied_head_is_trained_before_the_noise_too_and_so_are_queries_of_public_text() -> None:
     model = bart()
     privatized = privatize(model, ATTENTION, layers="cross")
