@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trai
 
 from dp_flash_hf import AttentionPrivacy, Privatized, privatize, verify_cut
 from dp_flash_hf.cli.common import run
-from dp_flash_hf.forward_privacy.config import Noise
+from dp_flash_hf.mechanisms.config import Noise
 from dp_flash_hf.recipes.classification import accuracy, encode
 from dp_flash_hf.recipes.common import leaving_nothing_behind, load_rows, read_options, require_columns, show_progress
 

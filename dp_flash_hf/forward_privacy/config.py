@@ -18,10 +18,10 @@ from dp_flash_hf import validation
 from dp_flash_hf.errors import invalid
 from dp_flash_hf.forward_privacy.gaussian import calibrated_noise
 from dp_flash_hf.forward_privacy.sensitivity import full_token_factor
+from dp_flash_hf.mechanisms.config import Noise
 
 Unit = Literal["sequence", "token"]
 Placement = Literal["attention", "residual"]
-Noise = Literal["secure", "fast"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from dp_flash_hf.forward_privacy.config import Noise
+from dp_flash_hf.mechanisms.config import Noise
 from dp_flash_hf.reporting import text
 
 ADJACENCY = {

@@ -70,7 +70,8 @@ def philox(key: Sequence[int], counter: Sequence[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-@torch.compiler.disable  # runs as it is in compiled code: a compiler would take most of a minute for its 2,500 operations
+# Not compiled: a compiler takes most of a minute for its 2,500 operations.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def chacha20(key: Sequence[int], counter: Sequence[Tensor]) -> list[Tensor]:
     """The ChaCha20 block function (RFC 8439, section 2.3), cryptographic: its words are indistinguishable from random ones.
 

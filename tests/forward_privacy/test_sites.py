@@ -19,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from dp_flash_hf.attention.backends import use
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.forward_privacy import sites
-from dp_flash_hf.forward_privacy.config import AttentionPrivacy, Noise
+from dp_flash_hf.forward_privacy.config import AttentionPrivacy
 from dp_flash_hf.forward_privacy.privatize import privatize
 from dp_flash_hf.forward_privacy.sensitivity import token_sensitivity
 from dp_flash_hf.kernels import reference
 from dp_flash_hf.kernels.counter_noise import fresh_key
+from dp_flash_hf.mechanisms.config import Noise
 from tests.support.forward_privacy import (
     EPS64,
     GOOD,
