@@ -16,21 +16,21 @@ class Way(NamedTuple):
     Attributes:
         method: "forward", "generate", or in words what else.
         arguments: Name and `fingerprint.token` of each that is not None: which tensors there are, and what the options are.
-        state: Of the model: the items of its `fingerprint.fingerprint`.
+        code: What the model runs: the items of its `fingerprint.fingerprint`.
     """
 
     method: str
     arguments: frozenset[tuple[str, Hashable]]
-    state: frozenset[tuple[str, Hashable]]
+    code: frozenset[tuple[str, Hashable]]
 
     @classmethod
-    def of(cls, method: str, arguments: Mapping[str, Any], state: Mapping[str, Hashable]) -> Self:
+    def of(cls, method: str, arguments: Mapping[str, Any], code: Mapping[str, Hashable]) -> Self:
         """Of a call with these arguments, by name."""
         given = frozenset((name, token(value)) for name, value in arguments.items() if value is not None)
-        return cls(method, given, frozenset(state.items()))
+        return cls(method, given, frozenset(code.items()))
 
     def __str__(self) -> str:
-        """As in code, the tensors by name."""
+        """As it is written, the tensors by name."""
         tensors = sorted(name for name, value in self.arguments if value is Tensor)
         options = sorted((item for item in self.arguments if item[1] is not Tensor), key=lambda item: item[0])
         shown = [f"{name}={value if isinstance(value, str) else '...'}" for name, value in options]
@@ -88,32 +88,32 @@ class Calls:
         """On this way, if it was verified."""
         return self._verdicts.get(way)
 
-    def verdicts(self, state: Mapping[str, Hashable]) -> dict[Way, Verdict]:
-        """Of all ways that were taken, and of those that may be taken in this state of the model."""
-        now = frozenset(state.items())
-        return {way: verdict for way, verdict in self._verdicts.items() if way in self._made or way.state == now}
+    def verdicts(self, code: Mapping[str, Hashable]) -> dict[Way, Verdict]:
+        """Of all ways that were taken, and of those that may be taken while the model runs this code."""
+        now = frozenset(code.items())
+        return {way: verdict for way, verdict in self._verdicts.items() if way in self._made or way.code == now}
 
-    def is_verified(self, state: Mapping[str, Hashable]) -> bool:
-        """Whether any way was verified in this state of the model."""
-        now = frozenset(state.items())
-        return any(way.state == now for way in self._verdicts)
+    def is_verified(self, code: Mapping[str, Hashable]) -> bool:
+        """Whether any way was verified while the model ran this code."""
+        now = frozenset(code.items())
+        return any(way.code == now for way in self._verdicts)
 
-    def since_verified(self, state: Mapping[str, Hashable]) -> str:
+    def since_verified(self, code: Mapping[str, Hashable]) -> str:
         """In words, what changed since the latest verdict; nothing if there is none."""
         if not self._verdicts:
             return ""
-        return f". Since it was verified, there is another {_shown(changed(dict([*self._verdicts][-1].state), state))}"
+        return f". Since it was verified, there is another {_shown(changed(dict([*self._verdicts][-1].code), code))}"
 
     def not_verified(self) -> list[str]:
         """In words, the ways in which something was released without a verdict."""
         return [*self._elsewhere, *(self._explained(way) for way in self._made if way not in self._verdicts)]
 
     def _explained(self, way: Way) -> str:
-        """The way, and what had changed if the same call was verified in another state."""
+        """The way, and what had changed if the same call was verified with other code."""
         same = [other for other in self._verdicts if (other.method, other.arguments) == (way.method, way.arguments)]
         if not same:
             return str(way)
-        return f"{way}, with another {_shown(changed(dict(same[-1].state), dict(way.state)))}"
+        return f"{way}, with another {_shown(changed(dict(same[-1].code), dict(way.code)))}"
 
 
 def _shown(places: list[str]) -> str:

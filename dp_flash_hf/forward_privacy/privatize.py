@@ -173,11 +173,11 @@ class Privatized:
                 stands, was not verified; the message says which call, and what changed.
             ValueError: No delta, or one outside its range.
         """
-        calls, state = self.scope.calls, fingerprint(self.model)
-        if not calls.is_verified(state):
+        calls, code = self.scope.calls, fingerprint(self.model)
+        if not calls.is_verified(code):
             raise PrivacyError(
                 "whether the privatised places are a cut has not been verified as the model stands: noise that the private "
-                f"input gets around protects nothing. Call verify_cut(privatized, batch) first{calls.since_verified(state)}"
+                f"input gets around protects nothing. Call verify_cut(privatized, batch) first{calls.since_verified(code)}"
             )
         unverified = calls.not_verified()
         if unverified:
@@ -186,7 +186,7 @@ class Privatized:
                 'with the arguments that the model is called with, call="generate" for generating; what cannot be verified '
                 "has no epsilon"
             )
-        verdicts = calls.verdicts(state)
+        verdicts = calls.verdicts(code)
         delta = self.privacy.target_delta if delta is None else delta
         validation.delta("delta", delta)
         assert delta is not None
