@@ -196,6 +196,25 @@ def leading_shape(batch: Batch) -> tuple[int, ...]:
     return tuple(first.shape[:2])
 
 
+def inner_sizes(batch: Batch, units: Units) -> tuple[tuple[str, int], ...]:
+    """The sizes of a batch beside its number of rows, each by a name: lengths of texts and labels, pictures' edges, ...
+
+    >>> batch = {"input_ids": torch.zeros(3, 7), "labels": torch.zeros(3, 5), "patches": torch.zeros(12, 4), "temperature": 1.0}
+    >>> inner_sizes(batch, Units.rows(3))
+    (('input_ids[1]', 7), ('labels[1]', 5), ('patches[0]', 12), ('patches[1]', 4))
+
+    Returns:
+        Pairs of name and size, by name, for all dimensions of its tensors but those that run over rows.
+    """
+    return tuple(
+        (f"{name}[{dim}]", size)
+        for name, value in sorted(batch.items())
+        if isinstance(value, Tensor)
+        for dim, size in enumerate(value.shape)
+        if dim or units.kind == "tokens" or size != units.n_items
+    )
+
+
 def select_unit(batch: Batch, units: Units, unit: int) -> dict[str, Any]:
     """The part of a batch that belongs to one unit, as a batch of its own.
 

@@ -19,7 +19,7 @@ from dp_flash_hf.distributed import Shards, device_of
 from dp_flash_hf.layers.logits import Logits
 from dp_flash_hf.layers.recorder import Recorder
 from dp_flash_hf.layers.tracking import Tracked
-from dp_flash_hf.units import IGNORED, Batch, Select, Units, leading_shape, selector
+from dp_flash_hf.units import IGNORED, Batch, Select, Units, inner_sizes, select_items, selector, subset
 
 # Noise on activations, in standard deviations, of every value by itself and of all rows alike, in the passes that show which
 # shapes follow the data: the first scatters rows over a router's choices, the second sends them all to one. With one more token
@@ -30,9 +30,11 @@ PERTURBATIONS = tuple((each, alike, masked) for masked in (True, False) for each
 class LayoutProbe:
     """Learns the layouts of a model's layers by running it, for a recorder.
 
-    What is learnt is used for batches of the same kind (rows or tokens) until one comes in a shape that was not proven; that
-    one is probed, too. A layer whose layout stays uncertain computes as without the library, and the gradient that autograd
-    then leaves on its parameters tells the engine: a wrong guess is impossible, a missing one costs time.
+    What is learnt is used for batches of the same kind (rows or tokens) whose sizes lie between those of probed ones. For one
+    whose sizes do not it is extended, by three passes over two units (`extend`); and where these cannot tell, or an input came
+    in a shape that does not fit what was learnt, all of the batch is probed. A layer whose layout stays uncertain computes as
+    without the library, and the gradient that autograd then leaves on its parameters tells the engine: a wrong guess is
+    impossible, a missing one costs time.
 
     Args:
         model: runs in evaluation mode while it is probed; modes and random states are put back.
@@ -59,7 +61,7 @@ class LayoutProbe:
 
     def knows(self, batch: Batch, units: Units) -> bool:
         """Whether the layouts of such a batch are known, or need not be; see `Layouts.knows`."""
-        return self._recorder.layouts.knows(units, leading_shape(batch)[1:])
+        return self._recorder.layouts.knows(units, inner_sizes(batch, units))
 
     def probe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
         """Learn the layouts of such a batch: as many forward passes as it has units, and about six more.
@@ -85,6 +87,32 @@ class LayoutProbe:
             self._probe(forward, here, selector(their_units), their_units)
         self.knows(batch, units)
 
+    def extend(self, forward: Callable[[Any], Any], batch: Batch, units: Units) -> bool:
+        """Extend what is known to a batch of other sizes, by a pass over two of its units, and one over each of these.
+
+        On sharded models, whose ranks would have to agree on two units, and where it cannot tell: nothing.
+
+        Args:
+            forward, units: as of `probe`.
+            batch: laid out by rows or tokens.
+
+        Returns:
+            Whether the batch is known now.
+        """
+        layouts = self._recorder.layouts
+        chosen = _unlike(batch, units)
+        if self._shards or chosen is None or not layouts.extensible(units):
+            return False
+        items = torch.isin(units.of_item, chosen).nonzero().flatten()
+        two = subset(units, items)
+        try:
+            with self._watching(two):
+                self._compare(forward, select_items(batch, units, items), selector(two), two)
+                layouts.extend()
+        except (ValueError, IndexError, RuntimeError):  # a model may ask for a certain number of rows
+            return False
+        return self.knows(batch, units)
+
     def forget(self) -> None:
         """Learn again from the next batch: the last one came in shapes whose layout is not proven."""
         self._recorder.layouts.forget()
@@ -95,8 +123,7 @@ class LayoutProbe:
         again = True
         while again:  # what is the same for all units leads to more operations
             try:
-                with _graphs_without_values() if self.lean else nullcontext():
-                    again = self._observe(forward, batch, select, units)
+                again = self._observe(forward, batch, select, units)
             except RuntimeError as error:
                 if not self.lean or "saved tensor" not in str(error):
                     raise
@@ -104,34 +131,45 @@ class LayoutProbe:
 
     def _observe(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> bool:
         """All passes once. True if more is to be learnt now, see `Layouts.conclude`."""
-        devices = {device_of(p) for p in self._parameters} - {torch.device("cpu")}
         layouts = self._recorder.layouts
+        with self._watching(units):
+            self._compare(forward, batch, select, units)
+            for *noise, masked in PERTURBATIONS:
+                layouts.perturb()
+                with self._perturbed_outputs(noise):
+                    try:
+                        forward(_perturbed_inputs(noise, batch, masked=masked))
+                    except (ValueError, IndexError, RuntimeError):  # a value that stood for a place, a mark for a picture
+                        layouts.restart()
+                        forward(_perturbed_inputs(noise, batch, masked=False, whole=False))
+            layouts.shorten()
+            for names in ({*batch}, {name for name in batch if "ids" not in name}) if units.kind == "rows" else ():
+                try:
+                    forward(_shortened(batch, units, names))
+                    break
+                except (ValueError, IndexError, RuntimeError):  # a text without its end, say, is not always allowed
+                    layouts.restart()
+            return layouts.conclude()
+
+    def _compare(self, forward: Callable[[Any], Any], batch: Batch, select: Select, units: Units) -> None:
+        """The pass over all of a batch, and those over each of its units."""
+        self._recorder.layouts.observe(units, inner_sizes(batch, units))
+        forward(batch)
+        for unit in range(units.n):
+            if units.sizes[unit]:
+                self._recorder.layouts.compare(unit)
+                forward(select(batch, unit))
+
+    @contextmanager
+    def _watching(self, units: Units) -> Iterator[None]:
+        """Within the context layers report what they see to the layouts, without dropout; graphs keep nothing if `lean`."""
+        devices = {device_of(p) for p in self._parameters} - {torch.device("cpu")}
         try:
             with torch.random.fork_rng(list(devices)), training_mode(self._model, False):
                 torch.manual_seed(0)  # the same perturbations on all ranks
                 self._recorder.start("learn", units)
-                layouts.observe(units, leading_shape(batch)[1:])
-                forward(batch)
-                for unit in range(units.n):
-                    if units.sizes[unit]:
-                        layouts.compare(unit)
-                        forward(select(batch, unit))
-                for *noise, masked in PERTURBATIONS:
-                    layouts.perturb()
-                    with self._perturbed_outputs(noise):
-                        try:
-                            forward(_perturbed_inputs(noise, batch, masked=masked))
-                        except (ValueError, IndexError, RuntimeError):  # a value that stood for a place, a mark for a picture
-                            layouts.restart()
-                            forward(_perturbed_inputs(noise, batch, masked=False, whole=False))
-                layouts.shorten()
-                for names in ({*batch}, {name for name in batch if "ids" not in name}) if units.kind == "rows" else ():
-                    try:
-                        forward(_shortened(batch, units, names))
-                        break
-                    except (ValueError, IndexError, RuntimeError):  # a text without its end, say, is not always allowed
-                        layouts.restart()
-                return layouts.conclude()
+                with _graphs_without_values() if self.lean else nullcontext():
+                    yield
         finally:
             self._recorder.stop()
 
@@ -144,6 +182,26 @@ class LayoutProbe:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _unlike(batch: Batch, units: Units) -> Tensor | None:
+    """Two units (2,), with the least and the most that masks and labels count: without padding a model may take another way.
+
+    None where every unit is needed: with fewer than three rows, and of tokens.
+    """
+    owned = torch.tensor(units.sizes) > 0
+    if units.kind != "rows" or int(owned.sum()) < 3:
+        return None
+    counts = torch.zeros(units.n_items)
+    for value in batch.values():
+        if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != units.n_items or value.is_floating_point():
+            continue
+        if bool(((value == 0) | (value == 1)).all()) or bool((value == IGNORED).any()):
+            counts += ((value != 0) & (value != IGNORED)).flatten(1).sum(1).cpu()
+    per_unit = torch.zeros(units.n).index_add_(0, units.of_item.clamp(min=0), counts * (units.of_item >= 0))
+    order = per_unit.argsort(stable=True)
+    order = order[owned[order]]
+    return order[[0, -1]]
 
 
 @contextmanager

@@ -45,10 +45,12 @@ class RecordedForward:
             return
         inputs = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
         self.units, self.scale = self._read(inputs)
-        if not self._probe.knows(inputs, self.units):
+        units = self.units
+        if not self._probe.knows(inputs, units):
 
             def forward(part: Batch) -> Any:
                 return module(*(part[f"argument {i}"] for i in range(len(args))), **{name: part[name] for name in kwargs})
 
-            self._probe.probe(forward, inputs, selector(self.units), self.units)
+            if not self._probe.extend(forward, inputs, units):
+                self._probe.probe(forward, inputs, selector(units), units)
         self._recorder.start("record", self.units)

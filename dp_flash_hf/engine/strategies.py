@@ -44,13 +44,18 @@ WholeBatchStrategy = Literal["bookkeeping", "two_pass"]
 class UncoveredParametersError(PrivacyError):
     """Gradients were taken of parameters outside the rules: their per-unit norms are unknown.
 
-    parameters: those parameters, as far as this rank knows them.
+    parameters: those parameters, as far as this rank knows them. what: what is the matter with them, in words.
+
+    Attributes:
+        parameters: as given.
+        fault: `what`, and their names.
     """
 
     def __init__(self, parameters: Mapping[nn.Parameter, str], what: str) -> None:
         self.parameters = set(parameters)
         shown = shown_names(sorted(parameters.values()) or ["parameters named on another rank"])
-        super().__init__(f"{what} {shown}; use engine.backward with strategy='auto', freeze them, or register a rule.")
+        self.fault = f"{what} {shown}"
+        super().__init__(f"{self.fault}; use engine.backward with strategy='auto', freeze them, or register a rule.")
 
 
 def shown_names(names: list[str]) -> str:

@@ -103,9 +103,12 @@ class StrategySelector:
                     self._probe.forget()
                 if self.strategy != "auto" or self._shards:
                     raise
-                if not self._strategies.inconclusive:
+                if self._strategies.inconclusive:
+                    slow = "in this batch: each of its units is computed by itself, exact, but slower"
+                else:
                     self.uncovered |= error.parameters
-                warnings.warn(f"{error} Every unit is now computed by itself: exact, but slower.", stacklevel=6)
+                    slow = "so every unit is computed by itself from now on, exact, but slower; freeze them or register a rule"
+                warnings.warn(f"{error.fault}, {slow}", stacklevel=6)
                 self._strategies.abandon()
                 return self._microbatch(batch)
 
@@ -132,14 +135,16 @@ class StrategySelector:
     def _whole(self, batch: PhysicalBatch) -> Tensor:
         whole = self.chosen if self.strategy == "auto" else self.strategy
         add = self._two_pass if whole == "two_pass" else self._strategies.bookkeeping
-        if self._shards.all(self._probe.knows(batch.inputs, batch.units)):
+        inputs, units = batch.inputs, batch.units
+        known = self._shards.all(self._probe.knows(inputs, units))
+        if known or (batch.divisible and self._probe.extend(batch.loss_fn, inputs, units)):
             try:
                 return self._compiled.run(add, batch)
             except UncoveredParametersError:
                 if not self._strategies.inconclusive:
                     raise
                 self._strategies.abandon()
-        self._probe.probe(batch.loss_fn, batch.inputs, batch.select, batch.units)
+        self._probe.probe(batch.loss_fn, inputs, batch.select, units)
         return self._compiled.run(add, batch)
 
     def _two_pass(self, batch: PhysicalBatch) -> Tensor:

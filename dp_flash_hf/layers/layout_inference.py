@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from dp_flash_hf.units import Units
 
 Pass = Literal["observe", "compare", "perturb", "shorten"]
 Site = tuple[Hashable, int]  # where inputs come by, and how many leading dimensions they have
+Sizes = tuple[tuple[str, int], ...]  # of a batch, by name: see `units.inner_sizes`
 
 
 @dataclass
@@ -24,43 +24,59 @@ class Place:
 
     Args:
         dims: The leading dimensions that run over items, () if the input is the same for all items.
-        proofs: Pairs of the length of a batch and of sizes: the rows that each item had or, with `dims` (), the shape.
+        proofs: By the sizes of a batch that it was proven on: the rows that each item had there or, with `dims` (), the shape;
+            several where the layer was called on several sequences.
+        covered: Whether the sizes of the present batch lie between proven ones.
     """
 
     dims: tuple[int, ...]
-    proofs: set[tuple[int, tuple[int, ...]]]
-
-    def add_proofs(self, other: Place) -> None:
-        """The same place was proven on other batches too."""
-        self.proofs |= other.proofs
-
-    def proven_at(self, length: int) -> bool:
-        """Whether batches of this length were seen, or shorter and longer ones; items' rows then stay, or follow the length."""
-        if not self.dims or any(seen == length for seen, _ in self.proofs):
-            return True
-        stays = len({rows for _, rows in self.proofs}) == 1
-        follows = len({Fraction(rows, seen) for seen, (rows,) in self.proofs if seen}) == 1
-        return bool(self.proofs) and (stays or follows) and min(self.proofs)[0] <= length <= max(self.proofs)[0]
-
-    def allows(self, rows: int, length: int) -> bool:
-        """Whether an item may have so many rows in a batch of this length."""
-        if any(seen == length for seen, _ in self.proofs):
-            return (length, (rows,)) in self.proofs
-        return self.proven_at(length) and (
-            all(proven == rows for _, (proven,) in self.proofs)
-            or all(rows * seen == proven * length for seen, (proven,) in self.proofs)
-        )
+    proofs: dict[Sizes, set[tuple[int, ...]]]
+    covered: bool = True
 
     @property
     def has_one_row(self) -> bool:
         """Whether every item had one row, in all batches."""
-        return all(rows == (1,) for _, rows in self.proofs)
+        return all(rows == {(1,)} for rows in self.proofs.values())
 
-    def allows_shape(self, shape: tuple[int, ...], length: int) -> bool:
-        """Whether an input that is the same for all items may have this shape: one seen, but for sizes that are lengths."""
+    def add_proofs(self, other: Place) -> None:
+        """Add what another one of the same dimensions was proven on."""
+        for sizes, found in other.proofs.items():
+            self.proofs.setdefault(sizes, set()).update(found)
+
+    def set_covered(self, covered: bool) -> None:
+        """Another batch is the present one."""
+        self.covered = covered
+
+    def allows_rows(self, rows: int, sizes: Sizes) -> bool:
+        """Whether an item may have so many rows in a batch of these sizes.
+
+        As many as in all proofs, or in all of them the same multiple of one of the sizes.
+        """
+        if sizes in self.proofs:
+            return (rows,) in self.proofs[sizes]
+
+        def in_all(before: int, now: int, name: str = "") -> bool:
+            return all(
+                any(rows * (dict(seen).get(name, 0) if name else before) == old * now for (old,) in found)
+                for seen, found in self.proofs.items()
+            )
+
+        return bool(self.proofs) and (in_all(1, 1) or any(in_all(0, size, name) for name, size in sizes))
+
+    def allows_shape(self, shape: tuple[int, ...], sizes: Sizes, n_items: int) -> bool:
+        """Whether an input that is the same for all items may have this shape in a batch of these sizes.
+
+        It may if a proof had it, but for dimensions that are as much more, or less, as one of the batch's sizes is. None of
+        these may be the number of items, which it could be instead.
+        """
+
+        def follows(size: int, old: int, seen: dict[str, int]) -> bool:
+            return size != n_items and any(size - old == now - seen.get(name, now) for name, now in sizes)
+
         return any(
-            all(size == old or (size == length and old == seen) for size, old in zip(shape, seen_shape, strict=True))
-            for seen, seen_shape in self.proofs
+            all(size == old or follows(size, old, dict(seen)) for size, old in zip(shape, proven, strict=True))
+            for seen, found in self.proofs.items()
+            for proven in found
         )
 
 
@@ -106,10 +122,22 @@ class Layouts:
     - the whole batch with its activations perturbed (`perturb`): shapes that follow the data cannot be relied on;
     - the whole batch with its first row made shorter (`shorten`): all others must stay where they are.
 
-    Where any of it fails the site has no place, its gradient is left to autograd, and the engine finds it there. What is proven
-    for a batch of one length holds for that length, and between two lengths where items have the same rows at both, or rows in
-    proportion to them. A batch that was not conclusive (constant inputs, NaN) may be followed by one that is: see
-    `inconclusive` and `forget`.
+    Where any of it fails the site has no place, its gradient is left to autograd, and the engine finds it there.
+
+    What is learnt is the *structure* of an input, not its numbers: which dimensions run over items, and which of the batch's
+    sizes the others follow. A batch has several sizes (the length of the texts, that of the labels; `units.inner_sizes`), each
+    by its name. A place is good for a batch in a new combination of sizes, without another pass, where
+
+    - every size lies between two that the place was proven at (what a model does at longer texts is not taken for granted), and
+      one that equals the number of items was proven itself: nothing tells the two apart by number;
+    - items have as many rows as in all proofs, or as many as one of the sizes says, in all of them;
+    - an input that is the same for all items has the shape of a proof, but for dimensions that moved with one of the sizes.
+
+    Each input of each batch is compared with that. One that does not fit makes the batch `inconclusive`: it is not recorded,
+    and the batch is learnt. Where only sizes leave the proven range and every item has one row everywhere, the range is
+    *extended* from two units: the structure that was learnt is observed and compared once more, and nothing else is believed.
+    That happens a few times at the beginning, and then hardly ever. A batch that told nothing (constant inputs, NaN) may be
+    followed by one that does: see `forget`.
 
     Attributes:
         inconclusive: Whether an input came in a shape that its place was not proven for.
@@ -126,8 +154,8 @@ class Layouts:
         self._unknown: set[Site] = set()  # come by since the layouts were learnt, but not then
         self._kind: str | None = None
         self._known = False
-        self._lengths: set[tuple[int, ...]] = set()
-        self._length: tuple[int, ...] = ()
+        self._proven: set[Sizes] = set()  # sizes of batches that layouts were learnt from
+        self._sizes: Sizes = ()
         # While learning: the batch, the items of the present pass, what each call saw of the whole batch, and calls so far.
         self._pass: Pass = "observe"
         self._whole = Units.rows(0)
@@ -137,58 +165,68 @@ class Layouts:
         self._visits: dict[Hashable, int] = {}
         self._unperturbed: set[Hashable] = set()
 
-    def knows(self, units: Units, length: tuple[int, ...]) -> bool:
+    def knows(self, units: Units, sizes: Sizes) -> bool:
         """Whether the layouts of such a batch are known, or need not be; it is the batch that `dims` speaks of from now on.
 
-        length: sizes of its inputs beside the rows.
+        sizes: of the batch, as `units.inner_sizes` gives them.
         """
-        self._length = length
+        self._sizes = sizes
+        covered: dict[frozenset[Sizes], bool] = {}
+        for place in self._places.values():
+            if place is not None:
+                seen = frozenset(place.proofs)
+                if seen not in covered:
+                    covered[seen] = _covers(seen, sizes, units)
+                place.set_covered(covered[seen])
         if units.is_single:
             return True
-        if not self._known or self._kind != units.kind:
-            return False
-        return length in self._lengths or all(
-            place is None or place.proven_at(length[0] if length else 0) for place in self._places.values()
-        )
+        return self._known and self._kind == units.kind and _covers(self._proven, sizes, units)
 
-    def dims(self, site: Hashable, lead: tuple[int, ...], units: Units) -> tuple[int, ...] | None:
+    def dims(self, site: Hashable, shape: tuple[int, ...], units: Units) -> tuple[int, ...] | None:
         """Dimensions of an input with these leading sizes that run over items, () for none; None if it is not certain."""
-        key = (site, len(lead))
+        key = (site, len(shape))
         if key not in self._places:
             self._unknown.add(key)
             self.inconclusive = True
         place = self._places.get(key)
         if place is None:
             return None
-        length = self._length[0] if self._length else 0
         if not place.dims:
-            self.inconclusive |= not place.allows_shape(lead, length)
-            return () if place.allows_shape(lead, length) else None
-        rows, rest = divmod(math.prod(lead[dim] for dim in place.dims), units.n_items)
-        if rest or not place.allows(rows, length) or (len(place.dims) > 1 and lead[:2] != units.shape):
-            self.inconclusive = True
-            return None
-        return place.dims
+            fits = place.allows_shape(shape, self._sizes, units.n_items)
+        else:
+            rows, rest = divmod(math.prod(shape[dim] for dim in place.dims), units.n_items)
+            fits = not rest and place.allows_rows(rows, self._sizes) and (len(place.dims) == 1 or shape[:2] == units.shape)
+        if place.covered and fits:
+            return place.dims
+        self.inconclusive = True
+        return None
 
-    def is_shared(self, site: Hashable, lead: tuple[int, ...]) -> bool:
+    def is_shared(self, site: Hashable, shape: tuple[int, ...], units: Units) -> bool:
         """Whether an input with these leading sizes has been proven to be the same for all items."""
-        place = self._places.get((site, len(lead)))
-        return place is not None and not place.dims and place.allows_shape(lead, self._length[0] if self._length else 0)
+        place = self._places.get((site, len(shape)))
+        return place is not None and not place.dims and place.allows_shape(shape, self._sizes, units.n_items)
+
+    def extensible(self, units: Units) -> bool:
+        """Whether layouts of such batches are known at other sizes, each item with one row, and no input did not fit them."""
+        places = [place for place in self._places.values() if place is not None and place.dims]
+        known = self._known and self._kind == units.kind and not self.inconclusive
+        return known and all(place.has_one_row for place in places)
 
     def forget(self) -> None:
         """Learn again from the next batch; what was proven stays."""
         self._known, self.inconclusive = False, False
 
-    # Learning: the order of the calls is observe, compare for every unit, perturb, shorten, conclude.
+    # Learning: the order of the calls is observe, compare for every unit, perturb, shorten, conclude; to extend what is known
+    # to other sizes: observe, compare, extend.
 
-    def observe(self, units: Units, length: tuple[int, ...] = ()) -> None:
+    def observe(self, units: Units, sizes: Sizes = ()) -> None:
         """Learn layouts: watch a forward pass over a whole batch, ..."""
         if self._kind != units.kind:
-            self._places, self._lengths = {}, set()
-        self._length = length
+            self._places, self._proven = {}, set()
+        self._sizes = sizes
         self._kind, self._known, self.inconclusive = units.kind, False, False
         self._whole = units
-        self._seen, self._found, self.calls = {}, {}, {}
+        self._seen, self._found, self.calls, self._unperturbed = {}, {}, {}, set()
         self._start("observe", torch.arange(units.n_items))
 
     def compare(self, unit: int) -> None:
@@ -227,11 +265,25 @@ class Layouts:
                 place = None
             self._places[site] = place
         self._places |= dict.fromkeys(self._unknown - self._places.keys())  # no pass reaches them
-        self._known, self._unknown = True, set()
-        self._lengths.add(self._length)
-        self._seen = {}
+        self._unknown = set()
         self.learnt += 1
+        self._keep()
         return more
+
+    def extend(self) -> None:
+        """Keep what was observed and compared where it agrees with what was learnt at other sizes; elsewhere, no place."""
+        self._end_pass()
+        for site in self._found.keys() & self._places.keys():
+            place, old = self._found[site], self._places[site]
+            if place is None or old is None or place.dims != old.dims:
+                self._places[site] = None
+            else:
+                old.add_proofs(place)
+        self._keep()
+
+    def _keep(self) -> None:
+        self._known, self._seen = True, {}
+        self._proven.add(self._sizes)
 
     def observations(self, parameter: nn.Parameter) -> list[Observation]:
         """The operations in which a parameter was seen to be combined with data."""
@@ -314,13 +366,12 @@ class Layouts:
     def _place(self, alone: Tensor, whole: Tensor) -> Place | None:
         """Where the compared unit's items stand in `whole`, given its own pass, both ``(*lead,)``; None if unproven."""
         units, items = self._whole, self._items.to(whole.device)
-        length = self._length[0] if self._length else 0
         if alone.shape == whole.shape:
-            return Place((), {(length, tuple(whole.shape))}) if _same(alone, whole) else None
+            return Place((), {self._sizes: {tuple(whole.shape)}}) if _same(alone, whole) else None
         if units.kind == "tokens" and units.shape[0] > 1 and whole.dim() > 1:  # rows of tokens; a unit alone is one row
             if tuple(whole.shape[:2]) != units.shape or tuple(alone.shape[:2]) != (1, len(items)):
                 return None
-            return Place((0, 1), {(length, (1,))}) if _same(alone[0], whole.flatten(0, 1)[items]) else None
+            return Place((0, 1), {self._sizes: {(1,)}}) if _same(alone[0], whole.flatten(0, 1)[items]) else None
         changed = [dim for dim, (one, all_) in enumerate(zip(alone.shape, whole.shape, strict=True)) if one != all_]
         if len(changed) != 1 or whole.shape[changed[0]] * len(items) != alone.shape[changed[0]] * units.n_items:
             return None
@@ -334,7 +385,20 @@ class Layouts:
             return None
         # Nothing tells the items' rows from each other: the same for every item, or where one row of each follows the other.
         alike = rows > 1 and (_same(alone, other[items]) or _same(blocks, blocks[:1].expand_as(blocks)))
-        return Place((dim,), set() if alike else {(length, (rows,))})
+        return Place((dim,), {} if alike else {self._sizes: {(rows,)}})
+
+
+def _covers(proven: Collection[Sizes], sizes: Sizes, units: Units) -> bool:
+    """Whether each of a batch's sizes lies between proven ones, and was proven itself if it equals the number of rows."""
+    names = [name for name, _ in sizes]
+    seen = [dict(each) for each in proven if [name for name, _ in each] == names]
+    for name, size in sizes:
+        values = {each[name] for each in seen}
+        if not values or not min(values) <= size <= max(values):
+            return False
+        if units.kind == "rows" and size == units.n_items and size not in values:
+            return False
+    return bool(seen)
 
 
 def _is_output(site: Site) -> bool:

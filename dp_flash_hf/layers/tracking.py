@@ -281,10 +281,10 @@ def _dispatch(call: Call) -> Any:
     layouts, units = recorder.layouts, recorder.units
     # Data that need a gradient come from parameters in a way that was not followed: as a constant, they would lose it.
     known = not units.is_single and all(
-        not x.requires_grad and layouts.is_shared((call.site, i), _lead(x)) for i, x in enumerate(call.data)
+        not x.requires_grad and layouts.is_shared((call.site, i), _lead(x), units) for i, x in enumerate(call.data)
     )
     if recorder.phase == "learn":
-        return _derived(call) if known else _learn(call)
+        return _derived(_watched(call)) if known else _learn(call)
     if known:
         return _derived(call)
     for rule in rules_for(call.func):
@@ -311,6 +311,13 @@ def _derived(call: Call) -> Any:
         kind: Any = type(out)  # of torch.return_types, perhaps, which take one sequence
         return kind([track(value, i) for i, value in enumerate(out)])
     return track(out, None)
+
+
+def _watched(call: Call) -> Call:
+    """A call whose data were the same for all items before: are they at these sizes?"""
+    for place, x in enumerate(call.data):
+        call.recorder.layouts.visit((call.site, place), x, _lead_dims(x))
+    return call
 
 
 def _learn(call: Call) -> Any:

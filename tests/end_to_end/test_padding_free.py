@@ -67,7 +67,7 @@ def test_attention_that_ignores_boundaries_is_refused(
     assert dp.mechanism.account.steps == 0
     monkeypatch.setattr("dp_flash_hf.training.preflight.check_packing", lambda *args, **kwargs: None)
     monkeypatch.setattr("dp_flash_hf.training.preflight.check_alone", lambda *args, **kwargs: None)
-    with pytest.warns(UserWarning, match="Every unit is now computed by itself"):
+    with pytest.warns(UserWarning, match="computed by itself"):
         trainer.train()
 
 

@@ -360,6 +360,88 @@ def test_a_layer_called_in_two_layouts() -> None:
     assert outcome(LayoutByLength(), numbers(3, 6), numbers(3, 4)) == "unit by unit"
 
 
+class LayoutIf(Body):
+    """Rows second where the sizes say so, else first."""
+
+    def __init__(self, second: Callable[[int, int], bool]) -> None:
+        super().__init__()
+        self.second_if = second
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        if self.second_if(x.shape[1], 0 if y is None else y.shape[1]):
+            return self.layers(x.transpose(0, 1)).transpose(0, 1)
+        return self.layers(x)
+
+
+def test_another_layout_at_a_length_that_equals_the_number_of_rows() -> None:
+    """Between two lengths that were proven, and no number tells rows from tokens."""
+    model = LayoutIf(lambda length, _: length == 6)
+    assert outcome(model, numbers(3, 4), numbers(3, 8), numbers(6, 6)) == "unit by unit"
+    assert outcome(LayoutIf(lambda length, _: False), numbers(3, 4), numbers(3, 8), numbers(6, 6)) == "fast"
+
+
+def pair(rows: int, length: int, other: int) -> Batch:
+    return {**numbers(rows, length), "y": torch.randn(rows, other, WIDTH, dtype=torch.float64)}
+
+
+def test_another_layout_because_of_another_sequence() -> None:
+    """Which is as long as before, and the other one beyond what was proven, with as many rows as tokens."""
+    model = LayoutIf(lambda _, other: other > 5)
+    assert outcome(model, pair(3, 4, 3), pair(3, 4, 5), pair(4, 4, 7)) == "unit by unit"
+    assert outcome(LayoutIf(lambda *_: False), pair(3, 4, 3), pair(3, 4, 5), pair(4, 4, 7)) == "fast"
+
+
+class Turned(nn.Module):
+    """Scales the mean of a text, turned round where texts are long: the same shape where there are as many rows as features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.tanh().mean(1)
+        return (mean.T * self.scale).T if x.shape[1] > 5 else mean * self.scale
+
+
+def test_as_many_rows_as_features() -> None:
+    assert outcome(Turned(), numbers(3, 4), numbers(WIDTH, 5)) == "fast"
+    assert outcome(Turned(), numbers(3, 4), numbers(WIDTH, 5), numbers(WIDTH, 7)) == "unit by unit"
+
+
+class ReversedIfLong(Body):
+    """Turns the rows round where texts are long: nothing in the shapes shows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.flip(0)).flip(0) if x.shape[1] > 5 else self.layers(x)
+
+
+def test_rows_in_another_order_at_new_lengths() -> None:
+    assert outcome(ReversedIfLong(), numbers(5, 4), numbers(5, 7)) == "unit by unit"
+    assert outcome(ReversedIfLong(), numbers(5, 7), numbers(5, 4)) == "unit by unit"
+
+
+class TableOfRows(nn.Module):
+    """Looks up places by the text, or from a length on by something of each row that has the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.out = nn.Embedding(16, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, _ = x.shape
+        if length > 5 and rows == length:
+            places = self.places((x[:, 0, 0] > 0).long()).unsqueeze(1)
+        else:
+            places = self.places(torch.arange(length))
+        out: Tensor = self.out(torch.tanh(x + places))
+        return out
+
+
+def test_what_all_rows_shared_is_each_ones_own_at_another_length() -> None:
+    assert outcome(TableOfRows(), numbers(3, 4), numbers(3, 8), numbers(6, 6)) in ("fast", "unit by unit")
+    assert outcome(TableOfRows(), numbers(3, 4), numbers(3, 8), numbers(5, 5)) == "fast"
+
+
 def test_flattened_layers_see_new_lengths_inside_the_batch_primitive() -> None:
     model = Flattened().double()
     engine = ClippingEngine(model, max_grad_norm=0.5)
