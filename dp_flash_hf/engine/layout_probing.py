@@ -187,21 +187,27 @@ class LayoutProbe:
 def _unlike(batch: Batch, units: Units) -> Tensor | None:
     """Two units (2,), with the least and the most that masks and labels count: without padding a model may take another way.
 
-    None where every unit is needed: with fewer than three rows, and of tokens.
+    Units without a label come last, of which a loss may compute nothing. None where every unit is needed: with fewer than three
+    that have rows, and of tokens.
     """
     owned = torch.tensor(units.sizes) > 0
     if units.kind != "rows" or int(owned.sum()) < 3:
         return None
-    counts = torch.zeros(units.n_items)
+    counts, ignored = torch.zeros(2, units.n_items)
     for value in batch.values():
         if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != units.n_items or value.is_floating_point():
             continue
-        if bool(((value == 0) | (value == 1)).all()) or bool((value == IGNORED).any()):
-            counts += ((value != 0) & (value != IGNORED)).flatten(1).sum(1).cpu()
-    per_unit = torch.zeros(units.n).index_add_(0, units.of_item.clamp(min=0), counts * (units.of_item >= 0))
-    order = per_unit.argsort(stable=True)
-    order = order[owned[order]]
-    return order[[0, -1]]
+        has_ignored = bool((value == IGNORED).any())
+        if has_ignored or bool(((value == 0) | (value == 1)).all()):
+            counted = ((value != 0) & (value != IGNORED)).flatten(1).sum(1).cpu()
+            counts += counted
+            ignored += (counted == 0) & has_ignored
+    labelled = torch.zeros(units.n, dtype=torch.bool)
+    labelled[units.of_item[(ignored == 0) & (units.of_item >= 0)]] = True
+    kept = owned & labelled if int((owned & labelled).sum()) > 1 else owned
+    mine = units.of_item >= 0
+    order = torch.zeros(units.n).index_add_(0, units.of_item[mine], counts[mine]).argsort(stable=True)
+    return order[kept[order]][[0, -1]]
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.mechanisms.fresh_randomness import same_randomness
 from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training.batches import UNITS, PoissonBatches, WithUnits, steps_per_epoch
+from dp_flash_hf.training.columns import column
 from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.preflight import length_of
 from dp_flash_hf.training.session import PrivateTraining, require_finite_weights
@@ -140,6 +141,7 @@ class DPCallback(TrainerCallback, ExportableState):
             "num_examples": self._num_examples,
             "_clip_grad_norm": lambda *args, **kwargs: None,  # would rescale by a norm taken before noise
             "_get_grad_norm": lambda *args, **kwargs: None,  # would log that norm
+            "hyperparameter_search": self._refuse_search,
             "floating_point_ops": lambda *args, **kwargs: 0,  # would log how many tokens were drawn
             # Would also add gradients of adapters on a sharded model up as they arise, before they are clipped.
             "_sync_replicated_trainable_parameters": lambda model: Ranks().make_equal(model),
@@ -305,6 +307,14 @@ class DPCallback(TrainerCallback, ExportableState):
                 return self._finished(checkpoint.path)
             return self._own["train"](None if checkpoint is None else str(checkpoint.path), *args, **kwargs)
 
+    def _refuse_search(self, *args: Any, **kwargs: Any) -> None:
+        raise PrivacyError(
+            "hyperparameter_search would train on the same data once for each trial, and choose one by results without noise: "
+            "no epsilon of one training covers that, and this one's budget is planned for one. Search on public data, or "
+            "without DPCallback on data that need no protection, and train privately once with what was found; or run every "
+            "trial as a private training of its own, in an output_dir of its own, and count the epsilon of all of them"
+        )
+
     def _end_training(self) -> None:
         self._while_training = None
         self.training.stop()
@@ -367,10 +377,10 @@ class DPCallback(TrainerCallback, ExportableState):
 
     def _lengths(self) -> Tensor:
         """Tokens of the longest row of each unit: int64 (units,)."""
-        dataset, column = self.trainer.train_dataset, self.trainer.args.length_column_name
-        given = column in getattr(dataset, "column_names", ())
+        dataset, name = self.trainer.train_dataset, self.trainer.args.length_column_name
+        given = name in getattr(dataset, "column_names", ())
         with same_randomness(dataset):
-            of_row = torch.tensor(dataset[column] if given else [length_of(dataset[row]) for row in range(len(dataset))])
+            of_row = torch.tensor(column(dataset, name) if given else [length_of(dataset[row]) for row in range(len(dataset))])
         rows = self.training.rows
         return of_row if rows is None else torch.stack([of_row[own].max() for own in rows])
 

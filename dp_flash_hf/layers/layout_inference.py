@@ -164,13 +164,14 @@ class Layouts:
         self._found: dict[Site, Place | None] = {}
         self._visits: dict[Hashable, int] = {}
         self._unperturbed: set[Hashable] = set()
+        self._learning = False
 
     def knows(self, units: Units, sizes: Sizes) -> bool:
         """Whether the layouts of such a batch are known, or need not be; it is the batch that `dims` speaks of from now on.
 
         sizes: of the batch, as `units.inner_sizes` gives them.
         """
-        self._sizes = sizes
+        self._sizes, self._learning = sizes, False
         covered: dict[frozenset[Sizes], bool] = {}
         for place in self._places.values():
             if place is not None:
@@ -202,9 +203,13 @@ class Layouts:
         return None
 
     def is_shared(self, site: Hashable, shape: tuple[int, ...], units: Units) -> bool:
-        """Whether an input with these leading sizes has been proven to be the same for all items."""
+        """Whether an input with these leading sizes has been proven to be the same for all items.
+
+        While layouts are learnt, any size will do that is as one of the batch's: whether it is is compared.
+        """
         place = self._places.get((site, len(shape)))
-        return place is not None and not place.dims and place.allows_shape(shape, self._sizes, units.n_items)
+        n_items = -1 if self._learning else units.n_items
+        return place is not None and not place.dims and place.allows_shape(shape, self._sizes, n_items)
 
     def extensible(self, units: Units) -> bool:
         """Whether layouts of such batches are known at other sizes, each item with one row, and no input did not fit them."""
@@ -225,7 +230,7 @@ class Layouts:
             self._places, self._proven = {}, set()
         self._sizes = sizes
         self._kind, self._known, self.inconclusive = units.kind, False, False
-        self._whole = units
+        self._whole, self._learning = units, True
         self._seen, self._found, self.calls, self._unperturbed = {}, {}, {}, set()
         self._start("observe", torch.arange(units.n_items))
 
@@ -282,7 +287,7 @@ class Layouts:
         self._keep()
 
     def _keep(self) -> None:
-        self._known, self._seen = True, {}
+        self._known, self._learning, self._seen = True, False, {}
         self._proven.add(self._sizes)
 
     def observations(self, parameter: nn.Parameter) -> list[Observation]:

@@ -141,17 +141,25 @@ class WithUnits(Dataset[tuple[Any, int]]):
         return self.__getitems__([key])[0]
 
 
+def is_empty(example: Any) -> bool:
+    """Whether an example is a text without any token: its `input_ids` have length 0."""
+    ids = example.get("input_ids") if isinstance(example, Mapping) else None
+    return ids is not None and hasattr(ids, "__len__") and len(ids) == 0
+
+
 class UnitCollator:
     """The user's collator, which also passes on the unit of each example, under the key `UNITS`.
 
-    The user's collator never sees an empty list: an empty draw makes a batch of `UNITS` alone.
+    Empty texts (`is_empty`) are left out: there is nothing to compute of them, so their gradient is zero, and models and
+    collators know no such rows. The user's collator never sees an empty list: an empty draw makes a batch of `UNITS` alone.
     """
 
     def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
         self.collator = collator
 
     def __call__(self, examples: list[tuple[Any, int]]) -> dict[str, Any]:
-        """The batch of these (example, unit) pairs, with `UNITS`: int64 (examples,)."""
+        """The batch of these (example, unit) pairs, with `UNITS`: int64 (examples that are not empty,)."""
+        examples = [(example, unit) for example, unit in examples if not is_empty(example)]
         units = torch.tensor([unit for _, unit in examples], dtype=torch.long)
         if not examples:
             return {UNITS: units}
@@ -237,18 +245,20 @@ def physical_batches(
             length come into one part, and trailing columns that are padding in all of it are cut off.
 
     Yields:
-        (batch, units) of each part, units numbered from 0 in the order they have in the whole.
+        (batch, units) of each part, units numbered from 0 in the order they have in the whole; of those that have rows or
+        tokens.
     """
+    owners = [unit for unit, size in enumerate(units.sizes) if size]
     if max_tokens is None:
         even = math.ceil(sum(examples) / math.ceil(sum(examples) / max_examples))
-        groups = _groups(range(units.n), lambda group: sum(examples[unit] for unit in group) <= even)
+        groups = _groups(owners, lambda group: sum(examples[unit] for unit in group) <= even)
     elif units.kind == "tokens":
-        groups = _groups(range(units.n), lambda group: sum(units.sizes[unit] for unit in group) <= max_tokens)
+        groups = _groups(owners, lambda group: sum(units.sizes[unit] for unit in group) <= max_tokens)
     else:
         of_row = text_lengths(batch) + _decoder_length(batch)
-        lengths = [int(of_row[units.items(unit)].max()) for unit in range(units.n)]
+        lengths = {unit: int(of_row[units.items(unit)].max()) for unit in owners}
         groups = _groups(
-            sorted(range(units.n), key=lengths.__getitem__),
+            sorted(owners, key=lengths.__getitem__),
             lambda group: sum(units.sizes[unit] for unit in group) * max(lengths[unit] for unit in group) <= max_tokens,
         )
     for group in groups:

@@ -63,12 +63,16 @@ class UnitLoss:
     with some of them, the sum over those. Nothing in it depends on what else was drawn. How the model divides is a public
     property of its code, found by `learn_loss`.
 
-    **Edge cases.** A batch without a label has loss 0, where a model that takes means would divide 0 by 0. A unit without a
-    label adds 0, and `scale` gives it the factor 0.
+    A term that depends on no data (a penalty on weights, AdaLoRA's regulariser) may stand beside a mean: its gradient is part
+    of that of every unit, once for each of its labels, and is clipped with it.
+
+    **Edge cases.** A batch without a label has loss 0, where a model that takes means would divide 0 by 0, and one that takes
+    sums may not know what to do with labels of no width. A unit without a label adds 0, and `scale` gives it the factor 0.
 
     Attributes:
         model_loss: the loss as the model computes it, `(batch, num_items) -> scalar`.
-        divides: whether the model divides by what it counts in the batch ("mean"), or by the number it is given ("sum").
+        divides: "mean" where the model divides by what it counts in the batch; "sum" where it divides by the number that it is
+            given, by a constant, or not at all.
         counted: what it counts.
         rows_per_example: 2 where the loss is one of pairs of rows.
     """
@@ -87,10 +91,12 @@ class UnitLoss:
         """
         _refuse_answers_outside(batch)
         count = self.count(batch)
-        if self.divides == "mean" and count == 0:  # the model would divide nothing by nothing
+        if count == 0:
             return torch.zeros((), device=_device(batch), requires_grad=True)
-        loss = self.model_loss(dict(batch), torch.ones((), device=_device(batch)))
-        return loss * count if self.divides == "mean" else loss
+        if self.divides == "sum":
+            return self.model_loss(dict(batch), torch.ones((), device=_device(batch)))
+        # The count is also the number that a model with a term beside the mean may divide by.
+        return self.model_loss(dict(batch), torch.tensor(float(count), device=_device(batch))) * count
 
     def count(self, batch: Batch) -> int:
         """How many labels the batch has, of all units."""
@@ -118,11 +124,12 @@ def learn_loss(
 ) -> UnitLoss:
     """Find out how a model divides its loss, by forward passes on made-up labels.
 
-    First one unit is computed twice, with `num_items` 1 and 2: a loss that halves is a sum divided by the number it is given.
-    Any other has to be a mean over what the batch holds: the batch's loss is compared with what each way of counting makes of
-    the losses of its units alone. Labels are replaced by made-up ones, a different number of them in the first unit, so that
-    every way of counting gives another value, whatever the data are; and so do class weights, which divide by the weights of
-    the classes in the batch.
+    First one unit is computed with `num_items` 1, 2 and 4: a loss that halves and halves again is a sum divided by the number
+    it is given, and one that tends to something else has a term beside it. Any other has to be a mean over what the batch
+    holds, or a sum: the batch's loss is compared with what each way of counting makes of the losses of its units alone, and
+    with their sum. A term beside a mean is the same for all of them if it depends on no data, and shows here if it does. Labels
+    are replaced by made-up ones, a different number of them in the first unit, so that every way of counting gives another
+    value, whatever the data are; and so do class weights, which divide by the weights of the classes in the batch.
 
     It cannot see a loss that divides otherwise for inputs unlike these: `preflight` compares units alone and in a batch again,
     on the data's own labels.
@@ -140,7 +147,7 @@ def learn_loss(
 
     Raises:
         PrivacyError: the loss is not finite.
-        UnsupportedError: it is no mean over rows or labels, so it couples units.
+        UnsupportedError: it is neither a sum nor a mean over rows or labels, so it couples units.
     """
     _refuse_answers_outside(batch)
     device = _device(batch)
@@ -161,33 +168,62 @@ def learn_loss(
                 f"the loss of the first example tried is {once}, whatever its labels: look for NaN among its inputs, and for "
                 "values that the model's dtype cannot hold (load it in float32 or bfloat16, not in float16)"
             )
-        if once != 0.0 and abs(half / once - 0.5) < 1e-2:
-            found = once / loss(one, None)
+        divided, beside = _divided_by_number(once, half, loss(one, 4.0), tolerance)
+        if divided:
+            found = divided / (loss(one, None) - beside)
             single = Units(units.kind, torch.zeros(units.sizes[0], dtype=torch.long), 1)
             counted = min(options, key=lambda option: abs(float(label_counts(one, single, option)) - found))
-            return UnitLoss(model_loss, "sum", counted, rows_per_example)
+            if not beside:
+                return UnitLoss(model_loss, "sum", counted, rows_per_example)
+            options = (counted,)
         # Likely labels for the first unit and unlikely ones for the rest: losses far apart tell the ways of counting apart.
         first = [loss(select_unit(_relabelled(batch, units, value, value), units, 0), 1.0) for value in values]
         likely = values[first.index(min(first))]
-        errors = dict.fromkeys(options, 0.0)
+        errors: dict[Counted | Literal["sum"], float] = dict.fromkeys((*options, *(() if divided else ("sum",))), 0.0)
         for value in values:
             tried = _relabelled(batch, units, likely, value)
-            whole = loss(tried, 1.0)
-            means = torch.tensor([loss(select_unit(tried, units, unit), 1.0) for unit in range(units.n)])
-            for option in options:
-                counts = label_counts(tried, units, option)
-                error = abs(float((counts * means).sum() / counts.sum()) - whole) / max(abs(whole), 1e-6)
+            for option in errors:
+                if option == "sum":
+                    counts, given = torch.ones(units.n), torch.ones(units.n + 1)
+                else:
+                    counts = label_counts(tried, units, option)
+                    given = torch.cat([counts, counts.sum(0, keepdim=True)]) if divided else torch.ones(units.n + 1)
+                *alone, total = given.tolist()
+                whole = loss(tried, total)
+                means = torch.tensor([loss(select_unit(tried, units, unit), n) for unit, n in enumerate(alone)])
+                divisor = 1.0 if option == "sum" else counts.sum()
+                error = abs(float((counts * means).sum() / divisor) - whole) / max(abs(whole), 1e-6)
                 errors[option] = error if math.isnan(error) else max(errors[option], error)
     best = min(errors, key=lambda option: errors[option])
     apart = min((error for option, error in errors.items() if option != best), default=1.0)
     if not (errors[best] <= tolerance and apart > 3 * errors[best] + 1e-6):  # also when something is not a number
-        raise UnsupportedError(
-            "the model's loss is neither a mean over rows or labels nor a sum divided by num_items_in_batch, so units would "
-            f"share a denominator (relative errors {errors}); override Trainer.compute_loss, or give make_private a loss_fn, "
-            "so that it is one of them. If it is one already, the model lets units see each other: look for operations across "
-            "the batch"
-        )
-    return UnitLoss(model_loss, "mean", best, rows_per_example)
+        raise _neither_mean_nor_sum(errors)
+    return UnitLoss(model_loss, *(("sum", options[0]) if best == "sum" else ("mean", best)), rows_per_example)
+
+
+def _divided_by_number(once: float, half: float, quarter: float, tolerance: float) -> tuple[float, float]:
+    """Of a loss with `num_items` 1, 2 and 4: what it divides by that number, and what stands beside; zeros if it ignores it.
+
+    A term smaller than the tolerance is none.
+    """
+    divided = 2 * (once - half)
+    scale = max(abs(once), abs(divided))
+    if abs(divided) <= 1e-2 * scale or abs(divided - 4 * (half - quarter)) > 1e-2 * abs(divided):
+        return 0.0, 0.0
+    beside = once - divided
+    return divided, 0.0 if abs(beside) <= 4 * tolerance * scale else beside
+
+
+def _neither_mean_nor_sum(errors: Mapping[Any, float]) -> UnsupportedError:
+    return UnsupportedError(
+        "the model's loss is neither a mean over rows or labels, nor a sum over them (divided by num_items_in_batch, by a "
+        f"constant, or not at all), so units would share a denominator (relative errors {dict(errors)}). Override "
+        "Trainer.compute_loss, or give make_private a loss_fn, so that it is one of them. Class weights: not "
+        "cross_entropy(..., weight=w), which divides by the weights of the batch, but each row's own, "
+        "(w[labels] * cross_entropy(logits, labels, reduction='none')).mean(). A term that depends on no data may be added to "
+        "a mean, not to a sum. If the loss is one of these already, the model lets units see each other: look for operations "
+        "across the batch"
+    )
 
 
 def _refuse_answers_outside(batch: Batch) -> None:

@@ -287,8 +287,9 @@ def check_alone(
                 raise PrivacyError(
                     f"a unit's gradient norm is {norm:.6g} alone and {float(norms[unit]):.6g} "
                     + (
-                        "flattened with others; let the collator number every text's position_ids from its own start, or use "
-                        "one that pads"
+                        "flattened with others; let the collator number every text's position_ids from its own start, as the "
+                        "model does by itself (RoBERTa and its kin begin at pad_token_id + 1: DataCollatorWithFlattening("
+                        "position_ids_start=2)), or use one that pads"
                         if units.kind == "tokens"
                         else "padded to the longest of its batch, so it depends on the others' lengths; pad on the right "
                         "(tokenizer.padding_side), or pad every row to one length (padding='max_length')"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +39,7 @@ from dp_flash_hf.training.batches import (
     physical_batches,
     steps_per_epoch,
 )
+from dp_flash_hf.training.columns import column, column_names
 from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.losses import UnitLoss
 from dp_flash_hf.training.preflight import choose_units, preflight
@@ -108,7 +108,7 @@ class PrivateTraining:
             validation.whole_number("max_tokens_per_device", max_tokens, remedy="set 4096, say, or None to count rows instead")
         with same_randomness(dataset):
             refuse_data(dataset)
-            self.rows = None if config.privacy_unit is None else group_rows(_column(dataset, config.privacy_unit))
+            self.rows = None if config.privacy_unit is None else group_rows(_units_named(dataset, config.privacy_unit))
         self.config, self.dataset, self.adapter, self.strategy = config, dataset, adapter, strategy
         self.max_examples, self.max_tokens = max_examples, max_tokens
         self.n_units = len(dataset) if self.rows is None else len(self.rows)  # to draw from; never told where it is not public
@@ -410,15 +410,14 @@ def unwrapped(model: Any) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _column(dataset: Any, name: str) -> list[Any]:
-    named = getattr(dataset, "column_names", None)
-    columns = list(dataset[0]) if named is None and len(dataset) and isinstance(dataset[0], Mapping) else named
-    if columns is not None and name not in columns:
+def _units_named(dataset: Any, name: str) -> list[Any]:
+    names = column_names(dataset)
+    made = names is not None and name not in names and len(dataset) and name in dataset[0]  # by a transform
+    if names is not None and name not in names and not made:
         raise invalid(
             "privacy_unit",
-            expected=f"a column of train_dataset ({', '.join(columns)})",
+            expected=f"a column of train_dataset ({', '.join(names)})",
             actual=name,
             remedy="name the one that says whose row it is",
         )
-    values = dataset[name] if named is not None else [dataset[row][name] for row in range(len(dataset))]
-    return [value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value for value in values]
+    return column(dataset, name)

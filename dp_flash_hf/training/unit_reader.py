@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.training.adapter import TrainingAdapter, prepared
-from dp_flash_hf.training.batches import FreshCollator
+from dp_flash_hf.training.batches import FreshCollator, is_empty
 from dp_flash_hf.units import Units
 
 Key = tuple[int, int]  # (row of the dataset, number of its unit in the batch)
@@ -17,6 +18,8 @@ Key = tuple[int, int]  # (row of the dataset, number of its unit in the batch)
 
 class UnitReader:
     """Reads units by their number, through the dataset, collator and adapter that steps use.
+
+    In place of a unit whose texts are all empty, which adds nothing to any step, the next one stands that has something.
 
     Args:
         loader: of `PrivateTraining.loader`; its dataset and collator are used, nothing is drawn from it.
@@ -61,4 +64,9 @@ class UnitReader:
         return prepared(self.adapter, self.collate(self.examples(self.keys(units))))
 
     def _rows_of(self, unit: int) -> list[int]:
-        return [unit] if self._rows is None else self._rows[unit][: self._most].tolist()
+        for other in (*range(unit, self.n_units), *range(unit)):
+            rows = [other] if self._rows is None else self._rows[other][: self._most].tolist()
+            found = [row for row in rows if not is_empty(self.dataset[row, 0][0])]
+            if found:
+                return found
+        raise PrivacyError("every text of train_dataset is empty (its input_ids have length 0): look at how it was tokenized")

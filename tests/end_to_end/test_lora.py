@@ -182,3 +182,27 @@ def test_virtual_tokens_are_trained_unit_by_unit(kind: str, tmp_path: Path, monk
     assert dp.engine is not None
     wanted, _ = clipped_sum(singles, 1.0)
     assert distance(seen.sums[0], wanted) <= ROUNDING
+
+
+def test_a_regulariser_of_the_adapter_is_part_of_every_units_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdaLoRA adds one to the loss in training mode, which depends on its weights alone."""
+    torch.manual_seed(0)
+    setting = peft.AdaLoraConfig(
+        target_modules=["q_proj", "v_proj"], init_r=4, target_r=2, total_step=10, lora_dropout=0.0, orth_reg_weight=0.5
+    )
+    model: Any = peft.get_peft_model(without_dropout(tiny("llama")), setting).double()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    data = texts()
+    draws(monkeypatch, DRAWN)
+    seen = watch(monkeypatch)
+    trainer = trainer_for(model, tmp_path, data, max_steps=1)
+    singles = unit_gradients(model.train(), lambda batch: model(**batch).loss, [Pad()([data[row]]) for row in DRAWN])
+    bound = float(clipped_sum(singles, 1.0)[1].median())
+    wanted, _ = clipped_sum(singles, bound)
+    model.zero_grad()
+    attached(trainer, max_grad_norm=bound)
+    trainer.train()
+    assert distance(seen.sums[0], wanted) <= ROUNDING

@@ -189,3 +189,16 @@ def test_the_engine_agrees_with_texts_one_by_one(tmp_path: Path) -> None:
         model.zero_grad()
         assert norm == pytest.approx(float(engine.norms[0]), rel=1e-6)
     assert isinstance(model, hf.LlamaForCausalLM)
+
+
+def test_texts_that_count_from_somewhere_else_are_refused_with_what_helps(tmp_path: Path) -> None:
+    """RoBERTa numbers tokens from pad_token_id + 1, and a flattening collator from 0 unless it is told."""
+    trainer = trainer_for(model_of("roberta", "dp_flash"), tmp_path, collator=flattening())
+    dp = attached(trainer)
+    with pytest.raises(PrivacyError, match=r"pad_token_id \+ 1: DataCollatorWithFlattening\(position_ids_start=2\)"):
+        trainer.train()
+    assert dp.mechanism.account.steps == 0
+    trainer = trainer_for(model_of("roberta", "dp_flash"), tmp_path, collator=flattening(position_ids_start=2))
+    dp = attached(trainer)
+    trainer.train()
+    assert dp.mechanism.account.steps == 2

@@ -9,7 +9,7 @@ import pytest
 import transformers as hf
 from torch.utils.data import IterableDataset
 
-from dp_flash_hf.errors import UnsupportedError
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from tests.support.trainers import attached, texts, trainer_for
 
 
@@ -138,3 +138,13 @@ def test_settings_changed_after_attach_are_refused_too(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="fp16"):
         trainer.train()
     assert dp.mechanism.account.steps == 0
+
+
+def test_hyperparameter_search_is_refused_at_once_and_given_back(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    dp = attached(trainer)
+    with pytest.raises(PrivacyError, match=r"once for each trial.*Search on public data"):
+        trainer.hyperparameter_search(n_trials=2)
+    assert dp.mechanism.account.steps == 0
+    dp.detach()
+    assert "hyperparameter_search" not in vars(trainer)

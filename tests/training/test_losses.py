@@ -151,7 +151,7 @@ def test_a_sum_of_means_over_different_things_is_refused() -> None:
     torch.manual_seed(0)
     model = hf.BertForPreTraining(hf.BertConfig(**_SMALL)).double()
     batch = {**batch_of("bert"), "next_sentence_label": torch.tensor([0, 1, 0, 1, 1])}
-    with pytest.raises(UnsupportedError, match=r"share a denominator.*override Trainer.compute_loss"):
+    with pytest.raises(UnsupportedError, match=r"share a denominator.*Override Trainer\.compute_loss"):
         learnt(model, batch)
 
 
@@ -221,3 +221,87 @@ def test_class_weights_are_refused_whatever_the_classes_of_the_first_rows(labels
     assert weighted([1.0, 1.0, 1.0, 1.0]).divides == "mean"
     with pytest.raises(UnsupportedError, match="share a denominator"):
         weighted([1.0, 1.0, 1.0, 1.5])
+
+
+LOGITS = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
+CLASSES = {"row": torch.arange(5), "labels": torch.tensor([0, 1, 2, 1, 0])}
+PENALTY = 0.37  # a term that depends on weights alone
+
+
+def each(batch: dict[str, Any]) -> Tensor:
+    return F.cross_entropy(LOGITS[batch["row"]], batch["labels"], reduction="none")
+
+
+def _over(batch: dict[str, Any], number: Tensor | None) -> Any:
+    return len(batch["row"]) if number is None else number
+
+
+COUPLING_NOBODY: dict[str, tuple[Any, str]] = {
+    "sum": (lambda batch, number: each(batch).sum(), "sum"),
+    "sum divided by a constant": (lambda batch, number: each(batch).sum() / 8, "sum"),
+    "sum divided by the number": (lambda batch, number: each(batch).sum() / _over(batch, number), "sum"),
+    "mean": (lambda batch, number: each(batch).mean(), "mean"),
+    "mean and a penalty": (lambda batch, number: each(batch).mean() + PENALTY, "mean"),
+    "mean and a bonus": (lambda batch, number: each(batch).mean() - 20 * PENALTY, "mean"),
+    "by the number, and a penalty": (lambda batch, number: each(batch).sum() / _over(batch, number) + PENALTY, "mean"),
+    "by the number, and a small penalty": (lambda batch, number: each(batch).sum() / _over(batch, number) + 0.01, "mean"),
+    "weights of each row's class": (lambda batch, number: (each(batch) * torch.arange(1, 5)[batch["labels"]]).mean(), "mean"),
+}
+
+
+@pytest.mark.parametrize("name", COUPLING_NOBODY)
+def test_losses_that_couple_nobody_are_sums_over_units(name: str) -> None:
+    model_loss, divides = COUPLING_NOBODY[name]
+    units = Units.rows(5)
+    loss = learn_loss(model_loss, dict(CLASSES), units, n_classes=4)
+    assert loss.divides == divides
+    alone = torch.stack([loss(select_unit(CLASSES, units, unit)) for unit in range(5)])
+    torch.testing.assert_close(loss(CLASSES), alone.sum())
+    assert loss.scale(CLASSES, units).tolist() == [1.0] * 5
+
+
+COUPLING: dict[str, Any] = {
+    "mean and a term of the batch": lambda batch, number: each(batch).mean() + LOGITS[batch["row"]].mean(0).square().sum(),
+    "by the number, and a term of the batch": lambda batch, number: (
+        each(batch).sum() / _over(batch, number) + LOGITS[batch["row"]].mean(0).square().sum()
+    ),
+    "sum and a penalty": lambda batch, number: each(batch).sum() + PENALTY,
+    "divided by the root of the rows": lambda batch, number: each(batch).sum() / len(batch["row"]) ** 0.5,
+    "the largest": lambda batch, number: each(batch).max(),
+}
+
+
+@pytest.mark.parametrize("name", COUPLING)
+def test_losses_that_couple_units_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"(?s)Class weights: .*reduction='none'.*added to a mean, not to a sum"):
+        learn_loss(COUPLING[name], dict(CLASSES), Units.rows(5), n_classes=4)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_connectionist_losses(reduction: str) -> None:
+    """Of sounds with several labels each: summed, or each divided by its own labels."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    convolutions: dict[str, Any] = {"conv_dim": (16,), "conv_stride": (4,), "conv_kernel": (8,), "num_feat_extract_layers": 1}
+    setting = hf.Wav2Vec2Config(
+        **shape, **convolutions, vocab_size=12, ctc_loss_reduction=reduction, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, feat_extract_norm="layer",
+    )  # fmt: skip
+    model: Any = hf.Wav2Vec2ForCTC(setting)
+    model.double().eval()
+    batch = {"input_values": torch.randn(4, 200).double(), "labels": torch.randint(1, 12, (4, 6))}
+    loss = learn_loss(lambda part, number: model(**part).loss, batch, Units.rows(4))
+    assert rounded(loss) == (("sum", "labels") if reduction == "sum" else ("mean", "rows"))
+
+
+@pytest.mark.parametrize("divides", ["sum", "mean"])
+def test_labels_of_no_width_are_no_labels(divides: Any) -> None:
+    """As a collator makes of rows that all have empty labels: no model is asked."""
+
+    def model_loss(batch: dict[str, Any], number: Tensor | None) -> Tensor:
+        raise AssertionError
+
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.zeros(2, 0, dtype=torch.long)}
+    loss = UnitLoss(model_loss, divides, "labels")
+    assert loss(batch).item() == 0.0
+    assert loss.scale(batch, Units.rows(2)).tolist() == [0.0, 0.0]
