@@ -190,7 +190,7 @@ def test_a_regulariser_of_the_adapter_is_part_of_every_units_gradient(tmp_path: 
     setting = peft.AdaLoraConfig(
         target_modules=["q_proj", "v_proj"], init_r=4, target_r=2, total_step=10, lora_dropout=0.0, orth_reg_weight=0.5
     )
-    model: Any = peft.get_peft_model(without_dropout(tiny("llama")), setting).double()  # type: ignore[arg-type]
+    model: Any = peft.get_peft_model(without_dropout(tiny("llama")), setting).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
