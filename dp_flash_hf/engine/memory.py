@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,14 +23,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import DefaultDeviceType
-from torch.utils.weak import WeakIdKeyDictionary
 
 from dp_flash_hf.distributed import Ranks, device_of
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.fsdp_memory import FSDPSimulator, Sharding
+from dp_flash_hf.engine.live_storages import LiveStorages
+from dp_flash_hf.engine.model_loss import stand_in_loss
 from dp_flash_hf.engine.strategies import WholeBatchStrategy
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.kernels.numerics import upcast
@@ -171,7 +169,8 @@ def choose_by_memory(
 ) -> tuple[WholeBatchStrategy, str]:
     """Book-keeping if its estimate fits in free memory, else two passes; for `ClippingEngine.choose`.
 
-    What cannot be estimated can still be trained: the answer is then book-keeping, which is computed in halves where it does
+    Where the loss cannot be computed without values, `stand_in_loss` takes its place, and the reason says so. What cannot be
+    estimated can still be trained: the answer is then book-keeping, which is computed in halves where it does
     not fit, or on sharded models, where that is impossible, two passes. All ranks of a sharded model have to call this,
     and get the same answer: two passes if any of them needs them.
 
@@ -204,7 +203,12 @@ def _choice_of_this_rank(
     """It raises nothing, for other ranks may wait for the answer."""
     try:
         wide, n_units = widest(batch, units, max_rows=max_rows, max_tokens=max_tokens)
-        _, *private = estimate(engine.model, wide, n_units, **settings)
+        beside_loss = ""
+        try:
+            _, *private = estimate(engine.model, wide, n_units, **settings)
+        except UnsupportedError:  # the loss is not the model's, or looks at values
+            _, *private = estimate(engine.model, wide, n_units, **{**settings, "loss_fn": stand_in_loss})
+            beside_loss = " (the memory of the loss is that of a cross entropy of all outputs)"
         parameter = next(iter(engine.parameters))
         device = device_of(parameter)
         # Where parameters are offloaded, so are their sums and the optimizer's state.
@@ -219,7 +223,7 @@ def _choice_of_this_rank(
         each = f" on every rank (book-keeping has to fit with {margin - 1:.0%} to spare)"
     return "bookkeeping" if recorded * margin <= free else "two_pass", (
         f"beside {beside}, a step needs about {recorded / GIB:.2f} GiB with bookkeeping and {passes / GIB:.2f} GiB with "
-        f"two_pass{each}, and {free / GIB:.2f} GiB are free on {device}"
+        f"two_pass{beside_loss}{each}, and {free / GIB:.2f} GiB are free on {device}"
     )
 
 
@@ -306,7 +310,7 @@ def _peak(
     loss_fn: Callable[[nn.Module, Batch], Tensor],
 ) -> int:
     """Bytes that forward and backward hold at their peak, beside a rank's own parameters and gradients."""
-    live = _Live([*model.parameters(), *model.buffers(), *(x for x in batch.values() if isinstance(x, Tensor))])
+    live = LiveStorages([*model.parameters(), *model.buffers(), *(x for x in batch.values() if isinstance(x, Tensor))])
     recorder: _Shapes | None = None
     if strategy in STRATEGIES:
         recorder = _Shapes(model, n_units, simulator)
@@ -349,43 +353,6 @@ def _as_on_cpu() -> Iterator[None]:
 def _named_cpu(function: Callable[..., Any], device: str = "cpu", *args: Any, **kwargs: Any) -> Any:
     device = kwargs.pop("device_type", device)
     return function("cpu" if device == "meta" else device, *args, **kwargs)
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages made within, while they live."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known: Any = WeakIdKeyDictionary()
-        for tensor in known:
-            self.know(tensor)
-
-    def know(self, tensor: Tensor | None) -> None:
-        """Do not count this one."""
-        if tensor is not None:
-            self._known[tensor.untyped_storage()] = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            return args[0].dtype is torch.bool or 1  # whether a mask hides nothing, rows are not packed, ...: full rows
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.device.type == "meta" and type(tensor) in (Tensor, nn.Parameter):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known[storage] = True
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, size)
-
-    def _drop(self, size: int) -> None:
-        self.now -= size
 
 
 class _Shapes(Recorder):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.units import Batch
@@ -48,6 +49,35 @@ def model_loss(model: Any, batch: Batch, num_items: Tensor | None = None) -> Ten
             "make_private a loss_fn"
         )
     return loss
+
+
+def stand_in_loss(model: Any, batch: Batch) -> Tensor:
+    """A scalar of everything that a model computes without labels, which holds about as much memory as a loss would.
+
+    For estimates, where the loss itself is not the model's, or looks at values. Of each output its logarithmic softmax is taken
+    in float32, as a cross entropy does.
+
+    Args:
+        model: called with those of the inputs that its forward names; with the tensors by position if it names none of them.
+        batch: model inputs.
+
+    Returns:
+        A scalar with gradient.
+
+    Raises:
+        UnsupportedError: no output has a gradient.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inputs = {name: value for name, value in batch.items() if "label" not in name}
+    named = {name: value for name, value in inputs.items() if takes(type(inner).forward, name)}
+    outputs = model(**named) if named else model(*(value for value in inputs.values() if isinstance(value, Tensor)))
+    found = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+    if not found:
+        raise UnsupportedError(f"{type(inner).__name__} returned nothing with a gradient for the inputs {sorted(inputs)}")
+    total = sum((x.float().log_softmax(-1) if x.dim() else x.float()).sum() for x in found)
+    assert isinstance(total, Tensor)
+    return total
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

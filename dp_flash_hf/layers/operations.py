@@ -329,7 +329,8 @@ class RecordedConv(torch.autograd.Function):
                 w.recorder.linear(w.parameters[0], patches.mT, outputs, layout, w.rows)
             else:
                 grouped = upcast(patches).unflatten(1, (ctx.groups, -1)), upcast(g.flatten(2)).unflatten(1, (ctx.groups, -1))
-                record(w, layout.sums(torch.einsum("ngdl,ngpl->ngpd", *grouped)).view(layout.units.n, *w.shape))
+                result = "gpd" if layout.whole else "ngpd"
+                record(w, layout.sums(torch.einsum(f"ngdl,ngpl->{result}", *grouped)).view(layout.units.n, *w.shape))
         if b is not None:
             record_bias(b, outputs, layout)
         if not ctx.needs_input_grad[0]:

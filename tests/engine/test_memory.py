@@ -11,8 +11,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from dp_flash_hf.benchmarks import methods as bench
@@ -20,8 +22,10 @@ from dp_flash_hf.benchmarks.methods import Work
 from dp_flash_hf.engine import memory
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.memory import NON_PRIVATE, MemoryEstimate, _left_in_container, estimate, free_memory, moments_of, widest
+from dp_flash_hf.engine.model_loss import model_loss
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.units import Units
+from tests.support.models import batch_of, tiny
 
 pytestmark = pytest.mark.estimates_memory
 
@@ -199,3 +203,75 @@ def test_the_widest_physical_batch() -> None:
         )
         assert "cu_seq_lens_q" not in wide
         assert "pixels" not in wide or tuple(wide["pixels"].shape) == (shape[0], 3, 4)
+
+
+_QV: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+ADAPTERS: dict[str, Any] = {
+    "lora": lambda: peft.LoraConfig(**_QV),
+    "lora on embeddings": lambda: peft.LoraConfig(**{**_QV, "target_modules": ["embed_tokens", "q_proj"]}),
+    "dora": lambda: peft.LoraConfig(**_QV, use_dora=True),
+    "ia3": lambda: peft.IA3Config(**{**_QV, "target_modules": ["k_proj", "down_proj"]}, feedforward_modules=["down_proj"]),
+    "lokr": lambda: peft.LoKrConfig(**_QV, r=2),
+    "loha": lambda: peft.LoHaConfig(**_QV, r=2),
+    "boft": lambda: peft.BOFTConfig(**_QV, boft_block_size=4),
+    "oft": lambda: peft.OFTConfig(**_QV, oft_block_size=4, r=0),
+    "hra": lambda: peft.HRAConfig(**_QV, r=2),
+    "adalora": lambda: peft.AdaLoraConfig(**_QV, init_r=4, target_r=2, total_step=10),
+    "vera": lambda: peft.VeraConfig(**_QV, r=2),
+    "fourierft": lambda: peft.FourierFTConfig(**_QV, n_frequency=5),
+    "layer norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
+    "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}
+
+
+def chosen(model: Any, batch: dict[str, Any]) -> str:
+    """Why a strategy is chosen for this model."""
+    one = {name: value[:1] for name, value in batch.items()}
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+    said = memory.choose_by_memory(engine, one, Units.rows(1), loss_fn=model_loss, max_rows=4, max_tokens=None)[1]
+    engine.detach()
+    return said
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_every_kind_of_adapter_is_estimated(adapter: str) -> None:
+    model = peft.get_peft_model(tiny("llama", torch.float32), ADAPTERS[adapter]())
+    plain, *private = estimate(model, batch_of("llama"), 5, loss_fn=model_loss)
+    assert all(found.total >= found.parameters + found.activations > 0 for found in (plain, *private))
+    assert "a step needs about" in chosen(model, batch_of("llama"))
+
+
+@pytest.mark.parametrize("name", ["vit", "bert_classifier", "t5", "mamba"])
+def test_families_are_estimated(name: str) -> None:
+    said = chosen(tiny(name, torch.float32), batch_of(name, dtype=torch.float32))
+    assert "a step needs about" in said
+    assert "the memory of the loss" not in said
+
+
+class OnlyLogits(nn.Module):
+    def __init__(self, outputs: str) -> None:
+        super().__init__()
+        self.body, self.outputs = nn.Linear(4, 64), outputs
+
+    def forward(self, values: Tensor) -> Any:
+        logits: Tensor = self.body(values)
+        return {"tensor": logits, "tuple": (logits, logits.sum()), "dict": {"logits": logits}}[self.outputs]
+
+
+@pytest.mark.parametrize("key", ["values", "x"])
+@pytest.mark.parametrize("outputs", ["tensor", "tuple", "dict"])
+def test_a_loss_of_ones_own_has_a_stand_in(outputs: str, key: str) -> None:
+    """Two copies of the outputs in float32 at least, as a cross entropy keeps."""
+    said = chosen(OnlyLogits(outputs), {key: torch.zeros(4, 4), "label": torch.zeros(4, dtype=torch.long)})
+    assert "a step needs about" in said
+    assert "the memory of the loss is that of a cross entropy of all outputs" in said
+
+
+def test_connectionist_losses_have_a_stand_in() -> None:
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    convolutions: dict[str, Any] = {"conv_dim": (16,), "conv_stride": (4,), "conv_kernel": (8,), "num_feat_extract_layers": 1}
+    positions: dict[str, Any] = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    setting = hf.Wav2Vec2Config(**shape, **convolutions, **positions, vocab_size=12, feat_extract_norm="layer")
+    batch = {"input_values": torch.randn(4, 200), "labels": torch.randint(1, 12, (4, 6))}
+    assert "the memory of the loss is that of a cross entropy" in chosen(hf.Wav2Vec2ForCTC(setting), batch)

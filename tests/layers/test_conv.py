@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from tests.support.layer_checks import how
 
 
@@ -54,3 +55,16 @@ def test_a_frozen_weight_under_a_trained_bias() -> None:
     assert how(model, torch.randn(3, 3, 8, 8, dtype=torch.float64), strategy="bookkeeping") == "fast"
     model.weight.requires_grad_(False)
     assert how(model, torch.randn(3, 3, 8, 8, dtype=torch.float64)) == "fast"
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_one_unit_of_several_rows(groups: int) -> None:
+    """Everything belongs to it, so nothing is laid out by rows."""
+    model, x = nn.Conv2d(3, 6, 3, groups=groups).double(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    model(x).square().sum().backward()
+    wanted = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
+    model.zero_grad()
+    engine = ClippingEngine(model, max_grad_norm=1e9, strategy="bookkeeping")
+    engine.backward(lambda batch: model(batch["x"]).square().sum(), {"x": x}, torch.zeros(3, dtype=torch.long))
+    for parameter, gradient in wanted.items():
+        torch.testing.assert_close(engine.clipped_sum(parameter), gradient)
