@@ -204,12 +204,13 @@ def inner_sizes(batch: Batch, units: Units) -> tuple[tuple[str, int], ...]:
     (('input_ids[1]', 7), ('labels[1]', 5), ('patches[0]', 12), ('patches[1]', 4))
 
     Returns:
-        Pairs of name and size, by name, for all dimensions of its tensors but those that run over rows.
+        Pairs of name and size, by name, for all dimensions of its tensors but those that run over rows; of packed rows, of
+        tensors with two dimensions or more, for boundaries say how many texts there are.
     """
     return tuple(
         (f"{name}[{dim}]", size)
         for name, value in sorted(batch.items())
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and (units.kind == "rows" or value.dim() > 1)
         for dim, size in enumerate(value.shape)
         if dim or units.kind == "tokens" or size != units.n_items
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.training.batches import units_of
-from dp_flash_hf.units import Units, leading_shape, restarts, select_items, select_unit, subset, text_starts
+from dp_flash_hf.units import Units, inner_sizes, leading_shape, restarts, select_items, select_unit, subset, text_starts
 
 
 def ids(*values: int) -> Tensor:
@@ -217,3 +217,8 @@ def test_text_starts_come_from_boundaries_before_positions() -> None:
     assert found.nonzero().flatten().tolist() == [0, 2, 5]  # what follows the last boundary counts as a text too
     assert text_starts({"input_ids": ids}) is None
     assert text_starts({"input_ids": torch.zeros(2, 3, dtype=torch.long), "position_ids": positions.view(2, 3)}) is None
+
+
+def test_the_sizes_of_a_packed_batch_do_not_count_its_texts() -> None:
+    batch = {"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length_q": 5}
+    assert inner_sizes(batch, Units.of(batch["cu_seq_lens_q"], (1, 9))) == (("input_ids[0]", 1), ("input_ids[1]", 9))

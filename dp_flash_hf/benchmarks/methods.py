@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.strategies import Strategy
@@ -38,14 +45,15 @@ Method = Callable[["Work", int], tuple[nn.Module, Step]]  # of some work, at a l
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A Llama decoder with an untied head (Opacus' ghost clipping refuses tied ones) and the batches it is trained on.
+    """A model and the batches it is trained on.
 
+    A Llama decoder with an untied head (Opacus' ghost clipping refuses tied ones), or an encoder-decoder of another family.
     Heads are 64 wide, and feed-forward layers 4 * width.
 
     Attributes:
         device: "cpu" or "cuda".
         autocast: bfloat16 autocast over float32 weights.
-        layers: Decoder layers.
+        layers: Decoder layers, and as many of an encoder where there is one.
         width: Hidden size, a multiple of 64.
         vocabulary: Tokens that the head tells apart.
         batch: Rows of the physical batch.
@@ -54,6 +62,7 @@ class Work:
         lora: Rank of adapters on all linear layers but the head, which are then all that is trained; 0: everything is.
         checkpointing: Layers keep their inputs only, and compute the rest again in the backward pass.
         compiled: `torch.compile` traces the whole model.
+        family: "llama", "t5" or "bart".
     """
 
     device: str
@@ -67,10 +76,11 @@ class Work:
     lora: int = 0
     checkpointing: bool = False
     compiled: bool = False
+    family: str = "llama"
 
 
 def model_of(work: Work, length: int, attention: str) -> Any:
-    """The decoder to train, the same weights at every call, in training mode on the device.
+    """The model to train, the same weights at every call, in training mode on the device.
 
     Args:
         work: What is built.
@@ -81,6 +91,8 @@ def model_of(work: Work, length: int, attention: str) -> Any:
         ImportError: For `work.lora` without peft.
     """
     torch.manual_seed(0)
+    if work.family != "llama":
+        return _encoder_decoder(work, length, attention)
     config = LlamaConfig(
         vocab_size=work.vocabulary,
         hidden_size=work.width,
@@ -104,6 +116,25 @@ def model_of(work: Work, length: int, attention: str) -> Any:
     if work.compiled:
         model.compile()
     return model.train()
+
+
+def _encoder_decoder(work: Work, length: int, attention: str) -> Any:
+    heads, wide = max(1, work.width // 64), 4 * work.width
+    built: Any
+    with torch.device(work.device):
+        if work.family == "t5":
+            sizes: dict[str, Any] = {"d_model": work.width, "d_kv": work.width // heads, "d_ff": wide, "num_heads": heads}
+            sizes |= {"num_layers": work.layers, "num_decoder_layers": work.layers, "decoder_start_token_id": 0}
+            built = T5ForConditionalGeneration(T5Config(vocab_size=work.vocabulary, use_cache=False, **sizes))
+        else:
+            sides: dict[str, Any] = {}
+            for side in ("encoder", "decoder"):
+                sides |= {f"{side}_layers": work.layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": wide}
+            built = BartForConditionalGeneration(
+                BartConfig(vocab_size=work.vocabulary, d_model=work.width, max_position_embeddings=length + 2, **sides)
+            )
+    built.set_attn_implementation(attention)
+    return built.train()
 
 
 def tokens_of(work: Work, length: int) -> Tensor:
@@ -168,6 +199,46 @@ def padding_free(work: Work, length: int, *, private: bool) -> tuple[nn.Module, 
     batch = {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, IGNORED)}
     units = torch.tensor([0, *lengths]).cumsum(0).int()
     return _private(work, length, batch, units, lengths) if private else _plain(work, length, batch, "dp_flash")
+
+
+def ragged_batch(work: Work, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Texts and labels of random lengths, from a sixth of this one on, padded to the longest of each."""
+    shortest = max(1, length // 6)
+    lengths, label_lengths = torch.randint(shortest, length + 1, (2, work.batch), generator=generator)
+
+    def mask_of(own: Tensor) -> Tensor:
+        return torch.arange(int(own.max())) < own.unsqueeze(1)
+
+    mask, labelled = mask_of(lengths), mask_of(label_lengths)
+    ids = torch.randint(3, work.vocabulary, mask.shape, generator=generator).masked_fill(~mask, 0)
+    labels = torch.randint(3, work.vocabulary, labelled.shape, generator=generator).masked_fill(~labelled, IGNORED)
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+    return {name: value.to(work.device) for name, value in batch.items()}
+
+
+def ragged(work: Work, length: int, *, private: bool) -> tuple[nn.Module, Step]:
+    """The model, and a step of it on a batch whose lengths are drawn anew at every step; hardly two have the same shapes."""
+    model = model_of(work, length, "sdpa")
+    optimizer, generator = _optimizer(model), torch.Generator().manual_seed(2)
+    engine = ClippingEngine(model, max_grad_norm=MAX_GRAD_NORM) if private else None
+
+    def loss_fn(batch: dict[str, Tensor]) -> Tensor:
+        with _precision(work):
+            logits = model(**batch).logits
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        batch = ragged_batch(work, length, generator)
+        if engine is None:
+            loss_fn(batch).backward()
+        else:
+            engine.backward(loss_fn, batch)
+        optimizer.step()
+
+    return model, step
 
 
 def _plain(work: Work, length: int, batch: dict[str, Tensor], attention: str) -> tuple[nn.Module, Step]:
@@ -344,5 +415,9 @@ MEMORY: Methods = {
     **{f"{name}, checkpointing": functools.partial(checkpointed, make=make) for name, make in _STRATEGIES.items()},
     **_STRATEGIES,
 }
+RAGGED: Methods = {
+    f"{BASELINE}, ragged": functools.partial(ragged, private=False),
+    "dp_flash, ragged": functools.partial(ragged, private=True),
+}
 # Every method by its name; the same name is the same method wherever it appears.
-BY_NAME: Methods = {**METHODS, **ON_TEXTS, **FULL, **COMPILE, **VOCABULARY, **MEMORY}
+BY_NAME: Methods = {**METHODS, **ON_TEXTS, **FULL, **COMPILE, **VOCABULARY, **MEMORY, **RAGGED}

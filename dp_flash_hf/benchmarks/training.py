@@ -27,6 +27,7 @@ from dp_flash_hf.benchmarks.methods import (
     MEMORY,
     METHODS,
     ON_TEXTS,
+    RAGGED,
     VOCABULARY,
     Method,
     Methods,
@@ -109,6 +110,13 @@ PRESETS = {
     "full": Preset(replace(_CUDA, batch=16, lengths=(512,)), FULL),
     "lora": Preset(replace(_CUDA, batch=16, lengths=(512,), lora=16), LORA),
     "compile": Preset(replace(_CUDA, device="cpu", autocast=False, width=512, vocabulary=8192, lengths=(128,)), COMPILE),
+    **{
+        family: Preset(
+            replace(_CUDA, device="cpu", autocast=False, layers=4, width=256, vocabulary=8192, lengths=(120,), family=family),
+            RAGGED,
+        )
+        for family in ("t5", "bart")
+    },
     "vocab": Preset(replace(_CUDA, layers=2, vocabulary=2**17, lengths=(1024,)), VOCABULARY),
 }
 
@@ -132,7 +140,11 @@ def measure(work: Work, methods: Methods, *, repeats: int, advance: Callable[[],
     rows = []
     first = next(iter(methods))
     for length in work.lengths:
-        tokens = sum(text_lengths(work)) if methods is ON_TEXTS else work.batch * length
+        tokens = work.batch * length
+        if methods is ON_TEXTS:
+            tokens = sum(text_lengths(work))
+        elif methods is RAGGED:
+            tokens = work.batch * (length // 6 + length)  # of texts and labels, on average
         memory = {method: peak_memory(work, length, method, advance) for method in methods}
         makers = {name: functools.partial(_step_of, make, work, length) for name, make in methods.items()}
         seconds, notes = take_turns(
@@ -225,6 +237,13 @@ def _table(rows: list[Row], first: str) -> Table:
     return table
 
 
+_FAMILIES = {
+    "llama": "Llama decoder, untied head",
+    "t5": "T5, encoder and decoder each",
+    "bart": "BART, encoder and decoder each",
+}
+
+
 def _conditions(work: Work, repeats: int, first: str) -> str:
     """What was measured, and what was not: the lines under the table."""
     model = model_of(work, work.lengths[0], "sdpa")
@@ -234,7 +253,7 @@ def _conditions(work: Work, repeats: int, first: str) -> str:
     where = f"{work.threads} CPU threads" if work.device == "cpu" else torch.cuda.get_device_name()
     release = release_milliseconds(work, work.lengths[0])
     return (
-        f"Llama decoder: {work.layers} layers of width {work.width}, vocabulary {work.vocabulary}, untied head, "
+        f"{_FAMILIES[work.family]}: {work.layers} layers of width {work.width}, vocabulary {work.vocabulary}, "
         f"{size:.1f} M parameters{adapters}.\n"
         f"Batch {work.batch}, {'bfloat16 autocast' if work.autocast else 'float32'}, {where}, torch {torch.__version__}.\n"
         "Timed: forward, backward, clipping and AdamW step of one physical batch; medians of "

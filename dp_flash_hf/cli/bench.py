@@ -15,6 +15,8 @@ PRESETS = {
     "cpu": "private training beside Opacus and beside training without privacy",
     "memory": "each strategy with and without gradient checkpointing; 126 M parameters, on the CPU",
     "compile": "models given to torch.compile, and not",
+    "t5": "an encoder-decoder on texts and labels of other lengths at every step, padded to the longest",
+    "bart": "likewise",
     "cuda": "as cpu, on a GPU, in bfloat16 autocast",
     "full": "all weights, 512 tokens per row, on a GPU",
     "lora": "adapters of rank 16, on a GPU",

@@ -87,3 +87,21 @@ def test_padded_and_padding_free_texts_are_the_same_work(private: bool) -> None:
     if private:
         assert float(found[0].norm()) <= MAX_GRAD_NORM
     assert float((found[0] - found[1]).norm()) < 100 * torch.finfo(torch.float32).eps * float(found[0].norm())
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_ragged_batches_are_the_same_for_both_methods_and_differ_from_step_to_step(family: str) -> None:
+    work = replace(TINY, lengths=(12,), family=family)
+    seen: list[list[tuple[int, ...]]] = []
+    for make in methods.RAGGED.values():
+        model, step = make(work, 12)
+        shapes: list[tuple[int, ...]] = []
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs, shapes=shapes: shapes.append((*kwargs["input_ids"].shape, *kwargs["labels"].shape)),
+            with_kwargs=True,
+        )
+        for _ in range(6):
+            step()
+        seen.append([shape for shape in dict.fromkeys(shapes) if shape[0] == 3])
+    assert seen[0] == seen[1]
+    assert len(seen[0]) > 3
