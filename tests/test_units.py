@@ -220,5 +220,6 @@ def test_text_starts_come_from_boundaries_before_positions() -> None:
 
 
 def test_the_sizes_of_a_packed_batch_do_not_count_its_texts() -> None:
-    batch = {"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length_q": 5}
-    assert inner_sizes(batch, Units.of(batch["cu_seq_lens_q"], (1, 9))) == (("input_ids[0]", 1), ("input_ids[1]", 9))
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    batch = {"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": ends, "max_length_q": 5}
+    assert inner_sizes(batch, Units.of(ends, (1, 9))) == (("input_ids[0]", 1), ("input_ids[1]", 9))
