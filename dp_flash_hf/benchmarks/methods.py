@@ -38,6 +38,7 @@ BANKING77 = (
     *(14, 14, 15, 15, 15, 16, 17, 17, 18, 19, 21, 24, 29, 34, 42, 98),
 )
 MAX_GRAD_NORM = 1.0
+_BATCHES_BEFORE = 8  # of ragged ones: the first are learnt from
 
 Step = Callable[[], None]
 Method = Callable[["Work", int], tuple[nn.Module, Step]]  # of some work, at a length in tokens
@@ -238,6 +239,8 @@ def ragged(work: Work, length: int, *, private: bool) -> tuple[nn.Module, Step]:
             engine.backward(loss_fn, batch)
         optimizer.step()
 
+    for _ in range(_BATCHES_BEFORE):
+        step()
     return model, step
 
 

@@ -94,7 +94,7 @@ def test_ragged_batches_are_the_same_for_both_methods_and_differ_from_step_to_st
     work = replace(TINY, lengths=(12,), family=family)
     seen: list[list[tuple[int, ...]]] = []
     for make in methods.RAGGED.values():
-        model, step = make(work, 12)
+        model, step = make(work, 12)  # which has taken as many steps as the other already
         shapes: list[tuple[int, ...]] = []
         model.register_forward_pre_hook(
             lambda module, args, kwargs, shapes=shapes: shapes.append((*kwargs["input_ids"].shape, *kwargs["labels"].shape)),
