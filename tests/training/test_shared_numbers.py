@@ -47,7 +47,7 @@ def ones(x: Tensor, *shape: int) -> Tensor:
 
 
 SHARED: dict[str, Callable[[], Any]] = {
-    "layer drop": lambda: opt(0.1),
+    "layer drop": lambda: opt(0.01),
     "stochastic depth of a batch": lambda: gpt2(lambda x: (torch.rand(()) > 0.05).to(x) + 0.5),
     "one mask for all rows": lambda: gpt2(lambda x: F.dropout(ones(x, 1, 1, x.shape[2]), 0.2)),
     "a number of numpy": lambda: gpt2(lambda x: torch.tensor(1 + np.random.random(), dtype=x.dtype)),
