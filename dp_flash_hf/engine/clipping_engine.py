@@ -385,6 +385,17 @@ class ClippingEngine:
         with training_mode(self.model, False), self.without_microbatching():
             self_check(self._try, checked, self._shards, max_grad_norm=self.max_grad_norm, tolerance=tolerance)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within the context `.grad` is empty; afterwards it, sums, `norms` and `dropped_units` are what they were before."""
+        norms, dropped = self._clipper.norms, self._clipper.dropped_units
+        try:
+            with self._buffer.afresh():
+                yield
+        finally:
+            self._clipper.set_norms(norms)
+            self._clipper.recount_from(dropped)
+
     def detach(self) -> None:
         """Give the model back as it was, bit for bit, with the classes its modules had; `.grad` stays.
 
@@ -422,15 +433,11 @@ class ClippingEngine:
             return add_in_halves_if_needed(self._add, batch, self._buffer, self._clipper)
 
     def _try(self, batch: PhysicalBatch, unit_by_unit: bool) -> Trial:
-        """Compute a batch and leave nothing behind but `norms`."""
-        dropped = self._clipper.dropped_units
-        try:
-            with self._buffer.afresh(), self._selector.checking(unit_by_unit=unit_by_unit):
-                loss = self._compute(batch).double()
-                unused = [name for p, name in self.parameters.items() if p not in self._strategies.reached]
-                return Trial(loss, self.norms, self.take_sums(), unused)
-        finally:
-            self._clipper.recount_from(dropped)
+        """Compute a batch and leave nothing behind."""
+        with self.aside(), self._selector.checking(unit_by_unit=unit_by_unit):
+            loss = self._compute(batch).double()
+            unused = [name for p, name in self.parameters.items() if p not in self._strategies.reached]
+            return Trial(loss, self.norms, self.take_sums(), unused)
 
     def _add(self, batch: PhysicalBatch) -> Tensor:
         with self._isolated():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,10 @@ class LoopAdapter:
             if self.loss_fn is None:
                 return model_loss(self.model, batch, num_items)
             return self.loss_fn(self.model, batch)
+
+    def without_metrics(self) -> AbstractContextManager[None]:
+        """Nothing: such a loop logs for itself."""
+        return nullcontext()
 
 
 class PrivateLoop:

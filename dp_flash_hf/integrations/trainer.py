@@ -33,8 +33,8 @@ from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training.batches import UNITS, PoissonBatches, WithUnits, steps_per_epoch
 from dp_flash_hf.training.columns import column
 from dp_flash_hf.training.dp_sgd import DPSGD
-from dp_flash_hf.training.preflight import length_of
 from dp_flash_hf.training.session import PrivateTraining, require_finite_weights
+from dp_flash_hf.training.tried_units import length_of
 
 logger = logging.getLogger(__name__)
 
@@ -235,8 +235,7 @@ class DPCallback(TrainerCallback, ExportableState):
         # A compiled model is only known by what wraps it.
         compiled = is_compiled(trainer.model_wrapped)
         self.training.start(trainer.model_wrapped if compiled else trainer.model, kwargs["optimizer"])
-        with trl_trainers.without_metrics(trainer):
-            self.training.check(loader)
+        self.training.check(loader)
 
     def on_pre_optimizer_step(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

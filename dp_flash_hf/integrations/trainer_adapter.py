@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,3 +51,7 @@ class TrainerAdapter:
                 unwrapped(trainer.model_wrapped), trl_trainers.as_collated(trainer, batch), **given
             )
         return loss
+
+    def without_metrics(self) -> AbstractContextManager[None]:
+        """Within the context TRL's trainers note no metrics."""
+        return trl_trainers.without_metrics(self.trainer)

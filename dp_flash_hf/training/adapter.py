@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -42,6 +43,10 @@ class TrainingAdapter(Protocol):
             batch: rows of `to_rows`, all of them or those of some units.
             num_items: scalar, what to divide a sum of label losses by, where the loss takes that; None leaves it to the model.
         """
+        ...
+
+    def without_metrics(self) -> AbstractContextManager[None]:
+        """Within the context the loss notes nothing for the logs: batches are computed that are no part of training."""
         ...
 
 

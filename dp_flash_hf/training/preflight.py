@@ -1,384 +1,315 @@
-"""What is learnt and proved on the user's own data and model before the first step.
+"""What is learnt and proved on the user's own data and model before the first step, and again while training goes on.
 
-Each check computes the same units in two ways that must agree if a unit's gradient depends on that unit alone. Values of four
-units are compared, chosen from all over the data: a check finds what couples units by the way model, loss and collator are
-made, and not what only happens to others of the data. Training itself clips whatever comes; what these checks add is that what
-is clipped is the gradient of one unit.
+Each check computes the same units in two ways that must agree if a unit's gradient depends on that unit alone. A few units are
+compared, chosen to differ in all they hold, and their labels are changed: a check finds what couples units by the way model,
+loss and collator are made, and not what only happens to others of the data. Training itself clips whatever comes; what these
+checks add is that what is clipped is the gradient of one unit.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+import random
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from dp_flash_hf.distributed import accelerators
+from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.layout_probing import training_mode
-from dp_flash_hf.errors import PrivacyError, UnsupportedError
-from dp_flash_hf.mechanisms.fresh_randomness import same_randomness
-from dp_flash_hf.training.adapter import TrainingAdapter, prepared
-from dp_flash_hf.training.batches import units_of, without_trailing_padding
+from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.training.adapter import TrainingAdapter
+from dp_flash_hf.training.batches import without_trailing_padding
+from dp_flash_hf.training.collator_checks import check_collator
 from dp_flash_hf.training.losses import UnitLoss, learn_loss
-from dp_flash_hf.training.unit_reader import Key, UnitReader
-from dp_flash_hf.units import IGNORED, Units, leading_shape, select_items, select_unit, text_starts
+from dp_flash_hf.training.tried_units import LOOKED_AT, choose_units, known_values, length_of, relabelled, spread_units
+from dp_flash_hf.training.unit_checks import check_alone, check_interaction, check_packing, check_training_mode
+from dp_flash_hf.training.unit_reader import UnitReader
+from dp_flash_hf.training.untraced import rounds_within, untraced, without_autocast
+from dp_flash_hf.units import IGNORED, Units, select_unit
 
-_COMPUTED = 4  # units in the preflight's batch, computed as one batch and one by one
-_LOOKED_AT = 64  # units they are chosen from
+_GROUPS = 16  # times that other units are looked at, where those before have no label or no gradient
+_ROUNDS = 32  # of check_interaction before the first step, and of check_collator: at most, and at least a quarter
+_SECONDS = 20.0  # for all rounds of check_interaction
+_LATER = 8  # rounds of a whole check while training
 
 
-def preflight(engine: ClippingEngine, adapter: TrainingAdapter, reader: UnitReader, *, cut_padding: bool) -> UnitLoss:
-    """Learn how the loss divides, and prove isolation and exactness, on units chosen from all over the data.
-
-    In this order: the collator leaves the rows of others alone (`check_collator`); the loss is a mean or a sum over labels,
-    and is made a sum over units (`learn_loss`); each chosen unit has a finite loss; texts of a packed row do not see each other
-    (`check_packing`); gradients of the batch are those of every unit alone (`ClippingEngine.check`); none depends on how far it
-    is padded (`check_alone`); and in training mode none depends on the others either (`check_training_mode`).
-
-    What no check can see: coupling that appears only on other inputs than the ones tried, as of a router that overflows in
-    larger batches; and what the user's code keeps between batches.
-
-    Forward and backward passes run; weights, buffers and `.grad` stay as they were.
+class Checks:
+    """The checks of one training, on other units of its data each time.
 
     Args:
         engine: attached to the model that is trained.
         adapter: of the integration.
         reader: of the training data.
         cut_padding: whether trailing padding will be cut off physical batches, as with `max_tokens`.
-
-    Returns:
-        The loss as a sum over units, for `ClippingEngine.backward`.
-
-    Raises:
-        PrivacyError: units are coupled, or a value is not finite.
-        UnsupportedError: the loss or the batch's layout is none of those known.
     """
-    chosen = choose_units(reader.n_units, reader.first_example)
-    batch, units = reader.batch(chosen)
-    check_collator(reader, reader.keys(chosen))
-    reduced_precision = adapter.reduced_precision or engine.reduces_precision
-    loss = _learnt(engine, adapter, batch, units, chosen, tolerance=1e-2 if reduced_precision else 1e-4)
-    reduced_precision = adapter.reduced_precision or engine.reduces_precision  # known once layers have run
-    tolerance = 0.05 if reduced_precision else 1e-3
-    with_equal_shapes = 1e-3 if reduced_precision else 1e-5  # when there is little rounding to allow for
-    scale = loss.scale(batch, units)
-    if units.kind == "tokens":
-        with engine.eagerly():
-            check_packing(engine.model, loss, batch, units, tolerance=tolerance, with_equal_shapes=with_equal_shapes)
 
-    def alone(number: int) -> dict[str, Any]:
-        own = reader.batch([chosen[number]])[0]
-        return without_trailing_padding(own) if cut_padding else own
+    def __init__(self, engine: ClippingEngine, adapter: TrainingAdapter, reader: UnitReader, *, cut_padding: bool) -> None:
+        self.engine, self.adapter, self.reader, self.cut_padding = engine, adapter, reader, cut_padding
+        self._needs_autocast = False  # known once it was tried without
 
-    with engine.without_microbatching():
-        engine.check(loss, batch, units, scale, tolerance=tolerance)
-        with engine.eagerly():
-            check_alone(engine, loss, batch, units, scale, alone, tolerance=tolerance)
-        check_training_mode(engine, loss, batch, units, scale, tolerance=with_equal_shapes)
-    return loss
+    def before_training(self) -> UnitLoss:
+        """Learn how the loss divides, and prove isolation and exactness, on units chosen from all over the data.
 
+        In this order: the collator leaves the rows of others alone, in its batch and in later ones (`check_collator`); the loss
+        is a mean or a sum over labels, and is made a sum over units (`learn_loss`); each chosen unit has a finite loss, and one
+        of them a label and a gradient; texts of a packed row do not see each other (`check_packing`); gradients of the batch
+        are those of every unit alone, with the labels of the data and with changed ones (`ClippingEngine.check`); none depends
+        on how far it is padded (`check_alone`); in training mode none depends on the others either (`check_training_mode`); and
+        the loss stays a sum over units whatever random numbers it draws (`check_interaction`).
 
-def _learnt(
-    engine: ClippingEngine,
-    adapter: TrainingAdapter,
-    batch: dict[str, Any],
-    units: Units,
-    chosen: Sequence[int],
-    *,
-    tolerance: float,
-) -> UnitLoss:
-    """The loss as a sum over units. Raises PrivacyError where that of one of them is not finite."""
-    model = engine.model
-    with training_mode(model, False), engine.eagerly():  # it tries many shapes, and looks at values only
-        loss = learn_loss(
-            adapter.model_loss,
-            batch,
-            units,
-            n_classes=getattr(getattr(model, "config", None), "num_labels", None),
-            rows_per_example=adapter.rows_per_example,
-            tolerance=tolerance,
-        )
-        with torch.no_grad():
-            for number, unit in enumerate(chosen):
-                if not math.isfinite(alone := float(loss(select_unit(batch, units, number)))):
-                    raise PrivacyError(
-                        f"the loss of unit {unit} (counted from 0) is {alone}: look for NaN among its inputs and labels. "
-                        "While training, a unit without a finite gradient adds zero; repair the data or leave such units out"
-                    )
-    return loss
+        What no check can see: coupling that appears only on other inputs than the ones tried, as of a router that overflows in
+        larger batches; and code that couples units on a condition that the checks do not meet.
 
+        Forward and backward passes run, without a trace; see `untraced`. All ranks try the same units.
 
-def choose_units(n_units: int, example_of: Callable[[int], Any]) -> list[int]:
-    """Up to four units spread over the data, which may be sorted.
+        Returns:
+            The loss as a sum over units, for `ClippingEngine.backward`.
 
-    Of the 64 looked at, the longest and the shortest text come first: between them there is padding to find.
+        Raises:
+            PrivacyError: units are coupled, a value is not finite, or there is nothing to compare.
+            UnsupportedError: the loss or the batch's layout is none of those known.
+        """
+        chance = _secret_chance()
+        with untraced(self.engine, self.adapter):
+            examples = self._looked_at(chance)
+            chosen = choose_units(examples)
+            with Ranks().all_ranks_or_none():  # each has a collator of its own
+                check_collator(self.reader, self.reader.keys(chosen), chance, rounds=_ROUNDS // 2)
+            self._try_without_autocast(chosen)
+            with self._precisely() as precise:
+                loss = self._learnt(chosen, tolerance=1e-4 if precise else 1e-2)
+            chosen = self._with_gradients(loss, examples, chosen, chance)
+            batch, units = self.reader.batch(chosen)
+            if self._lowered:  # as it will be computed, whatever that rounds away
+                self._compare(loss, chosen, [batch], units, chance, precise=False)
+            with self._precisely() as precise:
+                batches = self._with_other_labels(loss, batch, units, examples, chance)
+                self._compare(loss, chosen, batches, units, chance, precise=precise)
+                rounds = rounds_within(_SECONDS, least=_ROUNDS // 4, most=_ROUNDS, late_anywhere=self._anywhere)
+                self._interact(loss, batches, units, chance, rounds, precise=precise)
+        return loss
 
-    Args:
-        n_units: of the whole data.
-        example_of: unit -> its first example.
-    """
-    spread = sorted({unit * n_units // _LOOKED_AT for unit in range(_LOOKED_AT)})
-    lengths = {unit: length_of(example_of(unit)) for unit in spread}
-    longest, shortest = max(spread, key=lengths.__getitem__), min(spread, key=lengths.__getitem__)
-    extremes = [longest, shortest] if lengths[longest] > lengths[shortest] else []
-    evenly = spread[:: max(1, len(spread) // _COMPUTED)]
-    return list(dict.fromkeys([*extremes, *evenly]))[:_COMPUTED]
+    def again(self, loss: UnitLoss) -> None:
+        """Repeat the checks on other units, chosen again; how the loss divides stays what was learnt.
 
+        Where numbers are coarser than float32, only batches of equal shapes are compared, whose rounding is equal too.
 
-def length_of(example: Any) -> int:
-    """Tokens of an example: of its longest field, if it has several (a chosen and a rejected answer, say)."""
-    sequences = [
-        field
-        for field in (example.values() if isinstance(example, Mapping) else ())
-        if (isinstance(field, (Tensor, np.ndarray)) and field.ndim == 1)
-        or (isinstance(field, list) and len(field) > 0 and isinstance(field[0], int))
-    ]
-    return max(map(len, sequences), default=0)
+        Args:
+            loss: of `before_training`.
 
+        Raises:
+            PrivacyError: units are coupled.
+        """
+        chance = _secret_chance()
+        with untraced(self.engine, self.adapter), self._precisely() as precise:
+            examples = self._looked_at(chance, most=2 * _LATER)
+            chosen = choose_units(examples)
+            with Ranks().all_ranks_or_none():
+                check_collator(self.reader, self.reader.keys(chosen), chance, rounds=_LATER // 2)
+            batch, units = self.reader.batch(chosen)
+            if units.n < 2 or not bool(loss.scale(batch, units).any()):
+                return
+            batches = self._with_other_labels(loss, batch, units, examples, chance)
+            if precise:
+                self._compare(loss, chosen, batches[:2], units, chance, precise=True, later=True)
+            self._interact(loss, batches, units, chance, iter(range(_LATER)), precise=precise)
 
-def check_collator(reader: UnitReader, keys: Sequence[Key]) -> None:
-    """Raise PrivacyError where the collator lets one example change the rows of others, as mixup and packing do.
+    def glance(self, loss: UnitLoss) -> None:
+        """The smallest check of all, of four random units: two rounds of `check_collator` and of `check_interaction`.
 
-    The last example is exchanged for each of the others in turn, with random numbers repeated, and nothing but its own rows may
-    change. The longest one is among them, so that padding stays. Rows whose shape changes with the exchange are not compared:
-    `check_alone` is about lengths. What a collator does only rarely, it may not do here.
+        Args, Raises: as `again`.
+        """
+        chance = _secret_chance()
+        with untraced(self.engine, self.adapter), self._precisely() as precise:
+            examples = self._looked_at(chance, most=4)
+            chosen = choose_units(examples)
+            with Ranks().all_ranks_or_none():
+                check_collator(self.reader, self.reader.keys(chosen), chance, rounds=1)
+            batch, units = self.reader.batch(chosen)
+            if units.n >= 2 and bool(loss.scale(batch, units).any()):
+                batches = self._with_other_labels(loss, batch, units, examples, chance)
+                self._interact(loss, batches, units, chance, iter(range(2)), precise=precise)
 
-    Args:
-        reader: of the training data.
-        keys: of the examples of one batch; fewer than two are nothing to compare.
-    """
-    if len(keys) < 2:
-        return
-    examples = reader.examples(keys)
-    *others, (_, unit) = examples
-    batches = []
-    for last in (*(example for example, _ in others), examples[-1][0]):
-        collate = _copy_of(reader.collate)
-        with same_randomness(collate):
-            collated = collate([*copy.deepcopy(others), (copy.deepcopy(last), unit)])
-            batches.append(prepared(reader.adapter, collated)[0])
-    rows_per_example = reader.adapter.rows_per_example
-    *exchanged, whole = (_of_others(batch, len(keys), rows_per_example) for batch in batches)
-    for name, value in whole.items():
-        for other in exchanged:
-            if name in other and other[name].shape == value.shape and not torch.equal(other[name], value):
-                raise PrivacyError(
-                    f"the collator mixes examples: {name!r} of the others changes with the last one, so a unit would reach "
-                    "more than its own rows; mix and sort nothing in the collator, nor in _prepare_inputs"
-                )
+    # What is tried.
 
+    def longest_unit(self) -> int:
+        """One that stands for the longest: that of 64 from all over the data."""
+        lengths = {unit: length_of(example) for unit, example in self._looked_at(_secret_chance()).items()}
+        return max(lengths, key=lengths.__getitem__)
 
-def _of_others(batch: Mapping[str, Any], n_examples: int, rows_per_example: int) -> dict[str, Tensor]:
-    """What a collated batch holds of all its examples but the last."""
-    units = units_of(batch, torch.arange(n_examples), rows_per_example)
-    kept = units.of_item != n_examples - 1
-    out = {}
-    for name, value in batch.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            continue
-        if units.kind == "tokens" and tuple(value.shape[:2]) == units.shape:
-            out[name] = value.flatten(0, 1)[kept]
-        elif units.kind == "rows" and len(value) == units.n_items:
-            out[name] = value[kept]
-    return out
+    def _looked_at(self, chance: random.Random, most: int = LOOKED_AT) -> dict[int, Any]:
+        return {unit: self.reader.first_example(unit) for unit in spread_units(self.reader.n_units, chance, most)}
 
+    def _with_gradients(self, loss: UnitLoss, examples: dict[int, Any], chosen: list[int], chance: random.Random) -> list[int]:
+        """These units, or others, of which one has a label and a gradient: where all are zero, nothing is compared.
 
-def _copy_of(collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """So that a collator with random numbers of its own draws the same ones again, where it can be copied."""
-    try:
-        return copy.deepcopy(collate)
-    except Exception:
-        return collate
-
-
-def check_packing(
-    model: Any, loss: UnitLoss, batch: dict[str, Any], units: Units, *, tolerance: float, with_equal_shapes: float
-) -> None:
-    """Raise PrivacyError where the texts of a packed row see each other.
-
-    Every unit's loss is taken where it stands, with the labels of all others ignored, then by itself, and among copies of its
-    tokens, which leaves the shapes equal and little rounding to allow for. Attention that crosses from text to text changes one
-    of them. Losses only are compared: `ClippingEngine.check` compares gradients.
-
-    Args:
-        model: in any mode; it is computed in evaluation mode.
-        loss: a sum over units.
-        batch: one packed row, with a label for every token.
-        units: of its tokens.
-        tolerance: relative, for a unit by itself.
-        with_equal_shapes: relative, for a unit among its copies.
-
-    Raises:
-        PrivacyError: a loss differs.
-        UnsupportedError: the batch has no label for every token.
-    """
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or tuple(labels.shape) != units.shape:
-        raise UnsupportedError("a flattened batch without a label for every token: its texts' losses cannot be separated")
-    with training_mode(model, False), torch.no_grad():
-        for unit in range(units.n):
-            own = (units.of_item == unit).view(units.shape).to(labels.device)
-            within = {**batch, "labels": labels.masked_fill(~own, IGNORED)}
-            among_others = float(loss(within))
-            for company, other, allowed in (
-                ("alone", select_unit(batch, units, unit), tolerance),
-                ("among copies of itself", _among_copies(within, units, unit), with_equal_shapes),
-            ):
-                found = float(loss(other))
-                if not abs(among_others - found) <= allowed * max(abs(found), 1e-3):
-                    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-                    raise PrivacyError(
-                        f"the texts of a flattened batch see each other: one has loss {among_others:.6g} among others and "
-                        f"{found:.6g} {company} (attention is {attention!r}); load the model with "
-                        "attn_implementation='dp_flash', which keeps them apart, and let the collator return position_ids, or "
-                        "use a collator that pads"
-                    )
-
-
-def check_alone(
-    engine: ClippingEngine,
-    loss: UnitLoss,
-    batch: dict[str, Any],
-    units: Units,
-    scale: Tensor,
-    alone: Callable[[int], dict[str, Any]],
-    *,
-    tolerance: float,
-) -> None:
-    """Raise PrivacyError where a unit's gradient depends on its padding, and so on the longest text of its batch.
-
-    Each unit's rows are cut to the length they have by themselves, on the side where they are padded, and must keep their
-    gradient norm. So must a text that is taken out of its packed row and given to the model as an ordinary one, or numbered as
-    by itself. Computed in evaluation mode; rows that are as long by themselves have nothing to compare.
-
-    Args:
-        engine: attached to the model; `.grad` is emptied.
-        loss: a sum over units.
-        batch: of all units.
-        units: of its rows or tokens.
-        scale: float32 (units,), the factor of each unit's loss.
-        alone: unit -> what the collator makes of it by itself; only shapes and position ids are used: what it masks
-            may be random.
-        tolerance: relative difference of norms.
-    """
-    with training_mode(engine.model, False):
-        engine.backward(loss, batch, units, scale)
-        norms = engine.norms
-        engine.model.zero_grad()
-        for unit in range(units.n):
-            own = select_unit(batch, units, unit)
-            by_itself = alone(unit)
-            if units.kind == "tokens":
-                single: dict[str, Any] | None = _unpacked(own, by_itself)
-            else:
-                single = _cut_to(own, by_itself, _padded_on_the_left(batch))
-            if single is None:
-                continue
-            shape = leading_shape(single)
-            engine.backward(loss, single, Units.of(torch.zeros(shape[0], dtype=torch.long), shape))
-            norm = float(engine.norms[0]) * float(scale[unit])
-            engine.model.zero_grad()
-            if not abs(norm - float(norms[unit])) <= tolerance * max(norm, 1e-12):
-                raise PrivacyError(
-                    f"a unit's gradient norm is {norm:.6g} alone and {float(norms[unit]):.6g} "
-                    + (
-                        "flattened with others; let the collator number every text's position_ids from its own start, as the "
-                        "model does by itself (RoBERTa and its kin begin at pad_token_id + 1: DataCollatorWithFlattening("
-                        "position_ids_start=2)), or use one that pads"
-                        if units.kind == "tokens"
-                        else "padded to the longest of its batch, so it depends on the others' lengths; pad on the right "
-                        "(tokenizer.padding_side), or pad every row to one length (padding='max_length')"
-                        + ", without max_tokens, which cuts it off again"
-                    )
-                )
-
-
-def _padded_on_the_left(batch: dict[str, Any]) -> bool:
-    mask = batch.get("attention_mask")
-    return isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any())
-
-
-def _cut_to(own: dict[str, Any], shapes: Mapping[str, Any], on_the_left: bool) -> dict[str, Any] | None:
-    """One unit's rows as long as `shapes` has them; None where they are so already."""
-
-    def cut(whole: Tensor, part: Any) -> Tensor:
-        if not isinstance(part, Tensor) or whole.dim() < 2 or part.shape[2:] != whole.shape[2:]:
-            return whole
-        length = part.shape[1]
-        if length >= whole.shape[1]:
-            return whole
-        return (whole[:, -length:] if on_the_left else whole[:, :length]).contiguous()
-
-    short = {name: cut(value, shapes.get(name)) if isinstance(value, Tensor) else value for name, value in own.items()}
-    return None if all(value is own[name] for name, value in short.items()) else short
-
-
-def _unpacked(own: dict[str, Any], by_itself: Mapping[str, Any]) -> dict[str, Any]:
-    """One unit's part of a packed row, numbered as by itself; an ordinary row if it is one text that models number so."""
-    starts, positions = text_starts(own), by_itself.get("position_ids")
-    renumbered = own if positions is None else {**own, "position_ids": positions}
-    counts_from_0 = positions is None or bool((positions.cpu() == torch.arange(positions.shape[-1])).all())
-    if (starts is not None and int(starts.sum()) > 1) or not counts_from_0:
-        return renumbered
-    packing = ("position_ids", "seq_idx", "cu_seq_lens", "max_length")
-    return {name: value for name, value in renumbered.items() if not name.startswith(packing)}
-
-
-def check_training_mode(
-    engine: ClippingEngine, loss: UnitLoss, batch: dict[str, Any], units: Units, scale: Tensor, *, tolerance: float
-) -> None:
-    """Raise PrivacyError where, in training mode, units see each other or the data change a buffer: batch statistics do both.
-
-    Every unit must keep its gradient norm when all other rows, or texts of a packed row, become copies of its own, with the
-    random numbers of dropout repeated. Buffers are put back. A layer that couples units without changing any norm, by their
-    order, say, is not seen here; `ClippingEngine.check` compares sums as well.
-
-    Args:
-        engine: attached to the model; `.grad` is emptied.
-        loss: a sum over units.
-        batch: of all units.
-        units: of its rows or tokens.
-        scale: float32 (units,), the factor of each unit's loss.
-        tolerance: relative difference of norms.
-    """
-    buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
-
-    def norms_of(chosen: dict[str, Any]) -> Tensor:
-        with training_mode(engine.model, True), same_randomness(engine.model, accelerators(engine.parameters)):
-            engine.backward(loss, chosen, units, scale)
-        engine.model.zero_grad()
-        return engine.norms.double()
-
-    try:
-        among_others = norms_of(batch)
-        among_copies = [norms_of(_among_copies(batch, units, unit))[unit] for unit in range(units.n)]
-        changed = [name for name, buffer in engine.model.named_buffers() if not torch.equal(buffer, buffers[name])]
-    finally:
-        for name, buffer in engine.model.named_buffers():
-            buffer.copy_(buffers[name])
-    if changed:
-        raise PrivacyError(
-            f"training changes the buffers {changed[:8]}, without noise; freeze these statistics or replace their layers"
-        )
-    for before, after in zip(among_others.tolist(), among_copies, strict=True):
-        if not abs(before - float(after)) <= tolerance * max(before, 1e-12):
+        A hinge may be zero for all labels that the data hold, so a gradient with another label will do.
+        """
+        labelled = looked_at = 0
+        for _ in range(_GROUPS):
+            looked_at += len(chosen)  # those collated
+            batch, units = self.reader.batch(chosen)
+            scale = loss.scale(batch, units)
+            if bool(scale.any()):
+                labelled += int((scale > 0).sum())
+                for tried in (batch, *self._with_other_labels(loss, batch, units, examples, chance)[1:]):
+                    with training_mode(self.engine.model, False), self.engine.without_microbatching(), self.engine.eagerly():
+                        self.engine.backward(loss, tried, units, scale)
+                        self.engine.model.zero_grad()
+                    if bool((self.engine.norms > 0).any()):
+                        return chosen
+            examples = self._looked_at(chance)
+            chosen = choose_units(examples)
+        if not labelled:
             raise PrivacyError(
-                f"in training mode a unit's gradient norm changes from {before:.6g} to {float(after):.6g} with the other units "
-                "of its batch; look for batch statistics"
+                f"none of {looked_at} units looked at, from all over the data, has a label (all are {IGNORED}): steps would "
+                "spend budget on nothing. Look at what the collator makes of labels, at prompts that are masked, and at where "
+                "texts are cut"
             )
+        raise PrivacyError(
+            f"none of {looked_at} units tried has a gradient, whatever its label: there is nothing to compare. Either the "
+            "loss compares rows (a ranking, a margin, a correlation), and couples them, or it does not depend on what is "
+            "trained. Use a loss that is a sum over rows"
+        )
+
+    def _with_other_labels(
+        self, loss: UnitLoss, batch: dict[str, Any], units: Units, examples: dict[int, Any], chance: random.Random
+    ) -> list[dict[str, Any]]:
+        """The batch, and behind it the same with labels that its loss can be taken of."""
+        n_classes = getattr(getattr(self.engine.model, "config", None), "num_labels", None)
+        changed = relabelled(batch, units, known_values(examples.values()), n_classes, chance)
+        return [batch, *(other for other in changed if self._takes(loss, other))]
+
+    def _takes(self, loss: UnitLoss, batch: dict[str, Any]) -> bool:
+        with training_mode(self.engine.model, False), self.engine.eagerly(), torch.no_grad():
+            try:
+                return math.isfinite(float(loss(batch)))
+            except (ValueError, IndexError, RuntimeError):  # a label that is none
+                return False
+
+    def some_batch(self) -> tuple[dict[str, Any], Units]:
+        """A batch of units that differ, as the checks would try."""
+        return self.reader.batch(choose_units(self._looked_at(_secret_chance())))
+
+    # In which precision.
+
+    @property
+    def _lowered(self) -> bool:
+        """Whether training computes with less than float32 somewhere, as far as is known."""
+        return self.adapter.reduced_precision or self.engine.reduces_precision
+
+    @contextmanager
+    def _precisely(self) -> Iterator[bool]:
+        """Within the context numbers are float32 or finer, if that can be: it yields whether they are."""
+        if not self._lowered:
+            yield True
+        elif self._needs_autocast or any(p.dtype.itemsize < 4 for p in self.engine.model.parameters()):
+            yield False
+        else:
+            with self.engine.eagerly(), without_autocast(self.engine):
+                yield True
+
+    def _try_without_autocast(self, chosen: Sequence[int]) -> None:
+        """Some kernels take bfloat16 only, and what is computed again in backward is autocast whatever is said here."""
+        batch, _ = self.reader.batch(chosen)
+        with self._precisely() as precise:
+            if not precise or not self._lowered:
+                return
+            try:
+                with training_mode(self.engine.model, False):
+                    loss = self.adapter.model_loss(batch, None)
+                    if not self.engine.sharded:
+                        torch.autograd.grad(loss, list(self.engine.parameters), allow_unused=True)
+            except (TypeError, ValueError, RuntimeError):
+                self._needs_autocast = True
+
+    def _with_equal_shapes(self, precise: bool) -> float:
+        """A tolerance where there is little rounding to allow for."""
+        return 1e-5 if precise else 1e-3
+
+    def _anywhere(self, late: bool) -> bool:
+        return Ranks().any(late) if self.engine.sharded else late
+
+    # How it is compared.
+
+    def _learnt(self, chosen: Sequence[int], *, tolerance: float) -> UnitLoss:
+        """The loss as a sum over units. Raises PrivacyError where that of one of them is not finite."""
+        model = self.engine.model
+        batch, units = self.reader.batch(chosen)
+        with training_mode(model, False), self.engine.eagerly():  # it tries many shapes, and looks at values only
+            loss = learn_loss(
+                self.adapter.model_loss,
+                batch,
+                units,
+                n_classes=getattr(getattr(model, "config", None), "num_labels", None),
+                rows_per_example=self.adapter.rows_per_example,
+                tolerance=tolerance,
+            )
+            with torch.no_grad():
+                for number, unit in enumerate(chosen):
+                    if not math.isfinite(alone := float(loss(select_unit(batch, units, number)))):
+                        raise PrivacyError(
+                            f"the loss of unit {unit} (counted from 0) is {alone}: look for NaN among its inputs and labels; "
+                            "a loss that compares rows may have none of one row. While training, a unit without a finite "
+                            "gradient adds zero; repair the data or leave such units out"
+                        )
+        return loss
+
+    def _compare(
+        self,
+        loss: UnitLoss,
+        chosen: Sequence[int],
+        batches: Sequence[dict[str, Any]],
+        units: Units,
+        chance: random.Random,
+        *,
+        precise: bool,
+        later: bool = False,
+    ) -> None:
+        """Losses, norms and sums of the batches against those of every unit by itself."""
+        engine, batch = self.engine, batches[0]
+        # While training, gradients shrink, and rounding does not.
+        tolerance = (1e-3 if precise else 0.05) * (10 if later else 1)
+        scale = loss.scale(batch, units)
+        if units.kind == "tokens":
+            with engine.eagerly():
+                check_packing(
+                    engine.model, loss, batch, units, tolerance=tolerance, with_equal_shapes=self._with_equal_shapes(precise)
+                )
+
+        def alone(number: int) -> dict[str, Any]:
+            own = self.reader.batch([chosen[number]])[0]
+            return without_trailing_padding(own) if self.cut_padding else own
+
+        with engine.without_microbatching():
+            for other in batches:
+                engine.check(loss, other, units, loss.scale(other, units), tolerance=tolerance)
+            with engine.eagerly():
+                check_alone(engine, loss, batch, units, scale, alone, tolerance=tolerance)
+            if not (precise and self._lowered):  # what checkpointing computes again is autocast as it was before
+                check_training_mode(engine, loss, batch, units, scale, chance, tolerance=self._with_equal_shapes(precise))
+
+    def _interact(
+        self,
+        loss: UnitLoss,
+        batches: Sequence[dict[str, Any]],
+        units: Units,
+        chance: random.Random,
+        rounds: Iterator[int],
+        *,
+        precise: bool,
+    ) -> None:
+        engine = self.engine
+        if units.n < 2 or engine.uncovered or engine.strategy == "microbatch":
+            return  # every unit is computed by itself, and sees no other
+        with engine.eagerly():
+            check_interaction(engine, loss, batches, units, chance, rounds, tolerance=self._with_equal_shapes(precise))
 
 
-def _among_copies(batch: dict[str, Any], units: Units, unit: int) -> dict[str, Any]:
-    """The batch with copies of one unit's rows in place of all others; in a packed row, of its tokens in others' texts."""
-    own, others = units.items(unit), units.of_item != unit
-    items = torch.arange(units.n_items)
-    items[others] = own[torch.arange(int(others.sum())) % len(own)]
-    if units.kind == "rows":
-        return select_items(batch, units, items)
-    ids = batch["input_ids"]
-    return {**batch, "input_ids": ids.flatten()[items.to(ids.device)].view(ids.shape)}
+def _secret_chance() -> random.Random:
+    """Which units are tried, and under which random numbers: the same on all ranks, known to nobody beforehand."""
+    return random.Random(Ranks().shared(secrets.randbits(128)))

@@ -42,7 +42,8 @@ from dp_flash_hf.training.batches import (
 from dp_flash_hf.training.columns import column, column_names
 from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.losses import UnitLoss
-from dp_flash_hf.training.preflight import choose_units, preflight
+from dp_flash_hf.training.preflight import Checks
+from dp_flash_hf.training.recheck import Rechecks
 from dp_flash_hf.training.refusals import refuse_data
 from dp_flash_hf.training.shared_numbers import shares_random_numbers
 from dp_flash_hf.training.unit_reader import UnitReader
@@ -121,6 +122,7 @@ class PrivateTraining:
         self._one_by_one = False  # whether no two units may share a physical batch
         self._own_generators: list[Generator] = []  # of the model
         self._parts = (0, 0)  # the step that parts are added to, and how many were begun
+        self._rechecks: Rechecks | None = None
         self._moments = 0  # values of optimizer state for each trained one
         self._one_unit: tuple[dict[str, Any], Units] = ({}, Units.rows(0))  # for ranks that have none left
         logger.info(
@@ -222,7 +224,7 @@ class PrivateTraining:
         """
         if self.engine is not None:
             self.engine.detach()
-        self._loss = None
+        self._loss = self._rechecks = None
         self._require_same_data()
         if Ranks().size > 1 and is_compiled(model):
             raise UnsupportedError("torch.compile on several processes is not supported; leave it off, or use one process")
@@ -283,14 +285,16 @@ class PrivateTraining:
             max_examples_per_unit=self.config.max_examples_per_unit,
             n_units=self.n_units,
         )
+        checks = Checks(engine, self.adapter, reader, cut_padding=self.max_tokens is not None)
         if self.strategy == "auto":
-            self._choose_strategy(engine, reader)
-        loss = preflight(engine, self.adapter, reader, cut_padding=self.max_tokens is not None)
+            self._choose_strategy(engine, *reader.batch([checks.longest_unit()]))
+        with Ranks().all_ranks_or_none():
+            loss = checks.before_training()
         self._one_by_one = Ranks().any(
             shares_random_numbers(
                 engine,
                 loss,
-                *reader.batch(choose_units(reader.n_units, reader.first_example)),
+                *checks.some_batch(),
                 tolerance=1e-3 if self.adapter.reduced_precision or engine.reduces_precision else 1e-5,
             )
         )
@@ -303,13 +307,14 @@ class PrivateTraining:
         engine.withhold_sums()  # nothing of the checks stays
         if engine.sharded:
             self._one_unit = reader.batch([0])
+        self._rechecks = Rechecks(checks, loss, self.mechanism.account)
         return loss
 
-    def _choose_strategy(self, engine: ClippingEngine, reader: UnitReader) -> None:
-        longest = choose_units(reader.n_units, reader.first_example)[0]
+    def _choose_strategy(self, engine: ClippingEngine, batch: dict[str, Any], units: Units) -> None:
         strategy, because = choose_by_memory(
             engine,
-            *reader.batch([longest]),
+            batch,
+            units,
             loss_fn=model_loss,
             max_rows=self.max_examples * self.adapter.rows_per_example,
             max_tokens=self.max_tokens,
@@ -332,8 +337,9 @@ class PrivateTraining:
             PrivacyError: training has diverged, or `check` has not passed.
         """
         engine = self._started()
-        if self._loss is None:
+        if self._loss is None or self._rechecks is None:
             raise PrivacyError("a step before check(): how the loss divides is not known")
+        self._rechecks.before_step()
         step = self.mechanism.account.taken
         part = self._parts[1] if self._parts[0] == step else 0
         self._parts = (step, part + 1)

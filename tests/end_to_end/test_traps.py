@@ -226,7 +226,7 @@ def test_6_4_physical_batches_hold_each_drawn_unit_once(
     for row, example in enumerate(data):
         example["input_ids"] = [3 + row] * 3
     trainer = trainer_for("gpt2", tmp_path, data, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    for check in ("check_training_mode", "check_alone"):
+    for check in ("check_training_mode", "check_alone", "check_interaction"):
         monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
     dp = attached(trainer)
     monkeypatch.setattr(ClippingEngine, "backward", recorded)

@@ -435,7 +435,7 @@ def test_what_couples_units_is_found_before_the_first_step(monkeypatch: pytest.M
     assert private.report().steps == 0
     private.stop()
     monkeypatch.setattr(ClippingEngine, "check", lambda *args, **kwargs: None)
-    for check in ("check_training_mode", "check_alone"):
+    for check in ("check_training_mode", "check_alone", "check_interaction"):
         monkeypatch.setattr(f"dp_flash_hf.training.preflight.{check}", lambda *args, **kwargs: None)
     private, _, optimizer = loop(model)
     assert run(private, optimizer) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import tempfile
 import time
@@ -20,7 +21,7 @@ from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.layout_probing import training_mode
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.training.losses import UnitLoss, learn_loss
-from dp_flash_hf.training.preflight import check_alone, check_training_mode
+from dp_flash_hf.training.unit_checks import check_alone, check_training_mode
 from dp_flash_hf.units import Units
 from tests.support.models import Batch
 from tests.support.oracle import clipped_sum, grads, total_norm, unit_gradients
@@ -157,7 +158,7 @@ class _Candidate:
             engine.check(loss, batch, self.units, self.scale, tolerance=1e-3)
             alone = partial(self.specimen.alone, cut=not one_length)
             check_alone(engine, loss, batch, self.units, self.scale, alone, tolerance=1e-3)
-            check_training_mode(engine, loss, batch, self.units, self.scale, tolerance=1e-5)
+            check_training_mode(engine, loss, batch, self.units, self.scale, random.Random(0), tolerance=1e-5)
         except _REFUSALS as error:
             return str(error)
         return ""

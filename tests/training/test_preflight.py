@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dp_flash_hf.integrations.trainer import DPCallback
 from dp_flash_hf.layers import cost_model
 from dp_flash_hf.training import preflight as preflight_module
 from dp_flash_hf.training.losses import UnitLoss
-from dp_flash_hf.training.preflight import choose_units
+from dp_flash_hf.training.tried_units import choose_units, spread_units
 from tests.support.models import tiny
 from tests.support.oracle import apart, total_norm
 from tests.support.trainers import Pad, attached, config, draws, texts, trainer_for, watch, without_dropout
@@ -58,7 +59,7 @@ def test_would_fail_with_the_models_own_mean_and_preflight_sees_it(
     with pytest.raises(PrivacyError, match="couples units"):
         coupling(name, tmp_path, monkeypatch)
     monkeypatch.setattr(ClippingEngine, "check", lambda *args, **kwargs: None)
-    for check in ("check_training_mode", "check_alone"):
+    for check in ("check_training_mode", "check_alone", "check_interaction"):
         monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
     assert coupling(name, tmp_path, monkeypatch) > 0.1
 
@@ -146,7 +147,7 @@ def test_refuses_layers_that_couple_units(module: MeanOfRows, tmp_path: Path) ->
 @pytest.mark.parametrize("module", COUPLED, ids=lambda module: f"{type(module).__name__} {module.strength}")
 def test_would_train_such_layers_without_preflight(module: MeanOfRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ClippingEngine, "check", lambda *args, **kwargs: None)
-    for check in ("check_training_mode", "check_alone"):
+    for check in ("check_training_mode", "check_alone", "check_interaction"):
         monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
     trainer = trainer_for(built_in(module), tmp_path)
     dp = attached(trainer)
@@ -232,12 +233,16 @@ def test_refuses_padding_that_units_feel(name: str, side: str, tmp_path: Path, m
 
 
 def test_looks_at_data_from_beginning_to_end() -> None:
-    chosen = choose_units(1000, lambda unit: {"input_ids": [0] * 9})
+    chance = random.Random()
+    spread = spread_units(1000, chance)
+    assert len(spread) == 64
+    assert all(stretch * 1000 // 64 <= unit < (stretch + 1) * 1000 // 64 for stretch, unit in enumerate(spread))
+    chosen = choose_units({unit: {"input_ids": [0] * 9} for unit in spread})
     assert len(set(chosen)) == 4
     assert max(chosen) - min(chosen) > 500
-    assert choose_units(2, lambda unit: {}) == [0, 1]
-    longest, shortest, *_ = choose_units(1000, lambda unit: {"input_ids": [0] * unit})
-    assert (longest, shortest) == (984, 0)
+    assert choose_units({unit: {} for unit in spread_units(2, chance)}) == [0, 1]
+    longest, shortest, *_ = choose_units({unit: {"input_ids": [0] * unit} for unit in spread})
+    assert (longest, shortest) == (max(spread), min(spread))
 
 
 def test_random_masking_is_no_mixing(tmp_path: Path) -> None:

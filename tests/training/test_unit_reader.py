@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ class Adapter:
 
     def model_loss(self, batch: dict[str, Any], num_items: Tensor | None) -> Tensor:
         return torch.as_tensor(batch["input_ids"]).float().sum()
+
+    def without_metrics(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def reader(unit: str | None = None, most: int | None = None) -> UnitReader:
