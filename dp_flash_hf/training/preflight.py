@@ -111,7 +111,7 @@ class Checks:
             with Ranks().all_ranks_or_none():
                 check_collator(self.reader, self.reader.keys(chosen), chance, rounds=_LATER // 2)
             batch, units = self.reader.batch(chosen)
-            if units.n < 2 or not bool(loss.scale(batch, units).any()):
+            if not self._comparable(loss, batch, units):
                 return
             batches = self._with_other_labels(loss, batch, units, examples, chance)
             if precise:
@@ -130,7 +130,7 @@ class Checks:
             with Ranks().all_ranks_or_none():
                 check_collator(self.reader, self.reader.keys(chosen), chance, rounds=1)
             batch, units = self.reader.batch(chosen)
-            if units.n >= 2 and bool(loss.scale(batch, units).any()):
+            if self._comparable(loss, batch, units):
                 batches = self._with_other_labels(loss, batch, units, examples, chance)
                 self._interact(loss, batches, units, chance, iter(range(2)), precise=precise)
 
@@ -183,6 +183,10 @@ class Checks:
         n_classes = getattr(getattr(self.engine.model, "config", None), "num_labels", None)
         changed = relabelled(batch, units, known_values(examples.values()), n_classes, chance)
         return [batch, *(other for other in changed if self._takes(loss, other))]
+
+    def _comparable(self, loss: UnitLoss, batch: dict[str, Any], units: Units) -> bool:
+        """Whether other units than those of the first checks can be compared: of NaN or without labels, they add zero."""
+        return units.n > 1 and bool(loss.scale(batch, units).any()) and self._takes(loss, batch)
 
     def _takes(self, loss: UnitLoss, batch: dict[str, Any]) -> bool:
         with training_mode(self.engine.model, False), self.engine.eagerly(), torch.no_grad():
