@@ -82,6 +82,7 @@ class Checks:
             self._try_without_autocast(chosen)
             with self._precisely() as precise:
                 loss = self._learnt(chosen, tolerance=1e-4 if precise else 1e-2)
+                self._require_packing(loss, chosen, tolerance=1e-3 if precise else 0.05, precise=precise)
             chosen = self._with_gradients(loss, examples, chosen, chance)
             batch, units = self.reader.batch(chosen)
             if self._lowered:  # as it will be computed, whatever that rounds away
@@ -114,6 +115,7 @@ class Checks:
             if not self._comparable(loss, batch, units):
                 return
             batches = self._with_other_labels(loss, batch, units, examples, chance)
+            self._require_packing(loss, chosen, tolerance=0.01 if precise else 0.05, precise=precise)
             if precise:
                 self._compare(loss, chosen, batches[:2], units, chance, precise=True, later=True)
             self._interact(loss, batches, units, chance, iter(range(_LATER)), precise=precise)
@@ -263,6 +265,13 @@ class Checks:
                         )
         return loss
 
+    def _require_packing(self, loss: UnitLoss, chosen: Sequence[int], *, tolerance: float, precise: bool) -> None:
+        batch, units = self.reader.batch(chosen)
+        if units.kind == "tokens":
+            exactly = self._with_equal_shapes(precise)
+            with self.engine.eagerly():
+                check_packing(self.engine.model, loss, batch, units, tolerance=tolerance, with_equal_shapes=exactly)
+
     def _compare(
         self,
         loss: UnitLoss,
@@ -279,11 +288,6 @@ class Checks:
         # While training, gradients shrink, and rounding does not.
         tolerance = (1e-3 if precise else 0.05) * (10 if later else 1)
         scale = loss.scale(batch, units)
-        if units.kind == "tokens":
-            with engine.eagerly():
-                check_packing(
-                    engine.model, loss, batch, units, tolerance=tolerance, with_equal_shapes=self._with_equal_shapes(precise)
-                )
 
         def alone(number: int) -> dict[str, Any]:
             own = self.reader.batch([chosen[number]])[0]
