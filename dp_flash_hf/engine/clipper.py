@@ -74,8 +74,17 @@ class Clipper:
         self.norms = norms
 
     def recount_from(self, dropped_units: int) -> None:
-        """A batch is computed again, or was computed for a check: the count is what it was before."""
+        """A batch is computed again: the count is what it was before."""
         self.dropped_units = dropped_units
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within the context batches are computed for a check; afterwards norms and the count are what they were before."""
+        norms, dropped = self.norms, self.dropped_units
+        try:
+            yield
+        finally:
+            self.norms, self.dropped_units = norms, dropped
 
     @contextmanager
     def adding_nothing(self) -> Iterator[None]:

@@ -388,13 +388,8 @@ class ClippingEngine:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Within the context `.grad` is empty; afterwards it, sums, `norms` and `dropped_units` are what they were before."""
-        norms, dropped = self._clipper.norms, self._clipper.dropped_units
-        try:
-            with self._buffer.afresh():
-                yield
-        finally:
-            self._clipper.set_norms(norms)
-            self._clipper.recount_from(dropped)
+        with self._clipper.kept(), self._buffer.afresh():
+            yield
 
     def detach(self) -> None:
         """Give the model back as it was, bit for bit, with the classes its modules had; `.grad` stays.
