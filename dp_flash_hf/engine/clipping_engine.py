@@ -368,13 +368,11 @@ class ClippingEngine:
     ) -> None:
         """Prove on one batch, without dropout, that units do not see each other and that the fast path is exact for this model.
 
-        Every unit is computed alone and compared with its part of the batch: the loss must be the sum of their losses, norms
-        and clipped sum must agree, and the norm of one unit must not move when the others are exchanged. Every trained
-        parameter must have received a gradient. `.grad` and `dropped_units` are left as they were.
+        Losses, norms and clipped sum must be those of the units alone, and the norm of one must not move when the others are
+        exchanged. Every trained parameter must have a gradient. `.grad`, `norms` and `dropped_units` stay as they were.
 
         Args:
-            loss_fn, batch, units, loss_scale, select: as of `backward`; a few units of unequal length say most. On a sharded
-                model all ranks check the same batch.
+            loss_fn, batch, units, loss_scale, select: as of `backward`; all ranks of a sharded model check the same batch.
             tolerance: relative; rounding of the model's dtype is what it must allow for.
 
         Raises:
