@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
-from tests.support.coupled_losses import COUSINS, HONEST, NAMED, Loss, checked, rows
+from dp_flash_hf.training import preflight
+from tests.support.coupled_losses import COUSINS, HONEST, NAMED, Loss, Scores, checked, of_classes, of_pairs_in_a_row, rows
+from tests.support.trainers import attached, texts, trainer_for
 
 SEEDS = range(20)
 
@@ -35,5 +40,59 @@ def test_it_is_refused_also_where_all_rows_that_can_be_looked_at_share_a_label(l
 def test_an_honest_loss_of_every_kind_of_label_is_accepted(loss: Loss) -> None:
     for seed in SEEDS[:3]:
         assert checked(loss, rows(seed), seed=seed).checked
-    assert checked(loss, rows(0, positives=0.0)).checked
+    if loss is not of_pairs_in_a_row:  # which is zero for rows that are apart already, and says nothing of how it divides
+        assert checked(loss, rows(0, positives=0.0)).checked
     assert checked(loss, rows(0, n=2)).checked
+
+
+class RandomMean(nn.Module):
+    """Rows become a little like the mean of their batch, with a probability."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability, self.scores = probability, Scores()
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training and float(torch.rand(())) < self.probability:
+            x = x + 0.1 * x.mean(0)
+        return self.scores(x)
+
+
+@pytest.mark.parametrize("probability", [0.8, 0.4])
+def test_mixing_at_random_is_refused(probability: float) -> None:
+    """One seed, as was tried once, misses it two times in ten, or six."""
+    for seed in range(10):
+        with pytest.raises(PrivacyError, match="training mode"):
+            checked(of_classes, rows(seed), model=RandomMean(probability))
+
+
+def test_how_often_rare_mixing_is_found_is_what_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 - (1 - p)^rounds, within three standard deviations of so many tries."""
+    monkeypatch.setattr(preflight, "check_training_mode", lambda *args, **kwargs: None)
+    monkeypatch.setattr(preflight, "_ROUNDS", 8)
+    tries, found = 30, 0
+    for seed in range(tries):
+        try:
+            checked(of_classes, rows(seed), model=RandomMean(0.1))
+        except PrivacyError:
+            found += 1
+    rate = 1 - 0.9**8
+    assert abs(found / tries - rate) < 3 * (rate * (1 - rate) / tries) ** 0.5
+
+
+def test_data_without_any_label_are_refused(tmp_path: Path) -> None:
+    data = [{**example, "labels": [-100] * len(example["input_ids"])} for example in texts()]
+    dp = attached(trainer := trainer_for("gpt2", tmp_path, data))
+    with pytest.raises(PrivacyError, match="has a label"):
+        trainer.train()
+    assert dp.mechanism.account.steps == 0
+
+
+def test_few_units_with_labels_are_enough(tmp_path: Path) -> None:
+    data = [
+        {**example, "labels": example["labels"] if row == 17 else [-100] * len(example["input_ids"])}
+        for row, example in enumerate(texts())
+    ]
+    dp = attached(trainer := trainer_for("gpt2", tmp_path, data))
+    trainer.train()
+    assert dp.mechanism.account.steps == 2
