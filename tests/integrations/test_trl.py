@@ -367,6 +367,7 @@ PUBLIC = {
     "epoch",
     "step",
     "privacy/epsilon",
+    "privacy/spent_epsilon",
     "train_runtime",
     "train_samples_per_second",
     "train_steps_per_second",
