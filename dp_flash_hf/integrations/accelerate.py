@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,12 +21,11 @@ from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError, invalid
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.reporting.report import PrivacyReport
+from dp_flash_hf.training.draws import DRAW
 from dp_flash_hf.training.refusals import accelerator_refusals, refuse
 from dp_flash_hf.training.session import PrivateTraining, unwrapped
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]
-
-_DRAW = "dp_draw"  # key of a batch, until it is used: which draw it is
 
 
 def make_private(
@@ -199,8 +197,9 @@ class PrivateLoop:
             The mean loss per label, a scalar, which holds no noise: it is not private.
 
         Raises:
-            PrivacyError: with nothing released, for a batch that is not fresh from the loader, before the `optimizer.step()` of
-                the step before, when `.grad` holds anything else, and beyond the planned steps; and where units are coupled.
+            PrivacyError: with nothing released, for a batch that is not fresh from the loader or was changed since, before the
+                `optimizer.step()` of the step before, when `.grad` holds anything else, and beyond the planned steps; and where
+                units are coupled.
             UnsupportedError: the model's loss or the layout of its batches is none of those known.
         """
         self._draws.require_going_on()
@@ -208,7 +207,7 @@ class PrivateLoop:
         mechanism.require_next()
         self._draws.require_waiting(batch)
         try:
-            loss = self._step({name: value for name, value in batch.items() if name != _DRAW})
+            loss = self._step(batch)
         except BaseException:
             if mechanism.released:  # an interrupt: what was released is a step, which can be taken
                 self._draws.use_up(batch)
@@ -246,8 +245,9 @@ class PrivateLoop:
             ValueError: no noise keeps the budget after what was spent.
         """
         self._training.mechanism.load_state_dict(state)
+        self._draws.renumber()
 
-    def _step(self, inputs: dict[str, Any]) -> Tensor:
+    def _step(self, inputs: Mapping[str, Any]) -> Tensor:
         if not self._training.checked:
             _refuse_settings(self._accelerator)  # again: they may have changed
             self._training.check(self._draws.loader())
@@ -272,7 +272,6 @@ class Draws:
         self._training, self._collate_fn, self._num_workers = training, collate_fn, num_workers
         self._waiting: dict[str, Any] | None = None  # the draw that `backward` did not take yet
         self._ended = False  # by an error after which going on would leave a draw out, or ranks out of step
-        self._numbers = itertools.count()
 
     def __len__(self) -> int:
         return self._training.mechanism.account.steps_left
@@ -312,7 +311,8 @@ class Draws:
 
     def require_waiting(self, batch: Mapping[str, Any]) -> None:
         """Raise PrivacyError unless this batch is the draw that waits to be used."""
-        if self._waiting is None or int(batch.get(_DRAW, -1)) != int(self._waiting[_DRAW]):
+        tag = batch.get(DRAW)
+        if self._waiting is None or tag is None or not torch.equal(tag.cpu(), self._waiting[DRAW].cpu()):
             raise PrivacyError(
                 "the batch is not the one that private.loader drew last, or was used before, so its sampling is not what is "
                 "accounted: give backward each batch of private.loader once, in order"
@@ -320,7 +320,7 @@ class Draws:
 
     def use_up(self, batch: MutableMapping[str, Any]) -> None:
         """Take this batch as the step of the draw that waits; neither it nor a copy of it is a draw any more."""
-        del batch[_DRAW]
+        del batch[DRAW]
         self._waiting = None
 
     def end(self) -> None:
@@ -335,8 +335,14 @@ class Draws:
             self.end()  # examples that cannot be read or collated are part of a draw, which would be left out
             raise
         if batch is not None:
-            self._waiting = {**batch, _DRAW: torch.tensor(next(self._numbers))}
+            self._waiting = batch
+            self.renumber()  # draws that were read ahead of a checkpoint that was loaded have numbers of before
         return self._waiting
+
+    def renumber(self) -> None:
+        """The draw that waits, if there is one, is the next to be released."""
+        if self._waiting is not None:
+            self._waiting[DRAW][0] = self._training.mechanism.account.taken
 
 
 def _refuse_settings(accelerator: Accelerator) -> None:

@@ -15,6 +15,7 @@ from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.mechanisms.fresh_randomness import fresh_randomness, own_generators
 from dp_flash_hf.mechanisms.generators import fresh_generator
 from dp_flash_hf.mechanisms.sampling import PoissonSampler, choose_rows
+from dp_flash_hf.training.draws import Part, tagged
 from dp_flash_hf.units import IGNORED, Units, leading_shape, select_items, subset, text_starts
 
 _Made = TypeVar("_Made")
@@ -34,7 +35,7 @@ _BY_TOKEN = {
 
 
 class PoissonBatches(Sampler[list[tuple[int, int]]]):
-    """A torch batch sampler that yields Poisson draws, as lists of (row, unit) keys.
+    """A torch batch sampler that yields Poisson draws, as lists of (row, unit) keys that know their draw.
 
     Each of `steps` is one draw of the sampler, split into exactly `splits` parts, some of which may be empty: also an empty
     draw is a step. Units are numbered from 0 within each part, and never split between two. Between steps draws are
@@ -55,7 +56,8 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
         lengths: int64 (units,), to put units of like length into one part; None leaves them as they were drawn.
         seed: draws that can be repeated, for tests and reproducible experiments: whoever knows it knows who was drawn. None
             draws from the operating system's entropy.
-        first_step: the number of the first draw, so that a seeded training that is resumed goes on with its own draws.
+        first_step: the number of the first draw, which `release` expects; a seeded training that is resumed goes on with its
+            own draws.
     """
 
     def __init__(
@@ -81,12 +83,13 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.steps * self.splits
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[Part]:
         shared = self.ranks.secret()
         for _ in range(self.steps):
             # In one process from the operating system for each draw, so that a fork of it draws others. Ranks cannot be forked.
             secret = self.seed if self.seed is not None else shared if self.ranks.size > 1 else self.ranks.secret()
-            generator = fresh_generator(seed=secret, stream=f"sampling step {self.step}")
+            number = self.step
+            generator = fresh_generator(seed=secret, stream=f"sampling step {number}")
             self.step += 1
             drawn = self.sampler.draw(generator, self.population)
             own = [[unit] for unit in drawn.tolist()]
@@ -95,8 +98,9 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
             drawn, share = drawn[self.ranks.rank :: self.ranks.size], own[self.ranks.rank :: self.ranks.size]
             if self.lengths is not None:  # the sum does not depend on which units are computed with which, but padding does
                 share = [share[place] for place in self.lengths[drawn].argsort().tolist()]
-            for places in self._parts(len(share)):
-                yield [(row, unit) for unit, place in enumerate(places) for row in share[place]]
+            for part, places in enumerate(self._parts(len(share))):
+                keys = ((row, unit) for unit, place in enumerate(places) for row in share[place])
+                yield Part(keys, number, part, self.splits)
 
     def _parts(self, n: int) -> list[list[int]]:
         ends = [n] * (self.splits - 1) if self.in_one_part else self.splits
@@ -104,11 +108,11 @@ class PoissonBatches(Sampler[list[tuple[int, int]]]):
 
 
 class Read(list[tuple[Any, int]]):
-    """Examples as they were read, each with its unit, and the rows that they came from."""
+    """Examples as they were read, each with its unit; the rows that they came from, and of which part of a draw, if of any."""
 
-    def __init__(self, examples: Iterable[tuple[Any, int]], rows: Sequence[int]) -> None:
+    def __init__(self, examples: Iterable[tuple[Any, int]], rows: Sequence[int], part: Part | None = None) -> None:
         super().__init__(examples)
-        self.rows = rows
+        self.rows, self.part = rows, part
 
 
 class WithUnits(Dataset[tuple[Any, int]]):
@@ -135,7 +139,7 @@ class WithUnits(Dataset[tuple[Any, int]]):
             return list(fetch(rows) if callable(fetch) and rows else [self.dataset[row] for row in rows])
 
         examples = _freshly(read, self.dataset, seed=self.seed, stream=f"reading {rows}")
-        return Read(zip(examples, (unit for _, unit in keys), strict=True), rows)
+        return Read(zip(examples, (unit for _, unit in keys), strict=True), rows, keys if isinstance(keys, Part) else None)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         return self.__getitems__([key])[0]
@@ -148,7 +152,7 @@ def is_empty(example: Any) -> bool:
 
 
 class UnitCollator:
-    """The user's collator, which also passes on the unit of each example, under the key `UNITS`.
+    """The user's collator, which also passes on the unit of each example, under the key `UNITS`, and the tag of a draw's part.
 
     Empty texts (`is_empty`) are left out: there is nothing to compute of them, so their gradient is zero, and models and
     collators know no such rows. The user's collator never sees an empty list: an empty draw makes a batch of `UNITS` alone.
@@ -158,12 +162,12 @@ class UnitCollator:
         self.collator = collator
 
     def __call__(self, examples: list[tuple[Any, int]]) -> dict[str, Any]:
-        """The batch of these (example, unit) pairs, with `UNITS`: int64 (examples that are not empty,)."""
+        """The batch of these (example, unit) pairs, with `UNITS`: int64 (examples that are not empty,); `tagged` where they are of a draw."""
+        part = examples.part if isinstance(examples, Read) else None
         examples = [(example, unit) for example, unit in examples if not is_empty(example)]
         units = torch.tensor([unit for _, unit in examples], dtype=torch.long)
-        if not examples:
-            return {UNITS: units}
-        return {**self.collator([example for example, _ in examples]), UNITS: units}
+        batch = {**(self.collator([example for example, _ in examples]) if examples else {}), UNITS: units}
+        return batch if part is None else tagged(batch, part)
 
 
 class FreshCollator:

@@ -19,6 +19,7 @@ from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.mechanisms.gaussian_noise import SENSITIVITY, Words, add_gaussian_noise_, spacing
 from dp_flash_hf.mechanisms.generators import fresh_generator, generator_words
 from dp_flash_hf.reporting.report import PrivacyReport
+from dp_flash_hf.training.draws import DrawInProgress
 
 
 class DPSGD:
@@ -77,18 +78,21 @@ class DPSGD:
         self.config = config
         self.account = RunAccount(config, plan)
         self._engine: ClippingEngine | None = None
+        self._draw: DrawInProgress | None = None
         self._handles: list[Any] = []
         self._gradient: Literal["clipped", "released", "used"] = "clipped"
         self._released: dict[torch.nn.Parameter, tuple[torch.Tensor, int]] = {}  # what release() made, and its version
         self._ranks = Ranks()
         self._steps_here = 0  # since start()
 
-    def start(self, engine: ClippingEngine, optimizer: torch.optim.Optimizer) -> None:
+    def start(self, engine: ClippingEngine, optimizer: torch.optim.Optimizer, draw: DrawInProgress | None = None) -> None:
         """Guard this optimizer, until `stop` or the next `start`.
 
         Args:
             engine: Whose clipped sums are released.
             optimizer: Any, also one that accelerate wraps. Frozen parameters may be in it.
+            draw: What knows whether a draw was added, all of it and once: asked by every `release`. With None the caller
+                answers for that.
 
         Raises:
             PrivacyError: It does not update exactly the engine's parameters, the engine clips otherwise than the configuration
@@ -107,7 +111,7 @@ class DPSGD:
                 "ranks have different privacy parameters or ledgers: give all of them the same configuration and checkpoint"
             )
         self._ranks.require_equal([(part_of(p), local(p)) for p in engine.model.parameters()], "parameters")
-        self._engine = engine
+        self._engine, self._draw = engine, draw
         engine.withhold_sums()
         self._gradient = "clipped"
         self._handles = [inner.register_step_pre_hook(self._before_step), inner.register_step_post_hook(self._after_step)]
@@ -170,14 +174,16 @@ class DPSGD:
         sharded, each shard has noise of its own. The noise's key is drawn for this step, and forgotten with it.
 
         Raises:
-            PrivacyError: See `require_next`; the step cannot be written to the spend log; or another rank refused it. Nothing
-                was released then, on any rank.
+            PrivacyError: See `require_next`; the sums do not hold exactly one draw; the step cannot be written to the spend
+                log; or another rank refused it. Nothing was released then, on any rank.
         """
         sums: dict[torch.nn.Parameter, torch.Tensor] = {}
         with self._ranks.all_ranks_or_none():  # what one rank refuses, no rank releases
             self._sum_alike()
             self.require_next()
             assert self._engine is not None
+            if self._draw is not None:
+                self._draw.require_whole(None if self._engine.sharded else self._engine.rounding[0])
             self.account.count_step()  # before anything of it can be seen
             sums = self._engine.take_sums()
         noise = _StepNoise(
@@ -199,6 +205,8 @@ class DPSGD:
             self._released[parameter] = (parameter.grad, local(parameter.grad)._version)
         self._gradient = "released"
         self.account.complete_step()
+        if self._draw is not None:
+            self._draw.end()
 
     def epsilon(self) -> float:
         """What the run promises, at the plan's target_delta, see `RunAccount.epsilon`."""

@@ -41,6 +41,7 @@ from dp_flash_hf.training.batches import (
 )
 from dp_flash_hf.training.columns import column, column_names
 from dp_flash_hf.training.dp_sgd import DPSGD
+from dp_flash_hf.training.draws import DRAW, DrawInProgress
 from dp_flash_hf.training.losses import UnitLoss
 from dp_flash_hf.training.preflight import Checks
 from dp_flash_hf.training.recheck import Rechecks
@@ -117,6 +118,7 @@ class PrivateTraining:
         steps = steps or math.ceil(epochs * steps_per_epoch(n_units, expected_batch_size))
         plan = PrivacyPlan.from_config(config, n_units=n_units, expected_batch_size=expected_batch_size, steps=steps)
         self.mechanism = DPSGD(config, plan)
+        self._draw = DrawInProgress()
         self.engine: ClippingEngine | None = None
         self._loss: UnitLoss | None = None
         self._one_by_one = False  # whether no two units may share a physical batch
@@ -231,7 +233,7 @@ class PrivateTraining:
         self.engine = ClippingEngine(
             unwrapped(model), max_grad_norm=self.config.max_grad_norm, clipping=self.config.clipping, strategy=self.strategy
         )
-        self.mechanism.start(self.engine, optimizer)
+        self.mechanism.start(self.engine, optimizer, self._draw)
         self._moments = moments_of(optimizer)
 
     def _require_same_data(self) -> None:
@@ -304,7 +306,7 @@ class PrivateTraining:
                 "say, or dropout of relative positions), or draws from numpy or Python. Set that probability to 0 in the "
                 "model's config, and units are computed together"
             )
-        engine.withhold_sums()  # nothing of the checks stays
+        self.drop_step()  # nothing of the checks stays
         if engine.sharded:
             self._one_unit = reader.batch([0])
         self._rechecks = Rechecks(checks, loss, self.mechanism.account)
@@ -328,18 +330,21 @@ class PrivateTraining:
         """Add the clipped gradients of one part of a draw to the step.
 
         Args:
-            inputs: a batch of `loader`, on any device; an empty one adds nothing.
+            inputs: a batch of `loader`, as it was drawn, on any device; an empty one adds nothing, and is a part all the same.
 
         Returns:
             The part's mean loss per label, a scalar, for display only: it holds no noise.
 
         Raises:
-            PrivacyError: training has diverged, or `check` has not passed.
+            PrivacyError: training has diverged, or `check` has not passed; or the batch is not the part of the draw that is
+                due, was added before, or was changed: see `DrawInProgress`.
         """
         engine = self._started()
         if self._loss is None or self._rechecks is None:
             raise PrivacyError("a step before check(): how the loss divides is not known")
         self._rechecks.before_step()
+        with Ranks().all_ranks_or_none():
+            self._draw.arrive(inputs, self.mechanism.account.taken)
         step = self.mechanism.account.taken
         part = self._parts[1] if self._parts[0] == step else 0
         self._parts = (step, part + 1)
@@ -354,6 +359,7 @@ class PrivateTraining:
     def drop_step(self) -> None:
         """Forget what was added to the step: it was clipped, but has no noise."""
         self._started().withhold_sums()
+        self._draw.end()
 
     def _added(self, engine: ClippingEngine, loss_fn: UnitLoss, inputs: Mapping[str, Any]) -> Tensor:
         """What `add` does."""
@@ -366,6 +372,7 @@ class PrivateTraining:
             loss = engine.backward(loss_fn, part, units, scale)
             total = total.to(loss.device) + loss
             labels += loss_fn.count(part)
+            self._draw.count(units.n)
         for _ in range(most - len(parts)):
             engine.participate(loss_fn, *self._one_unit)
         if Ranks().any(not bool(total.isfinite())):  # of one unit, which then adds zero; or of all
@@ -393,7 +400,7 @@ class PrivateTraining:
         of_example = inputs[UNITS]
         if not len(of_example):
             return []
-        batch, units = prepared(self.adapter, inputs)
+        batch, units = prepared(self.adapter, {name: value for name, value in inputs.items() if name != DRAW})
         examples = torch.bincount(of_example.cpu(), minlength=units.n).tolist()
         max_examples, max_tokens = self.max_examples, self.max_tokens
         if self._one_by_one:
