@@ -162,7 +162,7 @@ class UnitCollator:
         self.collator = collator
 
     def __call__(self, examples: list[tuple[Any, int]]) -> dict[str, Any]:
-        """The batch of these (example, unit) pairs, with `UNITS`: int64 (examples that are not empty,); `tagged` if of a draw."""
+        """The batch of these (example, unit) pairs, with `UNITS`: int64 (examples that are not empty,); `tagged` if drawn."""
         part = examples.part if isinstance(examples, Read) else None
         examples = [(example, unit) for example, unit in examples if not is_empty(example)]
         units = torch.tensor([unit for _, unit in examples], dtype=torch.long)
