@@ -71,6 +71,7 @@ class RunAccount:
         self.plan = plan
         self.taken = 0
         self.spend_log: SpendLog | SpendLogReplica | None = None
+        self._planned = self._plan_values()
         self._wanted = plan  # before anything was known of earlier runs
         self._before: dict[str, Any] | None = None  # state of the last plan, if there was one before this one
         self._extended = False
@@ -195,6 +196,17 @@ class RunAccount:
         """The step that was counted is released, and goes into the weights."""
         self.taken += 1
 
+    def require_as_planned(self, config: PrivacyConfig) -> None:
+        """Raise PrivacyError where the plan, or the configuration, are not those that this account made and was given."""
+        if self._planned != self._plan_values() or config.to_dict() != self._planned[0]:
+            raise PrivacyError(
+                "the plan or the configuration were changed after they were made, and epsilon is that of the old ones: make a "
+                "new PrivacyConfig, and a new DPCallback or make_private with it; what was spent counts through the spend log"
+            )
+
+    def _plan_values(self) -> tuple[Any, ...]:
+        return (self.config.to_dict(), repr(self.plan))
+
     def close(self) -> None:
         """Let another run write the spend log; this one can release nothing more."""
         if self.spend_log is not None:
@@ -271,6 +283,8 @@ class RunAccount:
         except ValueError:
             self.plan = self._nothing_after(spent)
             raise
+        finally:
+            self._planned = self._plan_values()
         before = self._before
         if before is not None and spent.steps:
             self._extended = before.get("extended", False) or self.plan.steps > before["steps"]

@@ -321,7 +321,8 @@ class GradientBuffer:
         added = [name for name, p in self._model.named_parameters() if p.requires_grad and p not in self._parameters]
         if added:
             raise PrivacyError(
-                f"trainable since the engine was made, and so not clipped: {added[:8]}; detach() and make a new engine"
+                f"trainable since the engine was made, and so not clipped: {added[:8]}; stop training, detach() and make a new "
+                "engine (a Trainer: dp.detach(), dp.attach(trainer), trainer.train() again). What was spent goes on counting"
             )
         hooked = [name for p, name in self._parameters.items() if p._post_accumulate_grad_hooks]
         if hooked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ def make_private(
     loss_fn: LossFunction | None = None,
     strategy: Strategy = "auto",
     spend_log: str | Path | None = None,
+    public_state: Collection[str] = (),
 ) -> PrivateLoop:
     """Make a training loop private, with the guarantee of `DPCallback`.
 
@@ -79,6 +80,7 @@ def make_private(
         strategy: see `ClippingEngine`. Like the two maxima it changes speed and memory, never what is released.
         spend_log: a file, best beside the checkpoints, to which every step is written before it is released, so that steps lost
             in a crash still count; earlier runs that it holds count too. Keep it private.
+        public_state: as of `DPCallback`.
 
     Returns:
         The loop's loader, backward pass and report.
@@ -106,6 +108,7 @@ def make_private(
         max_examples=max_rows_per_device,
         max_tokens=max_tokens_per_device,
         strategy=strategy,
+        public_state=public_state,
     )
     try:
         if spend_log is not None:

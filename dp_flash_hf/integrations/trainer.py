@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,25 @@ class DPCallback(TrainerCallback, ExportableState):
         max_tokens_per_device: compute physical batches of at most so many tokens instead, padding included (or of one unit):
             texts of like length in one, with padding cut off. Faster and leaner where lengths differ.
         strategy: see `ClippingEngine`. Like `max_tokens_per_device` it changes speed and memory, never what is released.
+        public_state: names of buffers and frozen parameters that may change in training, as what they hold comes from no data
+            (a step counter, say); any other that changes is an error, see `WatchedState`.
 
     Raises:
         ValueError: the configuration is not a PrivacyConfig.
     """
 
-    def __init__(self, config: PrivacyConfig, *, max_tokens_per_device: int | None = None, strategy: Strategy = "auto") -> None:
+    def __init__(
+        self,
+        config: PrivacyConfig,
+        *,
+        max_tokens_per_device: int | None = None,
+        strategy: Strategy = "auto",
+        public_state: Collection[str] = (),
+    ) -> None:
         if not isinstance(config, PrivacyConfig):
             raise invalid("config", expected="a PrivacyConfig", actual=config, remedy="write DPCallback(PrivacyConfig(...))")
         self.config, self.max_tokens_per_device, self.strategy = config, max_tokens_per_device, strategy
+        self.public_state = tuple(public_state)
         self._training: PrivateTraining | None = None  # stays after `detach`, to report
         self._trainer: Any = None  # while attached
         self._own: dict[str, Callable[..., Any]] = {}  # methods of the trainer that ours call
@@ -130,6 +140,7 @@ class DPCallback(TrainerCallback, ExportableState):
             max_examples=args.per_device_train_batch_size,
             max_tokens=self.max_tokens_per_device,
             strategy=self.strategy,
+            public_state=self.public_state,
         )
         overrides: dict[str, Callable[..., Any]] = {
             "train": self._train,

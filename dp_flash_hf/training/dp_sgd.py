@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from dp_flash_hf.mechanisms.gaussian_noise import SENSITIVITY, Words, add_gaussi
 from dp_flash_hf.mechanisms.generators import fresh_generator, generator_words
 from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training.draws import DrawInProgress
+from dp_flash_hf.training.watched_state import WatchedState, bit_sums, differing
 
 
 class DPSGD:
@@ -50,6 +51,10 @@ class DPSGD:
     `optimizer.step()` without `release`              PrivacyError, nothing updated
     `optimizer.step()` twice after one `release`      PrivacyError from the second, nothing updated
     gradients replaced or changed after `release`     PrivacyError, nothing updated
+    weights changed outside of `optimizer.step()`     PrivacyError from the next `release`, before it counts
+    a buffer or a frozen parameter changes            the same, unless it was named in `public_state`
+    parameters frozen or unfrozen while training      the same
+    plan, configuration or engine's settings changed  the same
     `optimizer.step(closure)`                         PrivacyError: a closure computes gradients again, without noise
     gradients on parameters that are not the engine's PrivacyError, nothing updated
     all gradients zero, before any backward pass      allowed: so torch's distributed checkpoints set up an optimizer
@@ -79,13 +84,23 @@ class DPSGD:
         self.account = RunAccount(config, plan)
         self._engine: ClippingEngine | None = None
         self._draw: DrawInProgress | None = None
+        self._state: WatchedState | None = None
+        self._public_state: tuple[str, ...] = ()
+        self._moves_weights = False  # whether the optimizer does between steps, as schedule-free ones do for evaluation
+        self._sums: dict[str, torch.Tensor] = {}  # of the bits of what was released
         self._handles: list[Any] = []
         self._gradient: Literal["clipped", "released", "used"] = "clipped"
         self._released: dict[torch.nn.Parameter, tuple[torch.Tensor, int]] = {}  # what release() made, and its version
         self._ranks = Ranks()
         self._steps_here = 0  # since start()
 
-    def start(self, engine: ClippingEngine, optimizer: torch.optim.Optimizer, draw: DrawInProgress | None = None) -> None:
+    def start(
+        self,
+        engine: ClippingEngine,
+        optimizer: torch.optim.Optimizer,
+        draw: DrawInProgress | None = None,
+        public_state: Collection[str] = (),
+    ) -> None:
         """Guard this optimizer, until `stop` or the next `start`.
 
         Args:
@@ -93,6 +108,7 @@ class DPSGD:
             optimizer: Any, also one that accelerate wraps. Frozen parameters may be in it.
             draw: What knows whether a draw was added, all of it and once: asked by every `release`. With None the caller
                 answers for that.
+            public_state: See `WatchedState`, which compares everything else in the model from step to step.
 
         Raises:
             PrivacyError: It does not update exactly the engine's parameters, the engine clips otherwise than the configuration
@@ -100,6 +116,7 @@ class DPSGD:
         """
         with Ranks().all_ranks_or_none():
             inner = self._require_fitting(engine, optimizer)
+            state = WatchedState(engine.model, engine.parameters, public_state)
         self.stop()
         self._ranks, self._steps_here = Ranks(), 0
         account = self.account
@@ -111,13 +128,28 @@ class DPSGD:
                 "ranks have different privacy parameters or ledgers: give all of them the same configuration and checkpoint"
             )
         self._ranks.require_equal([(part_of(p), local(p)) for p in engine.model.parameters()], "parameters")
-        self._engine, self._draw = engine, draw
+        self._engine, self._draw, self._state = engine, draw, state
+        self._moves_weights = callable(getattr(inner, "eval", None))
+        self._public_state = tuple(public_state)
         engine.withhold_sums()
         self._gradient = "clipped"
         self._handles = [inner.register_step_pre_hook(self._before_step), inner.register_step_post_hook(self._after_step)]
 
     def _require_fitting(self, engine: ClippingEngine, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The optimizer itself, where accelerate wraps it."""
+        self._require_same_settings(engine)
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        updated = {p for group in inner.param_groups for p in group["params"] if p.requires_grad}
+        if updated != set(engine.parameters):
+            missing = [name for p, name in engine.parameters.items() if p not in updated]
+            raise PrivacyError(
+                f"the optimizer must update exactly the trained parameters: {len(updated - set(engine.parameters))} are not "
+                f"the model's, and it lacks {missing[:5]}; create it after freezing and wrapping the model"
+            )
+        return inner
+
+    def _require_same_settings(self, engine: ClippingEngine) -> None:
+        """Raise PrivacyError unless engine, configuration and plan are still what the report says."""
         if engine.sharded and self.config.public_n_units is not None:
             raise UnsupportedError(  # `_std` bounds the rounding of a sharded sum by the largest draw from n_units
                 "public_n_units with a sharded model: how far a sum is rounded depends on the true number of units; train "
@@ -129,15 +161,12 @@ class DPSGD:
                     f"the engine clips with {name}={getattr(engine, name)!r} and the configuration says "
                     f"{getattr(self.config, name)!r}, which the report would repeat: make the engine with config.{name}"
                 )
-        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        updated = {p for group in inner.param_groups for p in group["params"] if p.requires_grad}
-        if updated != set(engine.parameters):
-            missing = [name for p, name in engine.parameters.items() if p not in updated]
-            raise PrivacyError(
-                f"the optimizer must update exactly the trained parameters: {len(updated - set(engine.parameters))} are not "
-                f"the model's, and it lacks {missing[:5]}; create it after freezing and wrapping the model"
-            )
-        return inner
+        self.account.require_as_planned(self.config)
+
+    def before_forward(self) -> None:
+        """The first part of a draw is about to be computed: until its release, no weight may change."""
+        if self._state is not None:
+            self._state.note(again=self._moves_weights)
 
     def stop(self) -> None:
         """Let go of engine and optimizer, which then updates by any gradient; what was spent stays on the account."""
@@ -145,7 +174,7 @@ class DPSGD:
             handle.remove()
         if self._engine is not None:
             self._engine.withhold_sums(False)
-        self._handles, self._engine, self._released = [], None, {}
+        self._handles, self._engine, self._released, self._state = [], None, {}, None
 
     @property
     def released(self) -> bool:
@@ -182,6 +211,9 @@ class DPSGD:
             self._sum_alike()
             self.require_next()
             assert self._engine is not None
+            assert self._state is not None
+            self._require_same_settings(self._engine)
+            self._state.require_unchanged()
             if self._draw is not None:
                 self._draw.require_whole(None if self._engine.sharded else self._engine.rounding[0])
             self.account.count_step()  # before anything of it can be seen
@@ -203,6 +235,7 @@ class DPSGD:
             total.div_(self.account.plan.sampler.expected_batch_size)
             parameter.grad, _ = as_gradient(parameter, total)
             self._released[parameter] = (parameter.grad, local(parameter.grad)._version)
+        self._sums = self._bits_of_gradients()
         self._gradient = "released"
         self.account.complete_step()
         if self._draw is not None:
@@ -234,6 +267,11 @@ class DPSGD:
             lost_steps=account.lost_steps,
             recorded=account.recorded,
             extended=account.extended,
+            not_covered=()
+            if not self._public_state
+            else (
+                f"State that was named public, and holds nothing of the data by that word: {', '.join(self._public_state)}.",
+            ),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -243,6 +281,12 @@ class DPSGD:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a checkpoint stopped, see `RunAccount.load_state_dict`."""
         self.account.load_state_dict(state)
+        if self._state is not None:
+            self._state.begin()
+
+    def _bits_of_gradients(self) -> dict[str, torch.Tensor]:
+        assert self._engine is not None
+        return bit_sums((name, p.grad) for p, name in self._engine.parameters.items() if p.grad is not None)
 
     def _std(self) -> float:
         """Of the noise: sigma times how far neighbours' sums may be apart, further for large draws of a sharded model."""
@@ -285,7 +329,8 @@ class DPSGD:
             raise PrivacyError(
                 "optimizer.step(closure) computes gradients again, without noise: use an optimizer without a closure"
             )
-        if any(p.grad is not g or local(g)._version != version for p, (g, version) in self._released.items()):
+        replaced = any(p.grad is not g or local(g)._version != version for p, (g, version) in self._released.items())
+        if replaced or differing(self._sums, self._bits_of_gradients()):
             raise PrivacyError(
                 "gradients changed between release() and optimizer.step(), by a backward pass without noise for all that is "
                 "known; nothing was updated. Run every backward through the engine, before release()"
@@ -301,6 +346,8 @@ class DPSGD:
         if self._gradient != "released":
             return
         self._gradient, self._released = "used", {}
+        if self._state is not None:
+            self._state.stepped()
         assert self._engine is not None
         parameters = list(self._engine.parameters)
         one = parameters[self._steps_here % len(parameters)]

@@ -80,6 +80,11 @@ class DrawInProgress:
         self._arrived.add(part)
         self._parts = parts
 
+    @property
+    def began(self) -> bool:
+        """Whether what arrived is the first part of a draw."""
+        return len(self._arrived) == 1
+
     def count(self, units: int) -> None:
         """So many units were added."""
         self._units += units

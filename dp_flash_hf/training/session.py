@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ class PrivateTraining:
         max_examples: examples in a physical batch at most, see `physical_batches`.
         max_tokens: instead, tokens in a physical batch at most.
         strategy: see `ClippingEngine`.
+        public_state: see `WatchedState`.
 
     Raises:
         UnsupportedError: units cannot be drawn of these data.
@@ -105,6 +106,7 @@ class PrivateTraining:
         max_examples: int,
         max_tokens: int | None,
         strategy: Strategy,
+        public_state: Collection[str] = (),
     ) -> None:
         if max_tokens is not None:
             validation.whole_number("max_tokens_per_device", max_tokens, remedy="set 4096, say, or None to count rows instead")
@@ -118,7 +120,7 @@ class PrivateTraining:
         steps = steps or math.ceil(epochs * steps_per_epoch(n_units, expected_batch_size))
         plan = PrivacyPlan.from_config(config, n_units=n_units, expected_batch_size=expected_batch_size, steps=steps)
         self.mechanism = DPSGD(config, plan)
-        self._draw = DrawInProgress()
+        self._draw, self._public_state = DrawInProgress(), public_state
         self.engine: ClippingEngine | None = None
         self._loss: UnitLoss | None = None
         self._one_by_one = False  # whether no two units may share a physical batch
@@ -233,7 +235,7 @@ class PrivateTraining:
         self.engine = ClippingEngine(
             unwrapped(model), max_grad_norm=self.config.max_grad_norm, clipping=self.config.clipping, strategy=self.strategy
         )
-        self.mechanism.start(self.engine, optimizer, self._draw)
+        self.mechanism.start(self.engine, optimizer, self._draw, self._public_state)
         self._moments = moments_of(optimizer)
 
     def _require_same_data(self) -> None:
@@ -345,6 +347,8 @@ class PrivateTraining:
         self._rechecks.before_step()
         with Ranks().all_ranks_or_none():
             self._draw.arrive(inputs, self.mechanism.account.taken)
+        if self._draw.began:
+            self.mechanism.before_forward()
         step = self.mechanism.account.taken
         part = self._parts[1] if self._parts[0] == step else 0
         self._parts = (step, part + 1)
