@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.integrations.integration_utils import WandbCallback
+from transformers.optimization import GreedyLR
 
 from dp_flash_hf.integrations import trl as trl_trainers
 from dp_flash_hf.training.refusals import accelerator_refusals, refuse
@@ -28,6 +30,7 @@ def refuse_settings(trainer: Trainer) -> None:
         args.load_best_model_at_end
         or args.save_strategy == "best"
         or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        or isinstance(trainer.lr_scheduler, (ReduceLROnPlateau, GreedyLR))  # given in optimizers=
         or any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
     )
     config = getattr(trainer.model, "config", None)

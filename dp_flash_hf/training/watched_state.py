@@ -23,8 +23,8 @@ class WatchedState:
 
     Private data could get into what is saved without noise: an average of weights or activations kept in a buffer or a frozen
     parameter, a count, or weights that a callback changes by what it saw. So values, and not versions, which `.data` passes
-    by, are compared at every release. Cost: each tensor is read once a step, trained ones twice; nothing is copied, and the
-    device is waited for once.
+    by, are compared at every release. Cost: each tensor is read once a step, trained ones twice; no copy is kept;
+    the device is waited for once.
 
     Sums of the bits are compared: any change shows but for chance, except that values only change places.
 
@@ -126,11 +126,8 @@ def _bit_sum(tensor: Tensor) -> Tensor:
         return torch.stack([_bit_sum(getattr(tensor, name)) for name in inner]).sum()
     if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
         return torch.zeros((), dtype=torch.int64)
-    if tensor.is_contiguous():
-        octets = tensor.view(-1).view(torch.uint8)
-        whole = len(octets) // 8 * 8
-        if tensor.storage_offset() * tensor.element_size() % 8 == 0:  # 64 bits at a time: as fast as memory
-            return octets[:whole].view(torch.int64).sum() + octets[whole:].sum(dtype=torch.int64)
-        return octets.sum(dtype=torch.int64)
-    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size())
-    return tensor.contiguous().view(torch.uint8).sum(dtype=torch.int64) if kind is None else tensor.view(kind).sum()
+    octets = tensor.contiguous().view(-1).view(torch.uint8)
+    if octets.storage_offset() % 8:
+        octets = octets.clone()  # 64 bits at a time, which is as fast as memory is, have to be aligned
+    whole = len(octets) // 8 * 8
+    return octets[:whole].view(torch.int64).sum() + octets[whole:].sum(dtype=torch.int64)

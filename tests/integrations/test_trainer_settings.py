@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as hf
 from torch.utils.data import IterableDataset
 
@@ -117,6 +118,18 @@ def test_choices_by_results_on_the_training_data_are_refused(settings: dict[str,
     for name, value in settings.items():
         setattr(trainer.args, name, value)
     trainer.eval_dataset = {"held out": texts(3), "train": data}
+    assert_refused(trainer, "eval_dataset is train_dataset")
+    trainer.eval_dataset = texts(3)
+    attached(trainer)
+
+
+@pytest.mark.parametrize("scheduler", [torch.optim.lr_scheduler.ReduceLROnPlateau, hf.optimization.GreedyLR])
+def test_schedulers_that_look_at_results_are_known_as_objects_too(scheduler: Any, tmp_path: Path) -> None:
+    data = texts()
+    trainer = trainer_for("gpt2", tmp_path, data)
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    trainer.optimizer, trainer.lr_scheduler = optimizer, scheduler(optimizer)  # as given in optimizers=
+    trainer.eval_dataset = data
     assert_refused(trainer, "eval_dataset is train_dataset")
     trainer.eval_dataset = texts(3)
     attached(trainer)
