@@ -222,6 +222,6 @@ def test_sums_of_bits_show_any_change(dtype: torch.dtype, shape: tuple[int, ...]
         before = bit_sums([("x", view)])
         assert not differing(before, bit_sums([("x", view.clone(memory_format=torch.preserve_format))]))
         changed = view.clone(memory_format=torch.preserve_format)
-        changed[tuple(size - 1 for size in shape)] = 0
+        changed[tuple(size - 1 for size in view.shape)] = 0
         assert differing(before, bit_sums([("x", changed)])) == ["x"]
         assert differing(before, {}) == ["x"]
