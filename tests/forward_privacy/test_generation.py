@@ -97,7 +97,7 @@ def test_options_that_may_read_what_an_encoder_is_given_are_refused_by_name(opti
         verify_generate(across(), **{option: READ_ANYTHING[option]})
 
 
-@pytest.mark.parametrize("option", READ_THE_PROMPT.keys() - {"stop_strings"})
+@pytest.mark.parametrize("option", sorted(READ_THE_PROMPT.keys() - {"stop_strings"}))
 def test_what_reads_the_beginning_is_harmless_where_that_is_public(option: str) -> None:
     privatized = across()
     verify_generate(privatized, **{option: READ_THE_PROMPT[option]})
