@@ -156,7 +156,7 @@ def closeness(steps: int, log_inverse: float) -> float:
     n ETA^2 and of variance at most n ETA^2; Bernstein's inequality says how far above its mean it is but for d.
 
     >>> f"{closeness(400, math.log(1e12)):.1e}"
-    '8.7e-06'
+    '8.9e-06'
 
     Args:
         steps: Of the run, and of all others that are added up with it.

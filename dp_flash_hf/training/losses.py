@@ -113,6 +113,10 @@ class UnitLoss:
         return torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)
 
 
+class ZeroLossError(UnsupportedError):
+    """How a loss divides cannot be learnt of examples whose loss is 0."""
+
+
 def learn_loss(
     model_loss: ModelLoss,
     batch: dict[str, Any],
@@ -147,6 +151,7 @@ def learn_loss(
 
     Raises:
         PrivacyError: the loss is not finite.
+        ZeroLossError: it is 0 for these examples.
         UnsupportedError: it is neither a sum nor a mean over rows or labels, so it couples units.
     """
     _refuse_answers_outside(batch)
@@ -180,6 +185,7 @@ def learn_loss(
         first = [loss(select_unit(_relabelled(batch, units, value, value), units, 0), 1.0) for value in values]
         likely = values[first.index(min(first))]
         errors: dict[Counted | Literal["sum"], float] = dict.fromkeys((*options, *(() if divided else ("sum",))), 0.0)
+        largest = 0.0
         for value in values:
             tried = _relabelled(batch, units, likely, value)
             for option in errors:
@@ -190,6 +196,7 @@ def learn_loss(
                     given = torch.cat([counts, counts.sum(0, keepdim=True)]) if divided else torch.ones(units.n + 1)
                 *alone, total = given.tolist()
                 whole = loss(tried, total)
+                largest = max(largest, abs(whole))
                 means = torch.tensor([loss(select_unit(tried, units, unit), n) for unit, n in enumerate(alone)])
                 divisor = 1.0 if option == "sum" else counts.sum()
                 error = abs(float((counts * means).sum() / divisor) - whole) / max(abs(whole), 1e-6)
@@ -197,6 +204,11 @@ def learn_loss(
     best = min(errors, key=lambda option: errors[option])
     apart = min((error for option, error in errors.items() if option != best), default=1.0)
     if not (errors[best] <= tolerance and apart > 3 * errors[best] + 1e-6):  # also when something is not a number
+        if largest < 1e-6:
+            raise ZeroLossError(
+                "the loss of the examples tried is 0 whatever their labels, so it is unknown how it divides: a margin that all "
+                "of them keep, or a loss that does not depend on them"
+            )
         raise _neither_mean_nor_sum(errors)
     return UnitLoss(model_loss, *(("sum", options[0]) if best == "sum" else ("mean", best)), rows_per_example)
 

@@ -24,7 +24,7 @@ from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.training.adapter import TrainingAdapter
 from dp_flash_hf.training.batches import without_trailing_padding
 from dp_flash_hf.training.collator_checks import check_collator
-from dp_flash_hf.training.losses import UnitLoss, learn_loss
+from dp_flash_hf.training.losses import UnitLoss, ZeroLossError, learn_loss
 from dp_flash_hf.training.tried_units import LOOKED_AT, choose_units, known_values, length_of, relabelled, spread_units
 from dp_flash_hf.training.unit_checks import check_alone, check_interaction, check_packing, check_training_mode
 from dp_flash_hf.training.unit_reader import UnitReader
@@ -81,7 +81,7 @@ class Checks:
                 check_collator(self.reader, self.reader.keys(chosen), chance, rounds=_ROUNDS // 2)
             self._try_without_autocast(chosen)
             with self._precisely() as precise:
-                loss = self._learnt(chosen, tolerance=1e-4 if precise else 1e-2)
+                loss, chosen = self._learnt_from(chosen, chance, tolerance=1e-4 if precise else 1e-2)
                 self._require_packing(loss, chosen, tolerance=1e-3 if precise else 0.05, precise=precise)
             chosen = self._with_gradients(loss, examples, chosen, chance)
             batch, units = self.reader.batch(chosen)
@@ -213,7 +213,11 @@ class Checks:
         """Within the context numbers are float32 or finer, if that can be: it yields whether they are."""
         if not self._lowered:
             yield True
-        elif self._needs_autocast or any(p.dtype.itemsize < 4 for p in self.engine.model.parameters()):
+        elif (
+            self._needs_autocast
+            or self.engine.sharded  # FSDP2 lowers precision by itself
+            or any(p.dtype.itemsize < 4 for p in self.engine.model.parameters())
+        ):
             yield False
         else:
             with self.engine.eagerly(), without_autocast(self.engine):
@@ -241,6 +245,15 @@ class Checks:
         return Ranks().any(late) if self.engine.sharded else late
 
     # How it is compared.
+
+    def _learnt_from(self, chosen: list[int], chance: random.Random, *, tolerance: float) -> tuple[UnitLoss, list[int]]:
+        """The loss as a sum over units, learnt of these or of others, which are returned: a loss of 0 says nothing."""
+        for _ in range(_GROUPS):
+            try:
+                return self._learnt(chosen, tolerance=tolerance), chosen
+            except ZeroLossError:
+                chosen = choose_units(self._looked_at(chance))
+        return self._learnt(chosen, tolerance=tolerance), chosen
 
     def _learnt(self, chosen: Sequence[int], *, tolerance: float) -> UnitLoss:
         """The loss as a sum over units. Raises PrivacyError where that of one of them is not finite."""

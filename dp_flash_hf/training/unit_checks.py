@@ -60,12 +60,14 @@ def check_interaction(
         for number in rounds:
             batch, seed = batches[number % len(batches)], chance.getrandbits(63)
             one, other = chance.sample(range(units.n), 2)
-            found, stands = [], []
+            found, stands, rounding = [], [], 0.0
             for own, company in ((one, None), (other, None), (one, one), (other, one)):
                 tried = _exchanged(batch, units, {unit: own if unit == one else company for unit in range(units.n)})
                 with repeated(seed, engine) as generators:
                     try:
-                        found.append(float(loss(tried)))
+                        value = loss(tried)
+                        rounding = 2 * torch.finfo(value.dtype).eps  # of four values, each by half of it
+                        found.append(float(value))
                     except (ValueError, IndexError, RuntimeError):
                         if number % len(batches) == 0:  # on labels of the data themselves
                             raise
@@ -76,7 +78,7 @@ def check_interaction(
                 continue
             told += 1
             apart = abs(found[0] - found[1] - found[2] + found[3])
-            if not apart <= tolerance * max(size, _SMALL * loss.count(batch)):
+            if not apart <= max(tolerance, rounding) * max(size, _SMALL * loss.count(batch)):
                 raise PrivacyError(
                     f"the loss couples units: what one adds to it changes by {apart:.3g} of {size:.3g} with the other units of "
                     "its batch, in training mode; look for terms that compare rows, weights or statistics taken from the "

@@ -226,7 +226,7 @@ class Diverges(hf.TrainerCallback):
 
 @pytest.mark.parametrize(("save", "outcome"), [("no", "nothing was released"), ("steps", "nothing was saved")])
 def test_a_diverged_training_stops(save: str, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dp_flash_hf.mechanisms.sampling.PoissonSampler.draw", lambda self, generator: torch.tensor([1, 2, 5]))
+    monkeypatch.setattr("dp_flash_hf.mechanisms.sampling.PoissonSampler.draw", lambda *args: torch.tensor([1, 2, 5]))
     trainer, dp = training(tmp_path, save_strategy=save)
     trainer.add_callback(Diverges())
     with pytest.raises(PrivacyError, match=rf"training has diverged.*{outcome}"):

@@ -229,6 +229,7 @@ def test_6_4_physical_batches_hold_each_drawn_unit_once(
     trainer = trainer_for("gpt2", tmp_path, data, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     for check in ("check_training_mode", "check_alone", "check_interaction"):
         monkeypatch.setattr(preflight_module, check, lambda *args, **kwargs: None)
+    monkeypatch.setattr("dp_flash_hf.training.session.shares_random_numbers", lambda *args, **kwargs: False)
     dp = attached(trainer)
     monkeypatch.setattr(ClippingEngine, "backward", recorded)
     trainer.train()

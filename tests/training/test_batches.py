@@ -171,7 +171,8 @@ def test_a_budget_bounds_what_the_model_sees(tmp_path: Path, monkeypatch: pytest
             )
             attached(trainer, max_tokens_per_device=budget)
             patch.setattr(ClippingEngine, "backward", recorded)
-            patch.setattr("dp_flash_hf.training.preflight.check_training_mode", lambda *args, **kwargs: None)
+            for check in ("preflight.check_training_mode", "preflight.check_interaction", "session.shares_random_numbers"):
+                patch.setattr(f"dp_flash_hf.training.{check}", lambda *args, **kwargs: None)
             shapes.clear()
             trainer.train()
             if budget is not None:

@@ -40,9 +40,9 @@ def test_it_is_refused_also_where_all_rows_that_can_be_looked_at_share_a_label(l
 def test_an_honest_loss_of_every_kind_of_label_is_accepted(loss: Loss) -> None:
     for seed in SEEDS[:3]:
         assert checked(loss, rows(seed), seed=seed).checked
-    if loss is not of_pairs_in_a_row:  # which is zero for rows that are apart already, and says nothing of how it divides
+    if loss is not of_pairs_in_a_row:  # which is zero for all rows that are apart already, and says nothing of how it divides
         assert checked(loss, rows(0, positives=0.0)).checked
-    assert checked(loss, rows(0, n=2)).checked
+        assert checked(loss, rows(0, n=2)).checked
 
 
 class RandomMean(nn.Module):
