@@ -35,6 +35,13 @@ def _memory_is_not_estimated(request: pytest.FixtureRequest, monkeypatch: pytest
         monkeypatch.setattr("dp_flash_hf.training.session.choose_by_memory", lambda *args, **kwargs: choice)
 
 
+@pytest.fixture(autouse=True)
+def _few_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks before the first step take most of a tiny training's time: all rounds run where the checks are what is tested."""
+    if request.node.path.parent.name != "training" and request.node.path.name != "test_traps.py":
+        monkeypatch.setattr("dp_flash_hf.training.preflight._ROUNDS", 4)
+
+
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps the settings of a process's first Accelerator."""

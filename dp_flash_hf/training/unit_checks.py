@@ -17,7 +17,7 @@ from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.layout_probing import training_mode
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.training.losses import UnitLoss
-from dp_flash_hf.training.untraced import repeated
+from dp_flash_hf.training.untraced import Repeated
 from dp_flash_hf.units import IGNORED, Units, leading_shape, select_items, select_unit, text_starts
 
 # Norms below this share of the batch's largest are compared as if they were as large: what is left of them is rounding.
@@ -55,7 +55,7 @@ def check_interaction(
         In how many rounds the four losses said something: not where all of them were zero or one not finite, nor where other
         data drew other random numbers.
     """
-    told = 0
+    told, again = 0, Repeated(engine)
     with training_mode(engine.model, True), torch.no_grad():
         for number in rounds:
             batch, seed = batches[number % len(batches)], chance.getrandbits(63)
@@ -63,7 +63,7 @@ def check_interaction(
             found, stands, rounding = [], [], 0.0
             for own, company in ((one, None), (other, None), (one, one), (other, one)):
                 tried = _exchanged(batch, units, {unit: own if unit == one else company for unit in range(units.n)})
-                with repeated(seed, engine) as generators:
+                with again.from_seed(seed) as generators:
                     try:
                         value = loss(tried)
                         rounding = 2 * torch.finfo(value.dtype).eps  # of four values, each by half of it
@@ -260,10 +260,10 @@ def check_training_mode(
         tolerance: relative difference of norms.
     """
     buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
-    seed = chance.getrandbits(63)
+    seed, again = chance.getrandbits(63), Repeated(engine)
 
     def norms_of(chosen: dict[str, Any]) -> tuple[Tensor, list[bytes]]:
-        with training_mode(engine.model, True), repeated(seed, engine) as generators:
+        with training_mode(engine.model, True), again.from_seed(seed) as generators:
             engine.backward(loss, chosen, units, scale)
             stand = generators()
         engine.model.zero_grad()

@@ -38,21 +38,32 @@ def untraced(engine: ClippingEngine, adapter: TrainingAdapter) -> Iterator[None]
                     buffer.copy_(buffers[name])
 
 
-@contextmanager
-def repeated(seed: int, engine: ClippingEngine) -> Iterator[Callable[[], list[bytes]]]:
-    """Within the context all random generators begin at this seed, those that the model holds too.
+class Repeated:
+    """Contexts in which all random generators begin at a seed, those that the model holds too.
 
-    Yields:
-        A function that says where the global ones stand: what draws as many numbers leaves them at the same place. Code that
-        draws more of them for other data moves the numbers that come later, which couples nobody while numbers are secret.
+    Args:
+        engine: of the model, in which generators are looked for once: that takes longer than a small forward pass.
     """
-    devices = accelerators(engine.parameters)
-    with fresh_randomness(devices, own=own_generators(engine.model), seed=seed, stream="a check"):
-        yield lambda: [
-            torch.get_rng_state().numpy().tobytes(),
-            *(torch.get_device_module(device).get_rng_state(device).numpy().tobytes() for device in devices),
-            pickle.dumps((random.getstate(), np.random.get_state())),
-        ]
+
+    def __init__(self, engine: ClippingEngine) -> None:
+        self._devices, self._own = accelerators(engine.parameters), own_generators(engine.model)
+
+    @contextmanager
+    def from_seed(self, seed: int) -> Iterator[Callable[[], list[bytes]]]:
+        """Within the context they begin there.
+
+        Yields:
+            A function that says where the global ones stand: what draws as many numbers leaves them at the same place. Code
+            that draws more of them for other data moves the numbers that come later, which couples nobody while numbers are
+            secret.
+        """
+        devices = self._devices
+        with fresh_randomness(devices, own=self._own, seed=seed, stream="a check"):
+            yield lambda: [
+                torch.get_rng_state().numpy().tobytes(),
+                *(torch.get_device_module(device).get_rng_state(device).numpy().tobytes() for device in devices),
+                pickle.dumps((random.getstate(), np.random.get_state())),
+            ]
 
 
 @contextmanager
