@@ -422,8 +422,7 @@ def diverging() -> str:
             optimizer.step()
             optimizer.zero_grad()
             if step == 1 and Ranks().first:
-                with torch.no_grad():
-                    model.lm_head.weight[3, 3] *= 1.001
+                optimizer.param_groups[0]["lr"] *= 1.001
 
     said = fails(train)
     private.stop()
