@@ -230,7 +230,7 @@ def sharded_checkpoint(folder: str, save: bool) -> tuple[list[int], int, float]:
     if not save:
         train(2)
     private.stop()
-    return found, private.report().steps, private.report().epsilon
+    return found, private.report().steps, private.report().spent_epsilon
 
 
 @pytest.mark.complete

@@ -481,7 +481,7 @@ def test_quickstart_runs_as_a_module(tmp_path: Path) -> None:
     assert rows["steps"].startswith("2 in ")
     assert rows["sample"][1:].startswith("Return the ")
     assert re.search(r"Privacy +epsilon 8 at delta 1e-05", done.stdout)
-    assert re.findall(r"^step (\d) of 2: loss [\d.]+, epsilon [\d.]+, \d+ s$", done.stdout, re.MULTILINE) == ["1", "2"]
+    assert re.findall(r"^step (\d) of 2: loss [\d.]+, epsilon spent [\d.]+, \d+ s$", done.stdout, re.MULTILINE) == ["1", "2"]
     assert "Next" in done.stdout
     assert not re.search(r"\{'\w+/?\w*':", done.stdout)  # nothing that was logged is printed as it is
     assert not done.stderr
