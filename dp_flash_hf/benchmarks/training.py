@@ -39,7 +39,8 @@ from dp_flash_hf.benchmarks.methods import (
     text_lengths,
 )
 from dp_flash_hf.benchmarks.timing import peak_memory, require_device, take_turns, timed
-from dp_flash_hf.kernels.keystream import Keystream, fresh_secret
+from dp_flash_hf.distributed import Ranks
+from dp_flash_hf.kernels.keystream import Keystream
 from dp_flash_hf.mechanisms import gaussian_noise
 
 # For scripts that measure one method their own way, its parts go with the presets.
@@ -183,7 +184,7 @@ def release_milliseconds(work: Work, length: int) -> float:
     spacing = gaussian_noise.spacing(sum(gradient.numel() for gradient in gradients), max_grad_norm=1.0, std=1.0)
 
     def release() -> None:
-        words = Keystream(fresh_secret(), work.device)
+        words = Keystream(Ranks().secret(), work.device)
         gaussian_noise.add_gaussian_noise_(gradients, std=1.0, spacing=spacing, words=words)
         for gradient in gradients:
             gradient.div_(work.batch)

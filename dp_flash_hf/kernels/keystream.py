@@ -7,7 +7,6 @@ a process, no fork, checkpoint or second run can give the same words again.
 from __future__ import annotations
 
 import hashlib
-import secrets
 
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -30,7 +29,7 @@ class Keystream:
     True
 
     Args:
-        key: 32 bytes, of `fresh_key`, or shared by ranks that have to draw the same; never used for anything else.
+        key: 32 bytes, derived from what the operating system gave for this use, and maybe shared by ranks; never used again.
         device: where the words are wanted.
 
     Raises:
@@ -64,8 +63,3 @@ def derived_key(secret: bytes, purpose: str) -> bytes:
     False
     """
     return hashlib.shake_256(len(secret).to_bytes(8, "little") + secret + purpose.encode()).digest(KEY_BYTES)
-
-
-def fresh_secret() -> bytes:
-    """32 bytes of the operating system's cryptographic source."""
-    return secrets.token_bytes(KEY_BYTES)

@@ -125,7 +125,7 @@ def _by_item(batch: Mapping[str, Any], units: Units) -> dict[str, Tensor]:
     if units.kind == "tokens":
         texts = ("input_ids", "labels")
         return {name: value for name, value in tensors.items() if name in texts and tuple(value.shape[:2]) == units.shape}
-    counted = torch.arange(units.n_items)  # the number of a row in its batch is nobody's text
+    counted = torch.arange(units.n_items)  # the number of a row in its batch is no unit's data
     return {
         name: value
         for name, value in tensors.items()

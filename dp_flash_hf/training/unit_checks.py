@@ -166,8 +166,8 @@ def check_alone(
         batch: of all units.
         units: of its rows or tokens.
         scale: float32 (units,), the factor of each unit's loss.
-        alone: unit -> what the collator makes of it by itself, only shapes and position ids are used: what it masks
-            may be random.
+        alone: unit -> what the collator makes of it by itself; only shapes and position ids are used, for what it masks may be
+            random.
         tolerance: relative difference of norms.
     """
     with training_mode(engine.model, False):

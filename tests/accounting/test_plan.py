@@ -118,7 +118,8 @@ def test_noise_is_calibrated_to_what_is_left_of_a_budget(accountant: AccountantN
     in_all = Ledger.total([spent], accountant)
     in_all.record(rest.sampler, rest.noise_multiplier, 100)
     assert 0.999 * 5.0 <= rest.epsilon() <= 5.0
-    assert rest.epsilon() == pytest.approx(filter_epsilon(in_all.entries, 1e-5), rel=1e-3)
+    ideal = filter_epsilon(in_all.entries, 1e-5)  # of noise that is not computed, and charged for it
+    assert ideal < rest.epsilon() < ideal * 1.001
     assert in_all.epsilon(1e-5) < rest.epsilon()
     assert rest.epsilon(0) == pytest.approx(filter_epsilon(spent.entries, 1e-5), rel=1e-3)
     with pytest.raises(ValueError, match="target_epsilon: expected a budget that some noise keeps"):

@@ -9,7 +9,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from dp_flash_hf.kernels.keystream import KEY_BYTES, Keystream, derived_key, fresh_secret
+from dp_flash_hf.distributed import Ranks
+from dp_flash_hf.kernels.keystream import KEY_BYTES, Keystream, derived_key
 from tests.support.forks import forked
 
 KEY = bytes(range(32))
@@ -53,7 +54,7 @@ def test_words_on_a_gpu_are_those_of_chacha20(n: int, device: torch.device) -> N
 
 
 def test_no_word_comes_twice() -> None:
-    streams = [Keystream(KEY), Keystream(derived_key(KEY, "a")), Keystream(derived_key(KEY, "b")), Keystream(fresh_secret())]
+    streams = [Keystream(KEY), Keystream(derived_key(KEY, "a")), Keystream(derived_key(KEY, "b")), Keystream(Ranks().secret())]
     words = torch.cat([part for stream in streams for part in (stream(1000), stream(1000))])
     assert len(words.unique()) == len(words)
 
@@ -71,4 +72,5 @@ def test_a_key_of_another_length_is_refused(key: bytes) -> None:
 
 
 def test_secrets_are_fresh_forked() -> None:
-    assert len({fresh_secret(), fresh_secret(), forked(fresh_secret), forked(fresh_secret)}) == 4
+    secret = Ranks().secret
+    assert len({secret(), secret(), forked(secret), forked(secret)}) == 4

@@ -190,3 +190,9 @@ def test_rows_of_a_unit_are_chosen_anew_and_uniformly() -> None:
         assert none_dropped.tolist() == [1, 2]
     assert stats.chisquare(list(counts.values())).pvalue > SURPRISE
     assert choose_rows(rows, torch.tensor([], dtype=torch.int64), 2, generator) == []
+
+
+@pytest.mark.parametrize(("n_units", "expected"), [(10, 1), (1000, 1), (1000, 100), (10**6, 5000), (64, 64)])
+def test_hardly_more_is_exceeded_once_in_1e30_draws(n_units: int, expected: int) -> None:
+    sampler = PoissonSampler(n_units, expected)
+    assert stats.binom.logsf(sampler.hardly_more, n_units, sampler.sampling_rate) < math.log(1e-30)

@@ -21,6 +21,20 @@ from tests.support.models import PADDING, VOCABULARY, Batch, tiny
 Example = dict[str, Any]
 
 
+# Of every tiny training: weights stay, and nothing is written or shown.
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.0,
+    "optim": "sgd",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 0,
+}
+
+
 def texts(n: int = 24, *, seed: int = 0, shortest: int = 3, longest: int = 9) -> list[Example]:
     """Documents of unequal length with a class each; every fourth has a prompt that takes no part in the loss."""
     generator = torch.Generator().manual_seed(seed)
@@ -81,18 +95,10 @@ def trainer_for(
     """
     name = model if isinstance(model, str) else ""
     chosen: dict[str, Any] = {
+        **SETTINGS,
         "output_dir": str(path),
-        "per_device_train_batch_size": 4,
         "max_steps": 2,
-        "learning_rate": 0.0,
-        "optim": "sgd",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "remove_unused_columns": False,
-        "seed": 0,
         **settings,
     }
     arguments = hf.Seq2SeqTrainingArguments if issubclass(cls, hf.Seq2SeqTrainer) else hf.TrainingArguments

@@ -17,7 +17,7 @@ import trl
 from torch import Tensor
 
 from tests.support.oracle import clipped_sum, distance, unit_gradients
-from tests.support.trainers import attached, draws, watch, without_dropout
+from tests.support.trainers import SETTINGS, attached, draws, watch, without_dropout
 
 SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
 CHAT = (
@@ -150,18 +150,10 @@ def reward(path: Path, model: Any = None, data: Any = None, *, cls: Any = trl.Re
 def built(cls: Any, arguments: Any, path: Path, model: Any, data: Any, changes: dict[str, Any]) -> Any:
     given = {name: changes.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in changes}
     settings = {
+        **SETTINGS,
         "output_dir": str(path),
-        "per_device_train_batch_size": 4,
         "max_steps": 1,
-        "learning_rate": 0.0,
-        "optim": "sgd",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "bf16": False,
-        "seed": 0,
         **changes,
     }
     return cls(model=model, args=arguments(**settings), train_dataset=data, processing_class=tokenizer(), **given)

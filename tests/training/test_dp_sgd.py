@@ -12,8 +12,9 @@ from torch import nn
 
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.strategies import Strategy
-from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.kernels.keystream import Keystream
+from dp_flash_hf.mechanisms.gaussian_noise import SENSITIVITY
 from dp_flash_hf.training.dp_sgd import DPSGD
 from tests.support.engines import STRATEGIES
 from tests.support.forks import forked
@@ -222,3 +223,37 @@ def test_noise_is_of_the_keystream_unless_it_is_to_be_fast(monkeypatch: pytest.M
         assert bool(asked) == expected
         assert mechanism.report().noise == noise
         assert (noise == "fast") == any("PyTorch's random generators" in line for line in mechanism.report().not_covered)
+
+
+@pytest.mark.parametrize(("ranks", "wider"), [(2, 0.0), (4096, (4096 * 104 - 2**13) / 2**23)])
+def test_noise_of_a_sharded_model_is_wider_where_ranks_round_its_sums(
+    ranks: int, wider: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draw of 5 expected units hardly has more than 104: 5 + 12 sqrt(5) + 72. Half the charge is for adding up over ranks."""
+    mechanism, _, _ = started(Toy(), noise_multiplier=1.5, max_grad_norm=2.0)
+    monkeypatch.setattr(ClippingEngine, "sharded", True)
+    monkeypatch.setattr(mechanism._ranks, "size", ranks)
+    assert mechanism._std() == pytest.approx(3.0 * (SENSITIVITY + wider), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "wide"),
+    [((4000, False), False), ((4100, False), True), ((1, True), True)],
+    ids=["few", "many", "wide already"],
+)
+def test_ranks_add_up_in_float64_what_float32_would_round_too_far(
+    elsewhere: tuple[int, bool], wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks may add up 2^13 / 2 units in float32, and have to add up alike."""
+    mechanism, engine, _ = started(Toy())
+    monkeypatch.setattr(mechanism._ranks, "size", 2)
+    monkeypatch.setattr(mechanism._ranks, "gathered", lambda own: [own, elsewhere])
+    mechanism._sum_alike()
+    assert engine.rounding[1] == wide
+
+
+def test_a_sharded_model_needs_the_number_of_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far its sums are rounded is bounded by how many are drawn."""
+    monkeypatch.setattr(ClippingEngine, "sharded", True)
+    with pytest.raises((PrivacyError, UnsupportedError), match="public_n_units with a sharded model"):
+        started(Toy(), public_n_units=50)
