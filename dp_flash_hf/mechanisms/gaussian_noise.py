@@ -36,7 +36,7 @@ from dp_flash_hf.errors import invalid
 Words = Callable[[int], Tensor]  # n -> int64 (n,), every bit uniform and independent of all others, none ever given twice
 
 # How much further neighbours' sums may be apart than C, for all that rounds them, in units of C: 2^-10 for the grid; 2^-9 for
-# adding parts up (see `GradientBuffer`); 2^-10 for float32 products inside a part, which is not proven but measured.
+# adding parts up (see `GradientBuffer`); 2^-10 for float32 products inside a part, an allowance that is not proven.
 SENSITIVITY = 1 + 2.0**-8
 MOST_VALUES = 2**37  # trained values of a model, at most: charged for, whatever a model has
 ETA = 2.0**-42
