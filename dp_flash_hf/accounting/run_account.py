@@ -12,7 +12,7 @@ from typing import Any
 
 from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.accounting.plan import PrivacyPlan
-from dp_flash_hf.accounting.spend_log import SpendLog, SpendLogReplica
+from dp_flash_hf.accounting.spend_log import Heads, SpendLog, SpendLogReplica
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 
@@ -43,6 +43,7 @@ class RunAccount:
     other noise, sampling, clipping or budget            with target_epsilon, the noise of the rest is calibrated again
     all wanted steps are in the weights                  no step left
     more than target_epsilon                             ValueError; it counts, and no step is left
+    a spend log that a checkpoint knows with more lines  PrivacyError, nothing changed: see `SpendLog.require_continues`
     another privacy unit, number of units, or seed       PrivacyError, nothing changed: such steps cannot be added up
     ==================================================== ==============================================================
 
@@ -75,6 +76,7 @@ class RunAccount:
         self._wanted = plan  # before anything was known of earlier runs
         self._before: dict[str, Any] | None = None  # state of the last plan, if there was one before this one
         self._extended = False
+        self._heads: Heads = {}  # of spend logs, as checkpoints that were loaded know them
         # Who took how many steps. A writer is one run, in one process or one group of ranks, and only ever counts up: of two
         # copies of its count the higher is right, and checkpoints and spend logs of any age and origin can be merged.
         self._writer = secrets.token_hex(8)
@@ -129,7 +131,8 @@ class RunAccount:
             log: Open, on the rank that writes it; its replica on all others.
 
         Raises:
-            PrivacyError: What it holds cannot be added up with this training; nothing is changed then.
+            PrivacyError: What it holds cannot be added up with this training, or it does not hold all that was known of it;
+                nothing is changed then.
             ValueError: No noise keeps the budget after it. It is counted then, and no step is left.
         """
         self._continue(log, None, self.taken)
@@ -142,17 +145,22 @@ class RunAccount:
 
         Raises:
             PrivacyError: The state is damaged, or its steps cannot be added up with these: those of another privacy unit or
-                number of units, or of a fixed seed. Nothing is changed then.
+                number of units, or of a fixed seed; or the spend log does not hold all that the state knows of it. Nothing is
+                changed then.
             ValueError: No noise keeps the budget after it. It is counted then, and no step is left.
         """
         self._continue(None, state, self.taken)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, as JSON data: public values only, no random state, and a checksum against damage."""
+        """What a checkpoint must hold, as JSON data: public values only, no random state, and a checksum against damage.
+
+        It knows how far the spend log goes, so that whole lines that are cut off it are missed.
+        """
         state = {
             **self._plan_state(),
             "taken": self.taken,
             "ledgers": {name: own.state_dict() for name, own in self._ledgers.items() if own.steps},
+            "spend_logs": self._known_logs(),
         }
         return {**state, "checksum": _checksum(state)}
 
@@ -217,6 +225,16 @@ class RunAccount:
         if log is not None and log.last is not None:
             self._require_composable(log.last, log.ledgers, f"earlier runs of {log.path}")
         saved = {} if state is None else self._ledgers_in(state)
+        known, current = {} if state is None else known_logs(state), log or self.spend_log
+        if current is not None:
+            current.require_continues(self._known_logs(), "this training")
+            current.require_continues(known, "the checkpoint")
+            if state is not None and "spend_logs" not in state:
+                logger.warning(
+                    "the checkpoint is of an earlier version, which did not keep in it how far the spend log goes: whole lines "
+                    f"that were cut off the end of {current.path} since are not missed"
+                )
+        self._heads = _furthest(self._known_logs(), known)
         if log is not None:
             self._ledgers = {name: own for name, own in self._ledgers.items() if own.steps}
             self._merge(log.ledgers)
@@ -228,6 +246,9 @@ class RunAccount:
             self._before = state
         self.taken = taken if state is None else state["taken"]
         self._replan()
+
+    def _known_logs(self) -> Heads:
+        return _furthest(self._heads, {} if self.spend_log is None else self.spend_log.head)
 
     def _ledgers_in(self, state: dict[str, Any]) -> dict[str, Ledger]:
         """The ledgers in a checkpoint's state. Raises PrivacyError unless they are whole, and can be added up with these."""
@@ -352,6 +373,17 @@ class RunAccount:
             )
         else:
             logger.warning(f"{found}. They count, and the noise of the remaining steps is higher for it")
+
+
+def known_logs(state: dict[str, Any]) -> Heads:
+    """What a checkpoint's state knows of spend logs; {} where it is damaged, or of a version that kept nothing of them."""
+    if state.get("checksum") != _checksum(state):
+        return {}
+    return {first: (lines, last) for first, (lines, last) in state.get("spend_logs", {}).items()}
+
+
+def _furthest(some: Heads, others: Heads) -> Heads:
+    return {first: max(some.get(first, (0, "")), others.get(first, (0, ""))) for first in some | others}
 
 
 def _checksum(state: dict[str, Any]) -> int:

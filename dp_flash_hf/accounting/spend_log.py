@@ -22,6 +22,10 @@ from dp_flash_hf.mechanisms.sampling import sampler_from_dict
 
 FILE_NAME = "_privacy_spend.jsonl"  # `Trainer.push_to_hub` leaves out files whose name begins so
 
+# What is known of spend logs: the hash of a log's first line, by which it is told from others -> how many lines it had, and the
+# hash of the last of them. The hashes tell nothing of the data: the first line holds a secret key.
+Heads = dict[str, tuple[int, str]]
+
 
 class SpendLog:
     """An append-only file of all noisy steps of a folder, each written and synced before it is released.
@@ -45,7 +49,9 @@ class SpendLog:
     ============================================== ====================================================================
     a last line that is cut short                  removed: it was never synced, so its step was not released
     any other line changed or missing              PrivacyError on opening, naming the line
-    whole lines cut off the end, or an older copy  not noticed here; a checkpoint's state still counts its own steps
+    whole lines cut off the end, or an older copy  PrivacyError from `require_continues`, from what a checkpoint knows of it;
+                                                   lines after the newest checkpoint are not missed
+    a copy that went on by itself                  the same, for a checkpoint of the other one
     another run holds the file                     PrivacyError on opening; the lock ends with its process
     a full disk, a deleted or read-only file       PrivacyError from `append`: nothing may be released; the log is closed
     `append` after `close`                         PrivacyError
@@ -83,7 +89,8 @@ class SpendLog:
         self._writer = ""  # whose steps the latest lines are
         self._key, self._fingerprint = secrets.token_hex(16), ""
         self._run: dict[str, Any] | None = None  # of the next steps, if not yet in the file
-        self._hash, self._end = "", 0
+        self._hashes: list[str] = []  # of all lines
+        self._end = 0
         self._file: int | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,9 +163,38 @@ class SpendLog:
         self._write(line)
         self._take(line)
 
+    @property
+    def head(self) -> Heads:
+        """Which log this is, and how far it goes; {} without a line."""
+        return {self._hashes[0]: (len(self._hashes), self._hashes[-1])} if self._hashes else {}
+
+    def require_continues(self, known: Heads, whose: str, *, beside: bool = False) -> None:
+        """Raise PrivacyError if this is the log that somebody knows, and does not hold all that it held then.
+
+        Args:
+            known: `head` as it was, and perhaps those of other logs.
+            whose: Who knows it, for the message: a checkpoint.
+            beside: Whether that lies beside this file, which then is not a new one.
+        """
+        lines, last = known.get(self._hashes[0], (0, "")) if self._hashes else (0, "")
+        if beside and known and not self._hashes:
+            raise PrivacyError(
+                f"the spend log {self.path} is missing, and {whose} is of a run that wrote one: it was deleted, or the "
+                "checkpoint was copied here without it. Put the file back; or train in another folder, where what a checkpoint "
+                "says is counted if it is resumed by its path, and steps lost after it are not"
+            )
+        if lines > len(self._hashes) or (lines and self._hashes[lines - 1] != last):
+            found = f"it has {len(self._hashes)}" if lines > len(self._hashes) else "they are not the same"
+            raise PrivacyError(
+                f"steps are missing from the spend log {self.path}: {whose} knows {lines} lines of it, and {found}. Lines were "
+                "cut off its end, or it is an older copy, or a copy of its folder went on by itself. Put back the file that "
+                f"belongs to {whose}; or train in another folder, where what a checkpoint says is counted if it is resumed "
+                "there, and what only this file holds has to be added by you"
+            )
+
     def replica(self) -> SpendLogReplica:
         """What other ranks need to know of this log."""
-        return SpendLogReplica(self.path, self.name, self.ledgers, self.written, self.last)
+        return SpendLogReplica(self.path, self.name, self.ledgers, self.written, self.last, self.head)
 
     def close(self) -> None:
         """Let another run write the file; to close twice does nothing."""
@@ -195,7 +231,8 @@ class SpendLog:
                     f"{self.path}, line {number}: damaged ({error}), so what was spent is unknown. Restore a copy of "
                     "the file, if no step was taken since; or start again in another folder, and count what was spent here too"
                 ) from error
-            self._hash, self._end = found, self._end + len(text) + 1
+            self._hashes.append(found)
+            self._end += len(text) + 1
         if torn:
             os.ftruncate(self._file, self._end)
             os.fsync(self._file)
@@ -221,7 +258,8 @@ class SpendLog:
             self.ledgers.setdefault(name, Ledger()).merge_max(other)
 
     def _chained(self, line: Mapping[str, Any]) -> str:
-        return hashlib.sha256(f"{self._hash}{json.dumps(line, sort_keys=True)}".encode()).hexdigest()[:32]
+        before = self._hashes[-1] if self._hashes else ""
+        return hashlib.sha256(f"{before}{json.dumps(line, sort_keys=True)}".encode()).hexdigest()[:32]
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is None:
@@ -241,7 +279,8 @@ class SpendLog:
                 f"the spend log {self.path} could not be written ({error}), so the step was not released; free disk space "
                 "or repair the folder, then resume"
             ) from error
-        self._hash, self._end = found, self._end + len(text)
+        self._hashes.append(found)
+        self._end += len(text)
 
     def _undo(self) -> None:
         """Back to the last good line; nothing is written after a line that may be torn."""
@@ -263,7 +302,7 @@ class SpendLogReplica:
     """The spend log that the first of several ranks writes, as the others know it: the same ledgers, and nothing to write.
 
     They release a step only after the first has put it on disk: `DPSGD.release` has all ranks wait for each other before noise.
-    Attributes are those of `SpendLog`.
+    Attributes are those of `SpendLog`; `head` is as it was when the replica was made.
     """
 
     path: Path
@@ -271,8 +310,12 @@ class SpendLogReplica:
     ledgers: dict[str, Ledger]
     written: dict[str, int]
     last: dict[str, Any] | None
+    head: Heads
 
     def begin(self, run: Mapping[str, Any], others: Mapping[str, Ledger]) -> None:
+        """The first rank does it."""
+
+    def require_continues(self, known: Heads, whose: str) -> None:
         """The first rank does it."""
 
     def append(self) -> None:

@@ -12,7 +12,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,13 +75,18 @@ def whole(folder: Path, callback: str) -> Checkpoint:
         PrivacyError: it holds no privacy state.
     """
     state = read_state(folder)
-    saved = (state.get("stateful_callbacks") or {}).get(callback)
-    if not isinstance(saved, dict) or "privacy" not in saved.get("attributes", {}):
-        raise PrivacyError(
-            f"the checkpoint {folder} holds no privacy state, so what was spent is unknown; train from the beginning"
-        )
-    require_whole(folder, saved["attributes"].get("files", {}))
-    return Checkpoint(folder, state["global_step"], saved["attributes"]["privacy"])
+    saved = _privacy_in(state, folder, callback)
+    require_whole(folder, saved.get("files", {}))
+    return Checkpoint(folder, state["global_step"], saved["privacy"])
+
+
+def privacy_states(output_dir: str | Path, callback: str) -> dict[Path, dict[str, Any]]:
+    """The privacy states in a folder's checkpoints, the newest first, by their folders; of those whose state can be read."""
+    found = {}
+    for folder in by_age(output_dir):
+        with suppress(ValueError, PrivacyError):
+            found[folder] = _privacy_in(read_state(folder), folder, callback)["privacy"]
+    return found
 
 
 @contextmanager
@@ -137,6 +142,16 @@ def require_whole(folder: Path, files: dict[str, list[int]]) -> None:
             raise ValueError(f"{path} is missing")
         if path.stat().st_size != size or _crc32(path) != crc32:
             raise ValueError(f"{path} is damaged: it is not as it was saved")
+
+
+def _privacy_in(state: dict[str, Any], folder: Path, callback: str) -> dict[str, Any]:
+    """What the callback saved in a trainer's state. Raises PrivacyError where it saved nothing."""
+    saved: dict[str, Any] = ((state.get("stateful_callbacks") or {}).get(callback) or {}).get("attributes") or {}
+    if not isinstance(saved.get("privacy"), dict):
+        raise PrivacyError(
+            f"the checkpoint {folder} holds no privacy state, so what was spent is unknown; train from the beginning"
+        )
+    return saved
 
 
 def _crc32(path: Path) -> int:

@@ -305,7 +305,8 @@ class DPCallback(TrainerCallback, ExportableState):
             raise self._spent()
         with ExitStack() as self._while_training:
             self._while_training.callback(self._end_training)
-            self.training.open_spend_log(log, None if checkpoint is None else checkpoint.privacy)
+            beside = checkpoints.privacy_states(trainer.args.output_dir, type(self).__name__)
+            self.training.open_spend_log(log, None if checkpoint is None else checkpoint.privacy, beside)
             if checkpoint is not None and account.taken < checkpoint.step:
                 raise PrivacyError(
                     f"{checkpoint.path} took {checkpoint.step} steps but accounts for {account.taken}: part of its training "

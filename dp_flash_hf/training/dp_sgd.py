@@ -279,8 +279,9 @@ class DPSGD:
         return self.account.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where a checkpoint stopped, see `RunAccount.load_state_dict`."""
-        self.account.load_state_dict(state)
+        """Continue where a checkpoint stopped, on all ranks or none, see `RunAccount.load_state_dict`."""
+        with Ranks().all_ranks_or_none():
+            self.account.load_state_dict(state)
         if self._state is not None:
             self._state.begin()
 

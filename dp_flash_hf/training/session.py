@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from dp_flash_hf import validation
 from dp_flash_hf.accounting.dataset_fingerprint import fingerprint_of
 from dp_flash_hf.accounting.plan import PrivacyPlan
+from dp_flash_hf.accounting.run_account import known_logs
 from dp_flash_hf.accounting.spend_log import SpendLog
 from dp_flash_hf.distributed import Ranks, accelerators, local
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
@@ -145,7 +146,9 @@ class PrivateTraining:
         pairs = self.adapter.rows_per_example == 2 and self.config.privacy_unit is None
         return self.mechanism.report("one pair of texts" if pairs else None)
 
-    def open_spend_log(self, path: str | Path, state: dict[str, Any] | None = None) -> None:
+    def open_spend_log(
+        self, path: str | Path, state: dict[str, Any] | None = None, beside: Mapping[Path, dict[str, Any]] | None = None
+    ) -> None:
         """Begin a training whose every step is written to this spend log before it is released; what it holds already counts.
 
         One run at a time writes a log; of several ranks the first one does. The log is private, see `SpendLog`.
@@ -153,10 +156,13 @@ class PrivateTraining:
         Args:
             path: of the file, which is made where there is none.
             state: of the checkpoint that the training continues; None begins at step 0.
+            beside: states of the checkpoints in the log's folder, by where they are, which may know steps that it lacks; used
+                on the first rank.
 
         Raises:
-            PrivacyError: another run writes the log, it cannot be read or written, it is of other data, or what it or the
-                checkpoint holds cannot be added up with this training, see `RunAccount.begin`.
+            PrivacyError: another run writes the log, it cannot be read or written, it is of other data, it lacks lines that a
+                checkpoint knows, or what it or the checkpoint holds cannot be added up with this training, see
+                `RunAccount.begin`.
             ValueError: no noise keeps the budget after what was spent.
         """
         ranks = Ranks()
@@ -167,6 +173,8 @@ class PrivateTraining:
                     log = SpendLog(path)
                     with same_randomness(self.dataset):
                         log.require_dataset(self.dataset)
+                    for place, known in (beside or {}).items():
+                        log.require_continues(known_logs(known), str(place), beside=True)
             replica = ranks.shared(None if log is None else log.replica())
             with ranks.all_ranks_or_none():
                 self.mechanism.account.begin(replica if log is None else log, state)

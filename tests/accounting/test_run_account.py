@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.accounting.privacy_filter import filter_epsilon
+from dp_flash_hf.accounting.run_account import _checksum
 from dp_flash_hf.accounting.spend_log import SpendLog
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.reporting.report import CHANGED_NOT_COVERED, EXTENDED_NOT_COVERED, PrivacyReport
@@ -25,7 +27,8 @@ def test_state_is_public_json_and_continues() -> None:
     mechanism.release()
     optimizer.step()
     state = json.loads(json.dumps(mechanism.state_dict()))
-    assert state.keys() == {"config", "sampler", "noise_multiplier", "steps", "extended", "ledgers", "taken", "checksum"}
+    plan = {"config", "sampler", "noise_multiplier", "steps", "extended"}
+    assert state.keys() == plan | {"ledgers", "taken", "spend_logs", "checksum"}
     again = dpsgd()
     again.load_state_dict(state)
     assert (again.account.steps, again.account.steps_left, again.spent_epsilon()) == (1, STEPS - 1, mechanism.spent_epsilon())
@@ -261,23 +264,109 @@ def test_steps_of_another_folder_are_carried_over(path: Path, tmp_path: Path) ->
     assert steps_in(path) == 4
 
 
-def test_an_older_copy_of_the_spend_log_does_not_hide_steps_of_a_checkpoint(path: Path) -> None:
+MISSING = r"steps are missing from the spend log .*spend.jsonl: (the checkpoint|this training) knows {} lines of it, and {}\."
+
+
+@pytest.mark.parametrize("order", ["log, then state", "state, then log", "both at once"])
+@pytest.mark.parametrize("lines", [1, 3, 4, 6], ids="{} of 7 lines left".format)
+def test_whole_lines_cut_off_the_spend_log_are_missed(lines: int, order: str, path: Path, tmp_path: Path) -> None:
+    """Be it two runs of two and three steps with a line each before: an older copy of the log is one that was cut."""
     mechanism, optimizer = logged(path, steps=20)
     run(mechanism, optimizer, 2)
-    old = path.read_bytes()
     again, optimizer = logged(path, steps=20)
+    again.load_state_dict(mechanism.state_dict())
     run(again, optimizer, 3)
-    path.write_bytes(old)
-    restored, optimizer = logged(path, steps=20)
-    restored.load_state_dict(again.state_dict())
-    assert restored.account.steps == 5
-    run(restored, optimizer, 1)
-    assert steps_in(path) == 6
+    state = json.loads(json.dumps(again.state_dict()))
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:lines]))
+
+    account = dpsgd(steps=20).account
+    if order == "state, then log":
+        account.load_state_dict(state)
+    log = SpendLog(path)
+    if order == "log, then state":
+        account.open_spend_log(log)
+    before = (account.plan, account.ledger.entries, account.taken, account.state_dict())
+    combine: dict[str, Callable[[], None]] = {
+        "log, then state": lambda: account.load_state_dict(state),
+        "state, then log": lambda: account.open_spend_log(log),
+        "both at once": lambda: account.begin(log, state),
+    }
+    with pytest.raises(PrivacyError, match=MISSING.format(7, f"it has {lines}") + r".*Put back the file.*another folder"):
+        combine[order]()
+    assert (account.plan, account.ledger.entries, account.taken, account.state_dict()) == before
+    log.close()
+    elsewhere, optimizer = logged(tmp_path / "elsewhere", steps=20)  # as the message says
+    elsewhere.load_state_dict(state)
+    run(elsewhere, optimizer, 1)
+    assert (elsewhere.account.steps, steps_in(tmp_path / "elsewhere")) == (6, 6)
+
+
+def test_a_cut_is_missed_after_steps_in_another_folder_too(path: Path, tmp_path: Path) -> None:
+    """What is known of a log stays known where a checkpoint goes on beside another one, or beside none."""
+    mechanism, optimizer = logged(path, steps=20)
+    run(mechanism, optimizer, 3)
+    elsewhere, optimizer = logged(tmp_path / "elsewhere", steps=20)
+    elsewhere.load_state_dict(mechanism.state_dict())
+    run(elsewhere, optimizer, 1)
+    unlogged = dpsgd(steps=20)
+    unlogged.load_state_dict(elsewhere.state_dict())
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    back, _ = logged(path, steps=20)
+    with pytest.raises(PrivacyError, match=MISSING.format(4, "it has 3")):
+        back.load_state_dict(unlogged.state_dict())
+
+
+def test_a_log_that_was_cut_and_went_on_is_seen(path: Path) -> None:
+    mechanism, optimizer = logged(path, steps=20)
+    run(mechanism, optimizer, 3)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    again, optimizer = logged(path, steps=20)
+    run(again, optimizer, 5)  # nobody knows yet
+    again, _ = logged(path, steps=20)
+    with pytest.raises(PrivacyError, match=MISSING.format(4, "they are not the same")):
+        again.load_state_dict(mechanism.state_dict())
+
+
+def test_the_state_of_a_run_knows_the_log_as_it_is(path: Path) -> None:
+    """Also before the first line, and of ranks that do not write; to load it again, now or later, is no cut."""
+    mechanism, optimizer = logged(path, steps=20)
+    states = [mechanism.state_dict()]
+    assert states[0]["spend_logs"] == {}
+    for _ in range(3):
+        step(mechanism, optimizer)
+        states.append(mechanism.state_dict())
+        mechanism.load_state_dict(states[0])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert states[-1]["spend_logs"] == {lines[0]["hash"]: (len(lines), lines[-1]["hash"])}
+    assert lines[0]["key"] not in json.dumps(states)  # or guesses at the data could be checked
+    mechanism.account.close()
+
+    log = SpendLog(path)
+    other = dpsgd(steps=20).account
+    other.begin(log.replica(), states[-1])
+    log.close()
+    other.count_step()
+    other.load_state_dict(states[-1])
+    assert other.state_dict()["spend_logs"] == states[-1]["spend_logs"]
+
+
+def test_a_state_of_an_earlier_version_does_not_miss_lines_and_says_so(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mechanism, optimizer = logged(path, steps=20)
+    run(mechanism, optimizer, 3)
+    state = mechanism.state_dict()
+    del state["spend_logs"]
+    state["checksum"] = _checksum(state)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    again, optimizer = logged(path, steps=20)
+    again.load_state_dict(state)
+    assert (again.account.steps, again.account.recorded) == (3, False)
+    assert "of an earlier version" in caplog.text
+    assert "are not missed" in caplog.text
 
 
 @pytest.mark.parametrize("alive", [False, True])
 def test_copies_of_a_folder_that_both_went_on_are_merged(alive: bool, path: Path) -> None:
-    """Both began with the same steps, and took others then: all of them count, whichever checkpoint is resumed where."""
+    """Both began with the same steps, and took others then. Neither log holds those of the other, and a third holds all."""
     first, first_optimizer = logged(path, steps=30)
     for _ in range(4):
         step(first, first_optimizer)
@@ -298,17 +387,21 @@ def test_copies_of_a_folder_that_both_went_on_are_merged(alive: bool, path: Path
 
     for place, brought in ((path, there), (copy, here)):
         merged, optimizer = logged(place, steps=30)
+        with pytest.raises(PrivacyError, match=r"steps are missing from .*a copy of its folder went on by itself"):
+            merged.load_state_dict(brought.state_dict())
+        run(merged, optimizer, 0)
+    third = path.parent.with_name("third") / path.name
+    merged, optimizer = logged(third, steps=30)
+    for brought in (there, here):
         merged.load_state_dict(brought.state_dict())
-        assert merged.account.steps == 4 + 3 + 2
-        run(merged, optimizer, 1)
-        assert steps_in(place) == 4 + 3 + 2 + 1
-        assert merged.report().parts == (
-            {"steps": 10, "sampler": merged.account.plan.sampler.to_dict(), "noise_multiplier": 1.0},
-        )
+    assert merged.account.steps == 4 + 3 + 2
+    run(merged, optimizer, 1)
+    assert steps_in(third) == 4 + 3 + 2 + 1
+    assert merged.report().parts == ({"steps": 10, "sampler": merged.account.plan.sampler.to_dict(), "noise_multiplier": 1.0},)
 
 
 def test_a_checkpoint_of_a_copied_output_folder(tmp_path: Path) -> None:
-    """As `Trainer` resumes it: 2 steps in both folders, 2 more here, 1 more there, and then 1."""
+    """As `Trainer` resumes it: 2 steps in both folders, 2 more here, 1 more there, and then 1 in a folder of its own."""
 
     def trained(folder: Path, steps: int, resume: Path | None) -> PrivacyReport:
         trainer = trainer_for("gpt2", folder, max_steps=steps, save_strategy="steps", save_steps=1)
@@ -321,23 +414,22 @@ def test_a_checkpoint_of_a_copied_output_folder(tmp_path: Path) -> None:
     shutil.copytree(here, there)
     assert trained(here, 4, here / "checkpoint-2").steps == 4
     assert trained(there, 3, there / "checkpoint-2").steps == 3
-    report = trained(there, 5, here / "checkpoint-4")
-    assert (report.steps, report.lost_steps) == (2 + 2 + 1 + 1, 1)
+    with pytest.raises(PrivacyError, match=r"steps are missing from .*/there/.*copy of its folder went on.*another folder"):
+        trained(there, 5, here / "checkpoint-4")
+    report = trained(tmp_path / "third", 5, here / "checkpoint-4")
+    assert (report.steps, report.lost_steps) == (2 + 2 + 1, 0)
 
 
-def test_what_a_copy_took_is_not_on_record_here(path: Path) -> None:
-    """What it lost after its checkpoint is not known, also where its run began in this folder."""
+def test_what_was_taken_in_another_folder_is_not_on_record_here(path: Path) -> None:
+    """What it lost there after its checkpoint is not known."""
     first, optimizer = logged(path, steps=30)
-    step(first, optimizer)
-    copy = path.parent.with_name("copy") / path.name
-    shutil.copytree(path.parent, copy.parent)
-    run(first, optimizer, 1)
-    there, optimizer = logged(copy, steps=30)
-    assert (there.account.steps, there.account.recorded) == (1, True)
+    run(first, optimizer, 2)
+    other = path.parent.with_name("other") / path.name
+    there, optimizer = logged(other, steps=30)
     there.load_state_dict(first.state_dict())
     assert (there.account.steps, there.account.recorded) == (2, False)
     run(there, optimizer, 1)
-    later, _ = logged(copy, steps=30)  # which the spend log carries over
+    later, _ = logged(other, steps=30)  # which the spend log carries over
     assert (later.account.steps, later.account.recorded) == (3, False)
     here, _ = logged(path, steps=30)
     assert (here.account.steps, here.account.recorded) == (2, True)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dp_flash_hf.accounting.ledger import Ledger
+from dp_flash_hf.accounting.run_account import known_logs
+from dp_flash_hf.accounting.spend_log import FILE_NAME, SpendLog
 from dp_flash_hf.errors import PrivacyError
-from dp_flash_hf.integrations.checkpoints import STATE_FILE, by_age, manifest, to_resume, whole, whole_or_removed
+from dp_flash_hf.integrations.checkpoints import (
+    STATE_FILE,
+    by_age,
+    manifest,
+    privacy_states,
+    to_resume,
+    whole,
+    whole_or_removed,
+)
 from dp_flash_hf.integrations.trainer import DPCallback
 from dp_flash_hf.mechanisms.sampling import PoissonSampler
 from tests.support.trainers import attached, texts, trainer_for
@@ -182,4 +193,62 @@ def test_a_checkpoint_partly_trained_without_privacy_is_an_error(checkpoint: Pat
     state["global_step"] = 2  # one more than its ledgers hold
     (target / "trainer_state.json").write_text(json.dumps(state))
     with pytest.raises(PrivacyError, match="took 2 steps but accounts for 1"):
-        continued(target, tmp_path)
+        continued(target, tmp_path / "elsewhere")
+
+
+def cut(log: Path) -> None:
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def cut_and_gone_on(log: Path) -> None:
+    cut(log)
+    own = SpendLog(log)
+    assert own.last is not None
+    own.begin(own.last, {})
+    own.append()
+    own.append()
+    own.close()
+
+
+@pytest.mark.parametrize("resume", [True, None, "checkpoint-1"])
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (cut, r"steps are missing from .*checkpoint-2 knows 3 lines of it, and it has 2\..*Put back the file"),
+        (cut_and_gone_on, r"checkpoint-2 knows 3 lines of it, and they are not the same\."),
+        (Path.unlink, r"is missing, and .*checkpoint-2 is of a run that wrote one: it was deleted"),
+    ],
+    ids=["cut", "cut and gone on", "deleted"],
+)
+def test_all_checkpoints_of_a_folder_know_its_spend_log(
+    damage: Any, match: str, resume: str | bool | None, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Also an older one is not resumed beside a log that lost lines, and training does not begin there anew."""
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint.parent, folder)
+    damage(folder / FILE_NAME)
+    trainer = trainer_for("gpt2", folder, max_steps=3)
+    dp = attached(trainer)
+    with pytest.raises(PrivacyError, match=match):
+        trainer.train(resume_from_checkpoint=str(folder / resume) if isinstance(resume, str) else resume)
+    assert dp.mechanism.account.steps == 0
+    assert dp.mechanism.account.spend_log is None
+
+
+def test_a_checkpoint_whose_log_is_lost_continues_elsewhere(checkpoint: Path, tmp_path: Path) -> None:
+    """As the message says."""
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint.parent, folder)
+    (folder / FILE_NAME).unlink()
+    assert continued(folder / "checkpoint-1", tmp_path / "elsewhere").report().steps == 2
+
+
+def test_states_that_cannot_be_read_or_trusted_know_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint.parent, folder)
+    (folder / "checkpoint-2" / STATE_FILE).write_text("{")
+    assert [path.name for path in privacy_states(folder, "DPCallback")] == ["checkpoint-1"]
+    (state,) = privacy_states(folder, "DPCallback").values()
+    assert [lines for lines, _ in known_logs(state).values()] == [2]
+    assert known_logs({**state, "taken": 7}) == {}
+    assert privacy_states(folder, "Another") == {}
