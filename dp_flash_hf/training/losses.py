@@ -8,7 +8,7 @@ undone, on evidence: the model itself is asked, on made-up labels, how it divide
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from dp_flash_hf.engine.model_loss import ModelLoss
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_unit, text_starts
 
-_LABELS_TRIED = 16  # each costs a forward pass of the preflight's batch and of its units
+_LABELS_TRIED = 16  # several at a time, each time for a forward pass of the preflight's batch and of its units
 
 Counted = Literal["rows", "labels", "shifted labels"]
 
@@ -166,7 +166,7 @@ def learn_loss(
         options = ("labels",)
     with torch.no_grad():
         values = _label_values(batch, n_classes)
-        one = select_unit(_relabelled(batch, units, values[0], values[0]), units, 0)
+        one = select_unit(_relabelled(batch, units, values[:1]), units, 0)
         once, half = loss(one, 1.0), loss(one, 2.0)
         if not math.isfinite(once):
             raise PrivacyError(
@@ -182,22 +182,22 @@ def learn_loss(
                 return UnitLoss(model_loss, "sum", counted, rows_per_example)
             options = (counted,)
         # Likely labels for the first unit and unlikely ones for the rest: losses far apart tell the ways of counting apart.
-        first = [loss(select_unit(_relabelled(batch, units, value, value), units, 0), 1.0) for value in values]
-        likely = values[first.index(min(first))]
+        values.sort(key=lambda value: loss(select_unit(_relabelled(batch, units, [value]), units, 0), 1.0), reverse=True)
+        likely = values[-1]
         errors: dict[Counted | Literal["sum"], float] = dict.fromkeys((*options, *(() if divided else ("sum",))), 0.0)
         largest = 0.0
-        for value in values:
-            tried = _relabelled(batch, units, likely, value)
+        most = max(1, units.n - 1)
+        for others in ([values[0]], *(values[begin : begin + most] for begin in range(1, len(values), most))):
+            tried = _relabelled(batch, units, [likely, *others])
+            parts = [select_unit(tried, units, unit) for unit in range(units.n)]
+            given = [label_counts(tried, units, options[0]) if divided else torch.ones(units.n), torch.ones(1)]
+            if divided:
+                given[1] = given[0].sum(0, keepdim=True)
+            means = torch.tensor([loss(part, n) for part, n in zip(parts, given[0].tolist(), strict=True)])
+            whole = loss(tried, float(given[1]))
+            largest = max(largest, abs(whole))
             for option in errors:
-                if option == "sum":
-                    counts, given = torch.ones(units.n), torch.ones(units.n + 1)
-                else:
-                    counts = label_counts(tried, units, option)
-                    given = torch.cat([counts, counts.sum(0, keepdim=True)]) if divided else torch.ones(units.n + 1)
-                *alone, total = given.tolist()
-                whole = loss(tried, total)
-                largest = max(largest, abs(whole))
-                means = torch.tensor([loss(select_unit(tried, units, unit), n) for unit, n in enumerate(alone)])
+                counts = torch.ones(units.n) if option == "sum" else label_counts(tried, units, option)
                 divisor = 1.0 if option == "sum" else counts.sum()
                 error = abs(float((counts * means).sum() / divisor) - whole) / max(abs(whole), 1e-6)
                 errors[option] = error if math.isnan(error) else max(errors[option], error)
@@ -274,31 +274,35 @@ def _label_values(batch: Batch, n_classes: int | None) -> list[int]:
     return list(dict.fromkeys([*found, *range(n_classes)]))[:_LABELS_TRIED] or [0]
 
 
-def _relabelled(batch: dict[str, Any], units: Units, first: int, others: int) -> dict[str, Any]:
-    """The batch with three labels `first` at the start of the first unit's texts, and one label, the second, in all `others`.
+def _relabelled(batch: dict[str, Any], units: Units, values: Sequence[int]) -> dict[str, Any]:
+    """The batch with three labels at the start of the first unit's texts, and one label, the second, in all others.
 
     A text of the first unit then counts 1 row, 3 labels, 2 shifted labels, every other text 1 of each. In a packed row no text
     has a label at its own start, where it would be predicted from the text before. A row of a classifier has one label anyway.
+
+    Args:
+        values: the label of each unit; the last one of all further units.
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return batch
+    of_unit = torch.tensor([*values[: units.n], *values[-1:] * (units.n - len(values))])
     if not _has_token_labels(batch):
         if len(labels) != units.n_items:
-            return {**batch, "labels": labels.masked_fill(labels == IGNORED, others)}
-        of_first = (units.of_item == 0).to(labels.device).reshape(-1, *[1] * (labels.dim() - 1))
-        return {**batch, "labels": torch.where(of_first, first, others).expand_as(labels).to(labels.dtype)}
+            return {**batch, "labels": labels.masked_fill(labels == IGNORED, values[-1])}
+        made = of_unit[units.of_item.clamp(min=0)].to(labels.device, labels.dtype)
+        return {**batch, "labels": made.reshape(-1, *[1] * (labels.dim() - 1)).expand_as(labels).contiguous()}
     made = torch.full_like(labels, IGNORED)
     flat = made.flatten(1) if units.kind == "rows" else made.flatten()
     starts = text_starts(batch) if units.kind == "tokens" else None
-    for unit in range(units.n):
+    for unit, value in enumerate(of_unit.tolist()):
         items = units.items(unit)
         within = items[1:] if starts is None else items[~starts[items]]
         items, within = items.to(labels.device), within.to(labels.device)
         if units.kind == "tokens":
-            flat[within[: 3 if unit == 0 else 1]] = first if unit == 0 else others
+            flat[within[: 3 if unit == 0 else 1]] = value
         elif unit == 0:
-            flat[items, :3] = first
+            flat[items, :3] = value
         else:
-            flat[items, 1:2] = others
+            flat[items, 1:2] = value
     return {**batch, "labels": made}
