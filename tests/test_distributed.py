@@ -67,6 +67,7 @@ def one_process(
 SHARES = {"ragged": [[0, 1, 2], [4], [3], []], "one has all": [[], [1, 0, 2], [], []]}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
 @pytest.mark.parametrize(("kind", "size"), [("fsdp", 2), ("hsdp", 4)])
 @pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass"])
@@ -85,6 +86,7 @@ def test_sums_of_split_models_equal_one_process(
     torch.testing.assert_close(torch.tensor(found, dtype=norms.dtype), norms)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass"])
 @pytest.mark.parametrize("variant", ["checkpointing", "reentrant checkpointing", "offload", "bf16"])
 def test_what_else_fsdp2_does(variant: str, strategy: str) -> None:

@@ -50,6 +50,7 @@ class Checks:
     def __init__(self, engine: ClippingEngine, adapter: TrainingAdapter, reader: UnitReader, *, cut_padding: bool) -> None:
         self.engine, self.adapter, self.reader, self.cut_padding = engine, adapter, reader, cut_padding
         self._needs_autocast = False  # known once it was tried without
+        self._tried: list[int] = []  # before training
 
     def before_training(self) -> UnitLoss:
         """Learn how the loss divides, and prove isolation and exactness, on units chosen from all over the data.
@@ -83,7 +84,7 @@ class Checks:
             with self._precisely() as precise:
                 loss, chosen = self._learnt_from(chosen, chance, tolerance=1e-4 if precise else 1e-2)
                 self._require_packing(loss, chosen, tolerance=1e-3 if precise else 0.05, precise=precise)
-            chosen = self._with_gradients(loss, examples, chosen, chance)
+            self._tried = chosen = self._with_gradients(loss, examples, chosen, chance)
             batch, units = self.reader.batch(chosen)
             if self._lowered:  # as it will be computed, whatever that rounds away
                 self._compare(loss, chosen, [batch], units, chance, precise=False)
@@ -144,7 +145,7 @@ class Checks:
         return max(lengths, key=lengths.__getitem__)
 
     def _looked_at(self, chance: random.Random, most: int = LOOKED_AT) -> dict[int, Any]:
-        return {unit: self.reader.first_example(unit) for unit in spread_units(self.reader.n_units, chance, most)}
+        return self.reader.first_examples(spread_units(self.reader.n_units, chance, most))
 
     def _with_gradients(self, loss: UnitLoss, examples: dict[int, Any], chosen: list[int], chance: random.Random) -> list[int]:
         """These units, or others, of which one has a label and a gradient: where all are zero, nothing is compared.
@@ -197,9 +198,9 @@ class Checks:
             except (ValueError, IndexError, RuntimeError):  # a label that is none
                 return False
 
-    def some_batch(self) -> tuple[dict[str, Any], Units]:
-        """A batch of units that differ, as the checks would try."""
-        return self.reader.batch(choose_units(self._looked_at(_secret_chance())))
+    def tried_batch(self) -> tuple[dict[str, Any], Units]:
+        """A batch of the units that were tried before training."""
+        return self.reader.batch(self._tried)
 
     # In which precision.
 

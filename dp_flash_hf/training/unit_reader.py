@@ -55,9 +55,13 @@ class UnitReader:
         found: list[tuple[Any, int]] = self.dataset.__getitems__(list(keys))
         return found
 
-    def first_example(self, unit: int) -> Any:
-        """The first example of a unit, as the dataset holds it."""
-        return self.examples(self.keys([unit])[:1])[0][0]
+    def first_examples(self, units: Sequence[int]) -> dict[int, Any]:
+        """By unit, its first example that is not empty, as the dataset holds it."""
+        keys = [(unit if self._rows is None else int(self._rows[unit][0]), unit) for unit in units]
+        read = {unit: example for example, unit in self.examples(keys)}
+        return {
+            unit: self.examples(self.keys([unit])[:1])[0][0] if is_empty(example) else example for unit, example in read.items()
+        }
 
     def batch(self, units: Sequence[int]) -> tuple[dict[str, Any], Units]:
         """One batch of all rows of these units, on the model's device."""

@@ -78,6 +78,7 @@ _WITH = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("case", "name"),
     [

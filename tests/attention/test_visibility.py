@@ -45,6 +45,7 @@ TRACED: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TRACED)
 def test_traced_code_equals_what_is_read(name: str) -> None:
     torch._dynamo.reset()
@@ -54,6 +55,7 @@ def test_traced_code_equals_what_is_read(name: str) -> None:
     assert_same(compiled(qkv, **asked), run(qkv, **asked), trained)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "asked",
     [

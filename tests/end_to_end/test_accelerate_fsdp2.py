@@ -104,6 +104,7 @@ def test_a_trainer_on_gpus() -> None:
     print(done.stdout)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("variant", "lora", "accumulation", "replicas"),
     [
@@ -206,6 +207,7 @@ def looped(replicas: int = 0, precision: str | None = None, strategy: Strategy =
     return plain_names(model)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("size", "replicas", "strategy"),
     [

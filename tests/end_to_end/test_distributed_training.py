@@ -73,6 +73,7 @@ def loop(
 FOUR_RANKS = pytest.param("hsdp", 4, marks=pytest.mark.complete)  # on two cores they wait for each other most of the time
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("fsdp", 2), FOUR_RANKS])
 @pytest.mark.parametrize("batch", [2, 9], ids=["empty shares", "ragged shares"])
@@ -111,6 +112,7 @@ def trained(path: str, accumulation: int, changes: dict[str, Any]) -> dict[str, 
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("changes", [{}, {"max_tokens_per_device": 30}], ids=["rows", "tokens"])
 def test_a_trainer_on_ranks_is_a_trainer_in_one_process(accumulation: int, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -125,6 +127,7 @@ def noisy_loop(kind: str) -> list[int]:
     return [checksum(p) for p in loop(kind, steps=20, noise=True).values()]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("fsdp", 2), FOUR_RANKS])
 def test_ranks_hold_the_same_parameters_after_noisy_steps(kind: str, size: int) -> None:
     first, *others = world(size).run(noisy_loop, kind)
@@ -159,6 +162,7 @@ def released_noise(kind: str, steps: int) -> list[dict[str, Tensor]]:
 NOISE, BOUND, EXPECTED = 1.5, 0.7, 4
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kind", "size"), [("none", 1), ("ddp", 2), ("fsdp", 2), FOUR_RANKS])
 def test_noise_over_ranks_and_shards(kind: str, size: int) -> None:
     """Of the right size, the same on replicas, uncorrelated between shards and between steps."""
@@ -264,6 +268,7 @@ def trl_trained(name: str, path: str) -> tuple[dict[str, Tensor], list[str]]:
     return {key: p.detach().clone() for key, p in trainer.model.named_parameters() if p.requires_grad}, logged
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_trl_on_ranks(name: str, tmp_path: Path) -> None:
     """Their losses gather metrics from all ranks, of which some here compute more physical batches than others."""
@@ -298,6 +303,7 @@ def trained_split(path: str, fsdp: int, replicas: int, lora: bool) -> dict[str, 
     return {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("fsdp", "replicas", "lora"),
     [(2, 1, False), (2, 1, True), pytest.param(2, 2, False, marks=pytest.mark.complete)],

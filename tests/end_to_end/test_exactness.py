@@ -56,6 +56,7 @@ def assert_exact(
             model.zero_grad()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_padded_rows(name: str) -> None:
     model, batch = tiny(name), batch_of(name)
@@ -63,6 +64,7 @@ def test_padded_rows(name: str) -> None:
     assert_exact(model, loss_of(name, model), batch, each_row(batch), TOLERANCE[torch.float64], ways=ways)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_padded_rows_in_float32(name: str) -> None:
     model, batch = tiny(name, torch.float32), batch_of(name, dtype=torch.float32)
@@ -89,6 +91,7 @@ def test_packed_row(name: str) -> None:
     assert_exact(model, loss_of(name, model), batch, parts, TOLERANCE[inside], units=boundaries, ways=ways)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama"])
 def test_units_of_several_rows(name: str) -> None:
     model, batch = tiny(name), batch_of(name, rows=6)
@@ -97,6 +100,7 @@ def test_units_of_several_rows(name: str) -> None:
     assert_exact(model, loss_of(name, model), batch, parts, 1e-12, units=ids)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "llama_tied", "bert", "t5", "vit"])
 def test_activation_checkpointing(name: str, reentrant: bool) -> None:

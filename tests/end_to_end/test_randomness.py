@@ -113,6 +113,7 @@ def states(path: Path, data: Any, collator: Any, model: Any, **settings: Any) ->
     return found
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("collate", "dataset", "jitter"),
@@ -132,6 +133,7 @@ def test_saved_states_of_generators_are_those_of_a_neighbouring_dataset(
     assert found[0] == found[1]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("jitter", [None, *JITTERS])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_dropout_cannot_be_foreseen_and_generators_stay_as_they_were(

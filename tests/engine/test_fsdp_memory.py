@@ -223,6 +223,7 @@ def estimates_of_split(family: str, kind: str, variant: str) -> tuple[list[Memor
     return found, wanted, unchanged
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(("kind", "size"), [("fsdp", 2), ("hsdp", 4)])
 def test_a_split_model_is_estimated_as_it_is_split(family: str, kind: str, size: int) -> None:
@@ -277,6 +278,7 @@ def chosen(free: list[int], broken: list[bool]) -> tuple[str, list[str], int]:
     return engine.chosen, said, private.report().steps
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("free", "broken", "strategy", "says"),
     [

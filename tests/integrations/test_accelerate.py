@@ -38,6 +38,7 @@ DRAWS: tuple[list[int], ...] = ([0, 3, 4, 9, 11, 17, 20], [], [5])
 # Training.
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -159,6 +160,7 @@ def stepping(private: PrivateLoop, optimizer: Any) -> Iterator[dict[str, Any]]:
         optimizer.zero_grad()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("taken", [0, 1])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_draw_that_is_looked_at_is_the_next_step(taken: int, workers: int) -> None:
@@ -201,6 +203,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int)
     monkeypatch.setattr(owner, name, failing)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("iterates_again", [False, True])
 @pytest.mark.parametrize("where", ["second part", "sums", "noise"])
 def test_a_draw_whose_backward_failed_is_taken_later(where: str, iterates_again: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,7 @@ def test_privacy_parameters_that_cannot_be_composed_are_an_error(
         continued(checkpoint, tmp_path, **changes)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -125,6 +125,7 @@ def test_two_lines_train_to_the_budget(tmp_path: Path) -> None:
     assert trainer.state.log_history[-1]["privacy/epsilon"] == report.epsilon
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("units", [1117, 23])
 @pytest.mark.parametrize("budget", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 0.1}], ids=str)
 def test_with_a_public_estimate_the_true_number_of_units_is_told_nowhere(
@@ -200,6 +201,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> PaddedSums:
     return sums
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -280,6 +282,7 @@ def pairwise() -> Iterator[Any]:
             yield pytest.param(attention, options, _COMPUTED[c], marks=marks)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("attention", "options", "settings"), pairwise(), ids=str)
 def test_flattened_batches_equal_padded_ones(
     attention: str,

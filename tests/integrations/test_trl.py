@@ -92,6 +92,7 @@ def sft_of(name: str, path: Path) -> Callable[[], Any]:
     return make
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", SFT)
 def test_sft_sums_are_those_of_single_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error_of(sft_of(name, tmp_path), monkeypatch) <= ROUNDING
@@ -175,6 +176,7 @@ def test_the_called_head_evaluates_as_the_fused_one(tmp_path: Path) -> None:
 REFERENCE: dict[bool, dict[str, Any]] = {False: {}, True: {"ref_model": llama(7)}}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["padded", "padding-free", "LoRA"])
 def test_trls_own_defaults_train(name: str, tmp_path: Path) -> None:
     """bfloat16 and gradient checkpointing; the budget is spent and the model moved."""
@@ -255,6 +257,7 @@ def dpo_of(name: str, path: Path) -> Callable[[], Any]:
 _SOME_DPO = {"sigmoid", "hinge", "robust", "two losses", "ld_alpha", "weighting", "precomputed", "truncated", "accumulation"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in _SOME_DPO or "LoRA" in name else pytest.mark.complete) for name in DPO]
 )
@@ -262,6 +265,7 @@ def test_dpo_sums_are_those_of_single_pairs(name: str, tmp_path: Path, monkeypat
     assert error_of(dpo_of(name, tmp_path), monkeypatch) <= 5 * ROUNDING
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("changes", REWARD.values(), ids=REWARD)
 def test_reward_sums_are_those_of_single_pairs(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -269,6 +273,7 @@ def test_reward_sums_are_those_of_single_pairs(
     assert error_of(lambda: reward(tmp_path, **changes), monkeypatch) <= ROUNDING
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "make", [dpo_of("LoRA", Path()), dpo_of("precomputed", Path()), lambda: reward(Path(), data=margins())]
 )
@@ -326,6 +331,7 @@ def test_with_rows_as_units_one_pair_would_move_it_by_more(tmp_path: Path) -> No
     assert moved(lambda n: Units.rows(2 * n)) > 1.1 * C
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", [sft, dpo, reward])
 def test_one_user_moves_the_sum_by_at_most_the_bound_and_rows_as_units_by_more(
     make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -585,6 +591,7 @@ def wrapping(forward: Any) -> list[str]:
     return found
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", [sft, dpo, reward])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_detach_undoes_attach_and_training(make: Callable[..., Any], bf16: bool, tmp_path: Path) -> None:

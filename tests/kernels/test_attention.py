@@ -217,11 +217,13 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("features", FEATURES)
 def test_agrees_with_the_oracle(features: str, device: str) -> None:
     check(problem(RAGGED, device, **FEATURES[features]))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", [WHOLE, PADDED, PACKED], ids=["whole", "padded", "packed"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_layouts(layout: Any, causal: bool, device: str) -> None:
@@ -243,6 +245,7 @@ def _ranges(out, cases, OF_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: t
     tl.store(out + 3, high)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("of_keys", [False, True])
 @pytest.mark.parametrize(("causal", "windowed"), [(False, False), (True, False), (False, True), (True, True)])
 def test_tiles_in_sight(of_keys: bool, causal: bool, windowed: bool, device: str) -> None:
@@ -266,11 +269,13 @@ def test_tiles_in_sight(of_keys: bool, causal: bool, windowed: bool, device: str
         assert unmasked == list(range(left, right, 4))  # and nothing is masked without need
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("heads", "dims"), [((2, 2), (16, 16)), ((4, 1), (5, 33)), ((4, 2), (64, 16)), ((3, 1), (16, 80))])
 def test_heads(heads: tuple[int, int], dims: tuple[int, int], device: str) -> None:
     check(problem(PACKED, device, heads=heads, dims=dims, causal=True, sinks=True))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tiles", [(32, 16), (16, 32)])
 @pytest.mark.parametrize("features", ["causal", "causal-wide-window", "wide-window", "dropout"])
 def test_tiles(tiles: tuple[int, int], features: str, device: str, small_tiles: Callable[[int, int], None]) -> None:
@@ -278,6 +283,7 @@ def test_tiles(tiles: tuple[int, int], features: str, device: str, small_tiles: 
     check(problem(RAGGED, device, heads=(1, 1), **FEATURES[features]))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("features", ["plain", "everything", "dropout"])
 def test_half_precision(features: str, dtype: torch.dtype, device: str) -> None:
@@ -341,6 +347,7 @@ def test_the_same_call_gives_the_same_bits(device: str) -> None:
     assert all(torch.equal(first[name], second[name]) and torch.equal(first[name], third[name]) for name in first)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
 def test_nothing_crosses_between_segments(name: str, device: str) -> None:
     given = problem(SHORT, device, heads=(2, 2), release=release((2, 2), device))

@@ -42,6 +42,7 @@ def assert_norms(got: Tensor, a: Tensor, g: Tensor, sizes: tuple[int, ...], long
     assert bool(((got.double().cpu() - wanted).abs() <= allowed).all())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_linear(sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
@@ -82,6 +83,7 @@ def test_the_same_bits_every_time(longest_gram: float, device: str) -> None:
     assert torch.equal(first, kernels.linear_squared_norms(a, [g, h], sizes, longest_gram))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities, in the interpreter
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 3e37])
 @pytest.mark.parametrize("longest_gram", [math.inf, 5, 0])
@@ -136,6 +138,7 @@ def test_a_cancelled_sum_is_never_underestimated(scale: float, device: str) -> N
         torch.testing.assert_close(squared.cpu(), hidden, rtol=1e-4, atol=0.0)  # of the bound: lengths and a sum, a few eps
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_embedding(sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
@@ -187,6 +190,7 @@ def test_what_goes_to_triton(device: str) -> None:
     assert not runs_on_triton(here, here.double())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_unit_gradients(sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> None:

@@ -118,6 +118,7 @@ def test_models(name: str, seen: Seen) -> None:
     assert (seen.formed == 0) == (name != WIDE)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_as_with_all_logits_there(name: str, seen: Seen) -> None:
     """In float64 throughout: what both ways compute differs by rounding only."""

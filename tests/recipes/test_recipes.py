@@ -279,6 +279,7 @@ def test_a_finished_run_that_is_started_again_spends_nothing(
         assert report.epsilon <= 8
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("unit", [None, "user"])
 def test_sft_answers_prompts_without_padding(
@@ -399,6 +400,7 @@ def test_pretraining_reads_installed_packages_once(monkeypatch: pytest.MonkeyPat
     assert any("differential" in text.lower() for text in texts[2:])  # the description of a package
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("prompt", ["prompt", "null"])
 def test_dpo_trains_on_pairs(prompt: str, decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("trl")

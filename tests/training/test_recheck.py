@@ -60,6 +60,7 @@ def test_what_cannot_be_afforded_is_not_begun() -> None:
     assert simulated(0.3, steps=50, seed=0) == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_checks_while_training_change_nothing(
     name: str, tmp_path: Path, always: list[int], monkeypatch: pytest.MonkeyPatch

@@ -59,7 +59,9 @@ def test_keys_are_rows_with_the_number_of_their_unit(unit: str | None, most: int
     found = reader(unit, most)
     assert found.keys([5, 2]) == keys
     assert found.examples(keys)[0] == ({**texts()[keys[0][0]], "user": keys[0][0] // 3}, 0)
-    assert found.first_example(5)["input_ids"] == texts()[keys[0][0]]["input_ids"]
+    first = found.first_examples([2, 5])
+    assert list(first) == [2, 5]
+    assert first[5]["input_ids"] == texts()[keys[0][0]]["input_ids"]
 
 
 def test_a_batch_is_collated_as_a_step_would_be() -> None:
