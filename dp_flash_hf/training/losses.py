@@ -286,7 +286,7 @@ def _relabelled(batch: dict[str, Any], units: Units, values: Sequence[int]) -> d
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return batch
-    of_unit = torch.tensor([*values[: units.n], *values[-1:] * (units.n - len(values))])
+    of_unit = torch.tensor([values[min(unit, len(values) - 1)] for unit in range(units.n)])
     if not _has_token_labels(batch):
         if len(labels) != units.n_items:
             return {**batch, "labels": labels.masked_fill(labels == IGNORED, values[-1])}
