@@ -32,7 +32,8 @@ test-all: test docs
 test-slow: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
-# Hours: faults planted in the privacy core, each of which a test has to find. With FAULTS="--sample 20" so many of them.
+# Half an hour: faults planted in the privacy core, each of which a test has to find. With FAULTS=training/dp_sgd.py those of a
+# file, with FAULTS="--sample 20" so many of one.
 mutants: .venv/installed-dev
 	$(BIN)/python -m tests.support.mutants $(FAULTS)
 

@@ -4,8 +4,8 @@ A mutant is the package with one expression or statement changed: a comparison, 
 refusal or a call left out. It is killed if one of the tests that belong to its file fails. One that survives is a promise
 without a test, unless `mutants.toml` says why it changes nothing that matters.
 
-    python -m tests.support.mutants                     all of them: hours
-    python -m tests.support.mutants --sample 20         so many, chosen anew for each commit
+    python -m tests.support.mutants                     all of them: half an hour
+    python -m tests.support.mutants --sample 20         so many of one file, another choice for each commit
     python -m tests.support.mutants training/dp_sgd.py  those of one file
 """
 
@@ -13,21 +13,24 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
+import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 
 from tests.support import ROOT
+from tests.support.copies import Copies, Fault
 
+Key = tuple[str, str, str, str]  # file, function, what stands on the line, what is to stand there
 EXPLAINED = Path(__file__).with_name("mutants.toml")
 # The privacy core, and the tests that are to find faults there.
 TESTS: dict[str, tuple[str, ...]] = {
@@ -41,12 +44,15 @@ TESTS: dict[str, tuple[str, ...]] = {
     "accounting/privacy_filter.py": ("tests/accounting/test_privacy_filter.py",),
     "accounting/run_account.py": ("tests/accounting/test_run_account.py", "tests/accounting/test_spend_log.py"),
     "accounting/spend_log.py": ("tests/accounting/test_spend_log.py",),
-    "engine/clipper.py": ("tests/engine/test_clipper.py", "tests/engine/test_clipping_engine.py"),
+    "engine/clipper.py": ("tests/engine/test_clipper.py",),
     "engine/gradient_buffer.py": ("tests/engine/test_gradient_buffer.py", "tests/engine/test_halving.py"),
-    "training/dp_sgd.py": ("tests/training/test_dp_sgd.py",),
+    "training/dp_sgd.py": (
+        "tests/training/test_dp_sgd.py",
+        "tests/training/test_watched_state.py::test_settings_are_those_of_the_start",
+        "tests/training/test_watched_state.py::test_gradients_are_compared_by_value",
+    ),
     "training/batches.py": ("tests/training/test_batches.py",),
 }
-_SECONDS = 300  # after which a mutant counts as killed: it hangs
 _COMPARED = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
     **{ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In},
@@ -59,6 +65,7 @@ _COMPUTED = {
     ast.FloorDiv: ast.Mult,
     ast.Pow: ast.Mult,
 }
+_LEFT = (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert)
 _CALLED = {
     "add_": "sub_",
     "sub_": "add_",
@@ -73,26 +80,43 @@ _CALLED = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault. file: below the package. start, end: of the text that `new` replaces, in characters of the file."""
+    """One fault.
+
+    Attributes:
+        file: Below the package.
+        function: In which it is; "" where it is in none.
+        line: The number of the line on which it starts.
+        start, end: Of the text that `new` replaces, in characters of the file.
+        old, new: That text, and what is planted.
+        before, after: The lines in which it is, as one line.
+    """
 
     file: str
+    function: str
     line: int
     start: int
     end: int
     old: str
     new: str
+    before: str
+    after: str
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def fault(self) -> Fault:
+        """What is planted."""
+        return Fault(self.file, self.line, self.start, self.end, self.new)
+
+    @property
+    def key(self) -> Key:
         """What `mutants.toml` names it by: it has no line number, which moves."""
-        return self.file, self.old, self.new
+        return self.file, self.function, self.before, self.after
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.old} -> {self.new}"
+        return f"{self.file}:{self.line} {self.function}: {self.old} -> {self.new}"
 
 
 def mutants_of(file: str, source: str) -> Iterator[Mutant]:
-    """Every mutant of a file: none of docstrings, messages, annotations and what is raised."""
+    """Every mutant of a file: none of docstrings, messages, annotations, what is raised, and assertions that are for mypy."""
     starts = [0]
     for text in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(text))
@@ -101,41 +125,53 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
         text = source[starts[line - 1] : starts[line]]
         return starts[line - 1] + len(text.encode()[:column].decode())
 
-    for node, new in _changes(ast.parse(source)):
+    for node, new, function in _changes(ast.parse(source)):
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
         start, end = place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
         replaced = f"({new})" if isinstance(node, ast.expr) else new
-        yield Mutant(file, node.lineno, start, end, " ".join(source[start:end].split()), replaced)
+        before, after = source[starts[node.lineno - 1] : start], source[end : starts[node.end_lineno]]
+        old = source[start:end]
+        texts = (" ".join(text.split()) for text in (old, replaced, before + old + after, before + replaced + after))
+        yield Mutant(file, function, node.lineno, start, end, *texts)
 
 
-def _changes(node: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
-    """(node, what stands there instead), of a tree."""
+def _changes(node: ast.AST, function: str = "") -> Iterator[tuple[ast.expr | ast.stmt, str, str]]:
+    """(node, what stands there instead, function), of a tree."""
+    if isinstance(node, ast.FunctionDef):
+        function = node.name
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "exc", "cause", "msg", "type_comment"):
             continue
         for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST) and not isinstance(child, (ast.JoinedStr, ast.Import, ast.ImportFrom)):
-                yield from _changes(child)
+            if isinstance(child, ast.AST) and not isinstance(child, _LEFT) and getattr(child, "arg", "") != "strict":
+                yield from _changes(child, function)
+    if (new := _changed(node)) is not None:
+        yield *new, function
+
+
+def _changed(node: ast.AST) -> tuple[ast.expr | ast.stmt, str] | None:
+    """(node, what stands there instead) of this one, if there is a change for its kind."""
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARED:
-        yield node, ast.unparse(ast.Compare(node.left, [_COMPARED[type(node.ops[0])]()], node.comparators))
-    elif isinstance(node, ast.BinOp) and type(node.op) in _COMPUTED:
-        yield node, ast.unparse(ast.BinOp(node.left, _COMPUTED[type(node.op)](), node.right))
-    elif isinstance(node, ast.Attribute) and node.attr in _CALLED:
-        yield node, ast.unparse(ast.Attribute(node.value, _CALLED[node.attr]))
-    elif isinstance(node, ast.BoolOp):
+        return node, ast.unparse(ast.Compare(node.left, [_COMPARED[type(node.ops[0])]()], node.comparators))
+    if isinstance(node, ast.BinOp) and type(node.op) in _COMPUTED:
+        return node, ast.unparse(ast.BinOp(node.left, _COMPUTED[type(node.op)](), node.right))
+    if isinstance(node, ast.Attribute) and node.attr in _CALLED:
+        return node, ast.unparse(ast.Attribute(node.value, _CALLED[node.attr]))
+    if isinstance(node, ast.BoolOp):
         other = ast.Or() if isinstance(node.op, ast.And) else ast.And()
-        yield node, ast.unparse(ast.BoolOp(other, node.values))
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
-        yield node, ast.unparse(node.operand)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield node, str(not node.value)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        yield node, repr(node.value + 1)
-    elif isinstance(node, (ast.If, ast.IfExp)) and not isinstance(node.test, (ast.Compare, ast.BoolOp, ast.UnaryOp)):
-        yield node.test, f"not ({ast.unparse(node.test)})"
-    elif isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
-        yield node, "pass"
+        return node, ast.unparse(ast.BoolOp(other, node.values))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
+        return node, ast.unparse(node.operand)
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        return node, str(not node.value)
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        return node, repr(node.value + 1)
+    if isinstance(node, (ast.If, ast.IfExp)) and not isinstance(node.test, (ast.Compare, ast.BoolOp, ast.UnaryOp)):
+        return node.test, f"not ({ast.unparse(node.test)})"
+    if isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        return node, "pass"
+    return None
 
 
 def all_mutants(files: Sequence[str] = tuple(TESTS)) -> list[Mutant]:
@@ -143,77 +179,70 @@ def all_mutants(files: Sequence[str] = tuple(TESTS)) -> list[Mutant]:
     return [one for file in files for one in mutants_of(file, (ROOT / "dp_flash_hf" / file).read_text(encoding="utf-8"))]
 
 
-def explained() -> dict[tuple[str, str, str], str]:
+def explained() -> dict[Key, str]:
     """Why these survive."""
     entries = tomllib.loads(EXPLAINED.read_text(encoding="utf-8")).get("mutant", [])
-    return {(entry["file"], entry["old"], entry["new"]): entry["because"] for entry in entries}
+    return {(entry["file"], entry["function"], entry["line"], entry["becomes"]): entry["because"] for entry in entries}
 
 
-class Copies:
-    """Copies of the checkout in which mutants are planted, one for each worker."""
+def sample(mutants: Sequence[Mutant], number: int, seed: str) -> list[Mutant]:
+    """So many of one file, for the tests of each have to be measured first; a file with more mutants is chosen more often."""
+    chance = random.Random(seed)
+    file = chance.choice(mutants).file
+    of_file = [mutant for mutant in mutants if mutant.file == file]
+    return chance.sample(of_file, min(number, len(of_file)))
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self._free: Queue[Path] = Queue()
-        for index in range(number):
-            copy = folder / str(index)
-            ignored = shutil.ignore_patterns(".git", ".venv", "build", "runs", "*.egg-info", "__pycache__", ".*_cache")
-            shutil.copytree(ROOT, copy, ignore=ignored)  # the links to patches and recipes become real folders
-            self._free.put(copy)
 
-    def fails(self, tests: Sequence[str], mutant: Mutant | None = None) -> bool:
-        """Whether one of these tests fails, or never ends, with this mutant."""
-        copy = self._free.get()
-        path = copy / "dp_flash_hf" / mutant.file if mutant is not None else copy
-        source = path.read_text(encoding="utf-8") if mutant is not None else ""
-        try:
-            if mutant is not None:
-                path.write_text(source[: mutant.start] + mutant.new + source[mutant.end :], encoding="utf-8")
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-            environment = {**os.environ, "PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                command, cwd=copy, env=environment, capture_output=True, check=False, timeout=_SECONDS, text=True
-            )
-            return done.returncode != 0
-        except subprocess.TimeoutExpired:
-            return True
-        finally:
-            if mutant is not None:
-                path.write_text(source, encoding="utf-8")
-            self._free.put(copy)
+def commit() -> str:
+    """A seed: the name of the commit, or where git is not there a hash of the privacy core."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False, text=True)
+    return (
+        git.stdout.strip() or hashlib.sha256(b"".join((ROOT / "dp_flash_hf" / file).read_bytes() for file in TESTS)).hexdigest()
+    )
 
 
 def survivors(chosen: Sequence[Mutant], workers: int) -> list[Mutant]:
     """Those of these mutants that no test finds. Raises RuntimeError where the tests fail without any."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         copies = Copies(Path(folder), workers)
-        files = sorted({mutant.file for mutant in chosen})
-        for file, broken in zip(files, pool.map(lambda file: copies.fails(TESTS[file]), files), strict=True):
-            if broken:
-                raise RuntimeError(f"tests fail without a mutant: {' '.join(TESTS[file])}")
-        found = []
-        for number, (mutant, killed) in enumerate(
-            zip(chosen, pool.map(lambda mutant: copies.fails(TESTS[mutant.file], mutant), chosen), strict=True), start=1
-        ):
-            print(f"{number}/{len(chosen)} {'killed  ' if killed else 'SURVIVES'} {mutant}", flush=True)
+        files = list(dict.fromkeys(mutant.file for mutant in chosen))
+        list(pool.map(lambda file: copies.measure(file, TESTS[file]), files))
+        copies.ready()
+        alive, begun = [], time.monotonic()
+        found = pool.map(lambda mutant: copies.find(mutant.fault, TESTS[mutant.file]), chosen)
+        for number, (mutant, killed) in enumerate(zip(chosen, found, strict=True), start=1):
+            seconds = time.monotonic() - begun
+            print(f"{number}/{len(chosen)} {seconds:5.0f} s {'killed  ' if killed else 'SURVIVES'} {mutant}", flush=True)
             if not killed:
-                found.append(mutant)
-    return found
+                alive.append(mutant)
+        return alive
+
+
+def table(mutants: Sequence[Mutant], chosen: Sequence[Mutant], alive: Sequence[Mutant]) -> Iterator[str]:
+    """What came of them, file by file; mutants: those that were planted and those that are explained."""
+    yield f"{'file':32}{'mutants':>9}{'killed':>9}{'explained':>11}{'survive':>9}"
+    for file in [*dict.fromkeys(mutant.file for mutant in mutants), ""]:
+        every, planted, living = (sum(one.file == file or not file for one in some) for some in (mutants, chosen, alive))
+        yield f"{file or 'all':32}{every:9}{planted - living:9}{every - planted:11}{living:9}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what came of each mutant; 1 if one survives that is not explained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help="below dp_flash_hf (default: all of the privacy core)")
-    parser.add_argument("--sample", type=int, help="so many only, chosen at random")
-    parser.add_argument("--seed", default="0", help="of the sample")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N, of one file, another choice for each commit")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     reasons = explained()
-    chosen = [mutant for mutant in all_mutants(options.files or tuple(TESTS)) if mutant.key not in reasons]
+    mutants = all_mutants(options.files or tuple(TESTS))
+    chosen = [mutant for mutant in mutants if mutant.key not in reasons]
     if options.sample is not None:
-        chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
+        mutants = chosen = sample(chosen, options.sample, commit())
     alive = survivors(chosen, options.workers)
-    print(f"{len(chosen)} mutants, {len(chosen) - len(alive)} killed, {len(alive)} survive; {len(reasons)} explained")
+    for mutant in alive:  # as an entry of `mutants.toml`, but for the reason
+        names = zip(("file", "function", "line", "becomes"), mutant.key, strict=True)
+        print("\n[[mutant]]\n" + "\n".join(f"{name} = {json.dumps(text, ensure_ascii=False)}" for name, text in names))
+    print("\n" + "\n".join(table(mutants, chosen, alive)))
     return 1 if alive else 0
 
 
