@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from dp_flash_hf.mechanisms.clipping import STABILITY, clip_factors
+from dp_flash_hf.mechanisms.clipping import STABILITY, clip_factors, groups_of
 
 CLIPPINGS: tuple[Any, ...] = ("flat", "automatic", "per_layer")
 
@@ -58,3 +59,16 @@ def test_a_clipped_unit_is_never_longer_than_the_bound(norms: list[float], C: fl
     assert bool((factors >= 0).all())
     length = math.sqrt(sum((float(f) * n) ** 2 for f, n in zip(factors[0], norms, strict=True)))
     assert length <= C * (1 + 8 * torch.finfo(torch.float32).eps)
+
+
+def test_a_group_is_a_module_that_owns_trained_parameters() -> None:
+    """Frozen parameters make none, a shared one belongs to the first, and groups are numbered without gaps."""
+    first, frozen, inner, last = nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3), nn.Linear(3, 3)
+    model = nn.Sequential(first, nn.Sequential(frozen, inner), last)
+    last.weight = first.weight
+    frozen.requires_grad_(False)
+    trained = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    owners = {first.weight: 0, first.bias: 0, inner.weight: 1, inner.bias: 1, last.bias: 2}
+    assert groups_of(model, trained, "per_layer") == owners
+    for clipping in ("flat", "automatic"):
+        assert groups_of(model, trained, clipping) == dict.fromkeys(owners, 0)

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from dp_flash_hf.engine.gradient_buffer import MOST_ROUNDING
 from dp_flash_hf.mechanisms import gaussian_noise
 from dp_flash_hf.mechanisms.gaussian_noise import (
     ETA,
     MOST_VALUES,
+    SENSITIVITY,
     Words,
     add_gaussian_noise_,
     closeness,
@@ -164,6 +166,12 @@ def test_more_values_than_are_charged_for_are_refused() -> None:
         spacing(MOST_VALUES + 1, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("n_values", [0, -1, 2.5])
+def test_something_has_to_be_trained(n_values: Any) -> None:
+    with pytest.raises(ValueError, match=r"n_values.*train something"):
+        spacing(n_values, 1.0, 1.0)
+
+
 def test_numbers_are_as_precise_as_the_charge_assumes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against 60 digits: every number within 2^-53 (16 r + 2 / r) of the ideal one, for small, usual and large radii r."""
     draw = words_of(5)
@@ -192,6 +200,33 @@ def test_numbers_are_as_precise_as_the_charge_assumes(monkeypatch: pytest.Monkey
         for row, ideal in ((0, radius * mpmath.cos(turn)), (1, radius * mpmath.sin(turn))):
             off = abs(mpmath.mpf(float(found[row, pair])) - ideal)
             assert off <= UNIT * (16 * radius + 2 / radius) + mpmath.mpf(2) ** -49, (pair, row, float(radius))
+
+
+@pytest.mark.parametrize("R", [520.0, 1000.0])
+def test_every_number_lies_on_the_lattice_of_its_own_offset(R: float) -> None:
+    """n = a round((R z - t) / a) + t, with a between R / 16 and R / 8, z of three words, and t of the low bits of two more."""
+    pairs = 500
+    given = words_of(6)(5 * pairs)
+    found = whole_noise(2 * pairs - 1, R, lambda n: given[:n])
+    high, low, angle, *offsets = given.view(5, pairs)
+    u = ((high & 2**63 - 1).double() + (low & 2**63 - 1).double() / 2**63) / 2**63
+    radius, turn = (-2 * u.log()).sqrt(), math.pi * angle.double() / 2**63
+    z = torch.cat([radius * turn.cos(), radius * turn.sin()])[:-1]
+    t = torch.cat(offsets)[:-1] & 63
+    assert bool(((found.long() - t) % 64 == 0).all())
+    assert float((found - R * z).abs().max()) <= 32 * (1 + 1e-9)
+
+
+def test_noise_is_wider_by_all_that_rounds_a_sum() -> None:
+    """The grid; two neighbours' sums, as parts are added up in float32; and what is allowed for products inside a part."""
+    assert SENSITIVITY == 1 + 2.0**-10 + 2 * MOST_ROUNDING * 2.0**-24 + 2.0**-10
+
+
+def test_the_charge_is_that_of_the_proof() -> None:
+    """n ETA^2 + ETA sqrt(2 n L) + 2^10 ETA L / 3 with ETA = 2^-42, and n = 2^36 transforms a step."""
+    steps, L = 400, 27.0
+    charge = steps * 2.0**-48 + 2.0**-24 * math.sqrt(2 * steps * L) + 2.0**-32 * L / 3
+    assert closeness(steps, L) == pytest.approx(charge, rel=1e-12)
 
 
 def test_the_charge_is_small_and_grows_as_the_root() -> None:

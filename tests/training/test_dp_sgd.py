@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import nn
 
+from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.kernels.keystream import Keystream
-from dp_flash_hf.mechanisms.gaussian_noise import SENSITIVITY
+from dp_flash_hf.mechanisms.gaussian_noise import SENSITIVITY, spacing
+from dp_flash_hf.training import dp_sgd
 from dp_flash_hf.training.dp_sgd import DPSGD
 from tests.support.engines import STRATEGIES
 from tests.support.forks import forked
-from tests.support.gates import EXPECTED, STEPS, dpsgd, started
+from tests.support.gates import EXPECTED, STEPS, dpsgd, started, step
 from tests.support.models import Toy, toy_batch, toy_loss
 from tests.support.oracle import clipped_sum, each_row, unit_gradients
 
@@ -238,7 +240,7 @@ def test_noise_of_a_sharded_model_is_wider_where_ranks_round_its_sums(
 
 @pytest.mark.parametrize(
     ("elsewhere", "wide"),
-    [((4000, False), False), ((4100, False), True), ((1, True), True)],
+    [((4096, False), False), ((4097, False), True), ((1, True), True)],
     ids=["few", "many", "wide already"],
 )
 def test_ranks_add_up_in_float64_what_float32_would_round_too_far(
@@ -257,3 +259,195 @@ def test_a_sharded_model_needs_the_number_of_units(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ClippingEngine, "sharded", True)
     with pytest.raises((PrivacyError, UnsupportedError), match="public_n_units with a sharded model"):
         started(Toy(), public_n_units=50)
+
+
+def test_a_new_start_lets_go_of_the_optimizer_before() -> None:
+    mechanism, _, first = started(Toy())
+    other = Toy()
+    second = torch.optim.SGD(other.parameters(), lr=1.0)
+    engine = ClippingEngine(other, max_grad_norm=1.0)
+    for _ in range(2):  # again with the same one: it is guarded once
+        mechanism.start(engine, second)
+    (parameter, *_), *_ = (group["params"] for group in first.param_groups)
+    parameter.grad = torch.ones_like(parameter)
+    first.step()
+    mechanism.stop()
+    engine.backward(toy_loss(other), toy_batch())
+    second.step()
+
+
+def test_what_is_released_waits_for_one_optimizer_step() -> None:
+    mechanism, _, optimizer = started(Toy())
+    assert not mechanism.released
+    mechanism.release()
+    assert mechanism.released
+    optimizer.step()
+    assert not mechanism.released
+
+
+def test_ranks_agree_on_a_writer_and_on_all_parameters_at_the_start_and_after_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[torch.Tensor]]] = []
+
+    def compared_by(self: Ranks, tensors: list[tuple[str, torch.Tensor]], what: str) -> None:
+        asked.append((what, [tensor for _, tensor in tensors]))
+
+    monkeypatch.setattr(Ranks, "shared", lambda self, value: "of the first rank")
+    monkeypatch.setattr(Ranks, "require_equal", compared_by)
+    model = Toy()
+    mechanism, _, optimizer = started(model)
+    assert mechanism.account.writer == "of the first rank"
+    for _ in range(STEPS):
+        mechanism.release()
+        optimizer.step()
+        optimizer.zero_grad()
+    every = list(model.parameters())
+    whats, compared = zip(*asked, strict=True)
+    assert whats == ("parameters", *["parameters after a step"] * STEPS)
+    for tensors, wanted in zip(compared, (every, every, every[1:2], every[2:3]), strict=True):  # one further for each step
+        assert all(tensor is parameter for tensor, parameter in zip(tensors, wanted, strict=True))
+
+
+def test_ranks_with_another_configuration_are_refused_and_nothing_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    mechanism, model = dpsgd(), Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    gathered = Ranks.gathered
+    monkeypatch.setattr(Ranks, "gathered", lambda self, own: [own, own if own is False else "another"])
+    with pytest.raises(PrivacyError, match="ranks have different privacy parameters"):
+        mechanism.start(ClippingEngine(model, max_grad_norm=1.0), optimizer)
+    monkeypatch.setattr(Ranks, "gathered", gathered)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    optimizer.step()
+
+
+class Draw:
+    """What `release` asks of a draw in progress."""
+
+    def __init__(self) -> None:
+        self.asked: list[int | str | None] = []
+
+    def require_whole(self, units: int | None) -> None:
+        self.asked.append(units)
+
+    def end(self) -> None:
+        self.asked.append("ended")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_draw_is_whole_before_its_release_and_ends_with_it(sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its units are compared with those in the sums, but for a sharded model, where every rank holds those of all."""
+    model, mechanism, draw = Toy(), dpsgd(), Draw()
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+    mechanism.start(engine, torch.optim.SGD(model.parameters(), lr=1.0), draw)  # type: ignore[arg-type]
+    engine.backward(toy_loss(model), toy_batch())
+    units = engine.rounding[0]
+    assert units > 0
+    monkeypatch.setattr(ClippingEngine, "sharded", sharded)
+    mechanism.release()
+    assert draw.asked == [None if sharded else units, "ended"]
+
+
+def test_ranks_sum_alike_before_anything_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    mechanism, engine, _ = started(Toy())
+    wide: list[bool] = []
+    take = engine.take_sums
+
+    def taken() -> dict[nn.Parameter, torch.Tensor]:
+        wide.append(engine.rounding[1])
+        return take()
+
+    monkeypatch.setattr(mechanism, "_sum_alike", engine.sum_in_float64)
+    monkeypatch.setattr(engine, "take_sums", taken)
+    mechanism.release()
+    assert wide == [True]
+
+
+def test_parts_of_a_sharded_model_have_noise_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one seed: what is whole has the same noise on all ranks, what is split has another for each part."""
+    noise: list[dict[str, torch.Tensor]] = []
+    for part in ("0", "1"):
+        model = Toy()
+        split = model.table.weight
+        monkeypatch.setattr(dp_sgd, "part_of", lambda p, split=split, part=part: part if p is split else "")
+        mechanism, _, _ = started(model, seed=3)
+        mechanism.release()
+        noise.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert len(noise[0]) == len(list(Toy().parameters()))
+    for name, gradient in noise[0].items():
+        assert gradient.count_nonzero() > 0, name
+        assert torch.equal(gradient, noise[1][name]) == (name != "table.weight"), name
+
+
+def test_public_n_units_is_for_models_that_are_whole() -> None:
+    started(Toy(), public_n_units=50)
+
+
+def test_weights_may_not_change_once_the_first_part_of_a_draw_was_computed() -> None:
+    model = Toy()
+    mechanism, engine, _ = started(model)
+    mechanism.before_forward()
+    engine.backward(toy_loss(model), toy_batch())
+    model.head.weight.data.add_(1.0)
+    with pytest.raises(PrivacyError, match=r"outside of optimizer.step\(\): \['head.weight'\]"):
+        mechanism.release()
+    assert mechanism.account.steps == 0
+
+
+def test_an_optimizer_may_be_set_up_by_zeros_and_by_nothing_else() -> None:
+    """As torch's distributed checkpoints do before they load it, where some parameters may have no gradient."""
+    model = Toy()
+    mechanism, engine, optimizer = started(model)
+    before = copy.deepcopy(model.state_dict())
+
+    def zeros(last: float = 0.0) -> None:
+        for p in list(model.parameters())[1:]:
+            p.grad = torch.zeros_like(p)
+            p.grad.view(-1)[-1] = last
+
+    zeros()
+    optimizer.step()
+    assert mechanism.account.steps == 0
+    zeros(1.0)
+    with pytest.raises(PrivacyError, match="without noise: call release"):
+        optimizer.step()
+    optimizer.zero_grad()
+    engine.backward(toy_loss(model), toy_batch())
+    zeros()
+    with pytest.raises(PrivacyError, match="without noise: call release"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_grid_is_that_of_the_bound_and_of_the_noise() -> None:
+    values = sum(p.numel() for p in Toy().parameters())
+    for sigma in (1e-3, 1.5):  # little noise needs a finer grid than many values do
+        mechanism, _, _ = started(Toy(), noise_multiplier=sigma, max_grad_norm=4.0)
+        assert mechanism._spacing() == spacing(values, 4.0, 4.0 * sigma)
+
+
+def test_a_checkpoint_that_is_loaded_counts_and_may_bring_other_weights() -> None:
+    taken = dpsgd()
+    taken.account.count_step()
+    taken.account.complete_step()
+    state = taken.state_dict()
+    before = dpsgd()  # loaded before the start
+    before.load_state_dict(state)
+    assert before.account.steps == 1
+    model = Toy()
+    mechanism, _, optimizer = started(model)
+    step(mechanism, optimizer)
+    model.head.weight.data.add_(1.0)
+    mechanism.load_state_dict(state)
+    mechanism.release()
+    assert mechanism.account.steps == 3
+
+
+def test_the_report_names_the_state_that_was_called_public() -> None:
+    for public in ((), ("norm.running",)):
+        model = Toy()
+        model.norm.register_buffer("running", torch.zeros(1))
+        mechanism = dpsgd()
+        engine = ClippingEngine(model, max_grad_norm=1.0)
+        mechanism.start(engine, torch.optim.SGD(model.parameters(), lr=1.0), public_state=public)
+        named = [line for line in mechanism.report().not_covered if "named public" in line]
+        assert len(named) == len(public)
+        assert all("norm.running" in line for line in named)
