@@ -38,6 +38,7 @@ class FlashCpmAntAttention:
             is_causal=False,  # the mask says it
             position_bias=position_bias,
             output_attentions=output_attentions,
+            **kwargs,
         )
         return self.attention_out(context.flatten(2)), None
 

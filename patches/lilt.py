@@ -21,6 +21,7 @@ class FlashLiltAttention:
         layout_inputs: Tensor,
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         size = self.attention_head_size
         small = size // self.channel_shrink_ratio
@@ -35,6 +36,7 @@ class FlashLiltAttention:
                 scaling=1.0,
                 is_causal=False,
                 output_attentions=output_attentions,
+                **kwargs,
             )[0].flatten(2)
             for states in (value, where[2])
         )

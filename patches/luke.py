@@ -22,6 +22,7 @@ class FlashLukeAttention:
         entity_hidden_states: Tensor | None,
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         words, size = word_hidden_states.shape[1], self.attention_head_size
         entities = [] if entity_hidden_states is None else [entity_hidden_states]
@@ -42,6 +43,7 @@ class FlashLukeAttention:
             scaling=size**-0.5,
             is_causal=False,
             output_attentions=output_attentions,
+            **kwargs,
         )
         of_words, of_entities = context.flatten(2).split([words, states.shape[1] - words], 1)
         return of_words, of_entities if entities else None

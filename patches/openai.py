@@ -17,7 +17,7 @@ class FlashOpenAIGPTAttention:
     """Replaces the whole forward."""
 
     def forward(  # noqa: D102
-        self: Any, x: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
+        self: Any, x: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False, **kwargs: Any
     ) -> list[Tensor]:
         size = self.split_size // self.n_head
         query, key, value = (heads(part, size) for part in self.c_attn(x).split(self.split_size, -1))
@@ -27,6 +27,7 @@ class FlashOpenAIGPTAttention:
             scaling=size**-0.5 if self.scale else 1.0,
             is_causal=True,
             output_attentions=output_attentions,
+            **kwargs,
         )
         return [self.resid_dropout(self.c_proj(context.flatten(2)))]
 

@@ -21,6 +21,7 @@ class FlashPerceiverAttention:
         inputs: Tensor | None = None,
         inputs_mask: Tensor | None = None,
         output_attentions: bool | None = False,
+        **kwargs: Any,
     ) -> tuple[Tensor]:
         states = self.layernorm1(hidden_states)
         source = states if inputs is None else self.layernorm2(inputs)
@@ -31,5 +32,6 @@ class FlashPerceiverAttention:
             dropout=self.dropout.p if self.training else 0.0,
             is_causal=False,
             output_attentions=output_attentions,
+            **kwargs,
         )
         return (context.flatten(2),)

@@ -15,7 +15,7 @@ class FlashSqueezeBertAttention:
     """Replaces the whole forward."""
 
     def forward(  # noqa: D102
-        self: Any, hidden_states: Tensor, attention_mask: Tensor | None, output_attentions: bool
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None, output_attentions: bool, **kwargs: Any
     ) -> dict[str, Tensor]:
         query, key, value = (
             heads(layer(hidden_states).transpose(1, 2), self.attention_head_size)
@@ -26,5 +26,6 @@ class FlashSqueezeBertAttention:
             dropout=self.dropout.p if self.training else 0.0,
             is_causal=False,
             output_attentions=output_attentions,
+            **kwargs,
         )
         return {"context_layer": context.flatten(2).transpose(1, 2)}

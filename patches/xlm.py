@@ -40,6 +40,7 @@ class FlashXLMAttention:
             dropout=self.dropout if self.training else 0.0,
             is_causal=False,  # the mask says it
             output_attentions=output_attentions,
+            **kwargs,
         )
         return (self.out_lin(context.flatten(2)),)
 

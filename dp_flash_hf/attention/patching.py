@@ -26,6 +26,8 @@ _MIXINS: dict[str, type] = {}  # by "module.QualName" of the class they go in fr
 _GUARDS: dict[str, Callable[..., Any]] = {}  # by model type
 _BEFORE = "_dp_flash_before"  # attribute of a patched model: the attention implementation it had
 _SOFTMAX = re.compile(r"[sS]oftmax\(|scaled_dot_product_attention|ALL_ATTENTION_FUNCTIONS")
+# What patches know by an older name, by the name that a newer version of Transformers gives it in a family's `forward`.
+_RENAMED = {"cache": "past_key_values"}
 _C = TypeVar("_C", bound=type)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -51,8 +53,12 @@ def register_attention(*names: str) -> Callable[[_C], _C]:
 
     While a model's attention implementation is ours, the mixin stands in front of the family's class; `self` is the family's
     layer, with its own projections, config and buffers. It takes the arguments of the family's `forward` and returns what that
-    returns, with None for attention weights. Arguments of the family's `forward` that the mixin does not name are an error when
-    a model is patched, so that a new version of Transformers cannot pass something that would be ignored.
+    returns, with None for attention weights.
+
+    Versions of Transformers differ in what a family's `forward` takes. The mixin is called by name: the order of arguments may
+    change, and `past_key_values` is handed to it also where the family says `cache`. An argument that the family's `forward`
+    names and the mixin does not is left out while it is None or its default; any other value is an UnsupportedError in that
+    call, so that nothing is ignored. A class that takes its attention from Transformers' interface keeps its own code.
 
     Args:
         names: "module.QualName" of each class it is for, so that none is imported before it is needed. Subclasses of these,
@@ -70,7 +76,7 @@ def register_attention(*names: str) -> Callable[[_C], _C]:
 
 
 def register_guard(*model_types: str) -> Callable[[_F], _F]:
-    """Function decorator: a forward pre-hook of the patched models of these types.
+    """Function decorator: a forward pre-hook of the models of these types that are given our attention, patched or not.
 
     For families whose attention does not learn what it would need to know: that a row is packed, say. The guard is called as
     ``guard(model, args, kwargs)`` before every forward. It raises UnsupportedError, or returns other ``(args, kwargs)``, or
@@ -92,7 +98,10 @@ def register_guard(*model_types: str) -> Callable[[_F], _F]:
 
 def has_patch(model_class: type) -> bool:
     """Whether the file this model class (or a base of it) comes from has classes with a patch."""
-    return any(name.rpartition(".")[0] == base.__module__ for base in model_class.__mro__ for name in _MIXINS)
+    files = {base.__module__ for base in model_class.__mro__}
+    named = (name.rpartition(".") for name in _MIXINS)
+    classes = (getattr(sys.modules.get(file), own, None) for file, _, own in named if file in files)
+    return any(cls is not None and _mixin_of(cls) is not None for cls in classes)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -116,22 +125,26 @@ def patch(model: nn.Module, name: str = "dp_flash") -> None:
         name: What the configs then say, one of `attention.function.NAMES`.
 
     Raises:
-        UnsupportedError: A `ClippingEngine` is attached to one of these layers, or this version of Transformers hands them
-            arguments that their patch does not know. Nothing was changed.
+        UnsupportedError: A `ClippingEngine` is attached to one of these layers. Nothing was changed.
     """
     found = _attention_modules(model)
     fresh = [module for _, module in found if not _SWAP.is_on(module)]
     _refuse_attached(fresh)
-    mixins = [_mixin_for(type(module)) for module in fresh]
-    for module, mixin in zip(fresh, mixins, strict=True):
-        _SWAP.put_on(module, mixin)
+    for module in fresh:
+        _SWAP.put_on(module, _mixin_of(type(module)))
     for owner, _ in found:
         vars(owner).setdefault(_BEFORE, owner.config._attn_implementation)
     for owner, _ in found:
         owner.config._attn_implementation_internal = name
-    for part, guard in _guarded(model) if found else []:
-        if guard not in part._forward_pre_hooks.values():
-            part.register_forward_pre_hook(guard, with_kwargs=True)
+    if found:
+        guard(model)
+
+
+def guard(model: nn.Module) -> None:
+    """Let the guards of the families in `model` look at every call, of those too whose attention needs no patch."""
+    for part, look in _guarded(model):
+        if look not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(look, with_kwargs=True)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -150,8 +163,8 @@ def unpatch(model: nn.Module) -> None:
         usage.forget(module)
         if _BEFORE in vars(owner):
             owner.config._attn_implementation_internal = vars(owner).pop(_BEFORE)
-    for part, guard in _guarded(model) if found else []:
-        for number in [number for number, hook in part._forward_pre_hooks.items() if hook is guard]:
+    for part, look in _guarded(model):
+        for number in [number for number, hook in part._forward_pre_hooks.items() if hook is look]:
             del part._forward_pre_hooks[number]
             part._forward_pre_hooks_with_kwargs.pop(number, None)
 
@@ -164,7 +177,7 @@ def keys_and_values(
     Of an encoder's states, which stay the same, the cache holds what the first call projected; `project` is not called again.
 
     Args:
-        cache: What the model hands its layers as `past_key_values`, or None.
+        cache: What the model hands its layers as `past_key_values` or `cache`, or None.
         layer: The layer's number in the cache.
         project: Returns new keys (B, G, S, D) and values (B, G, S, E).
         cross: Whether these are of an encoder's states.
@@ -222,17 +235,13 @@ def _attention_modules(model: nn.Module) -> list[tuple[transformers.PreTrainedMo
     owners: dict[nn.Module, transformers.PreTrainedModel] = {}
     for part in model.modules():
         if isinstance(part, transformers.PreTrainedModel):  # outer ones come first
-            owners.update((module, part) for module in part.modules() if _SWAP.is_on(module) or _name(module) in _MIXINS)
+            owners.update((module, part) for module in part.modules() if _SWAP.is_on(module) or _mixin_of(type(module)))
     return [(owner, module) for module, owner in owners.items()]
 
 
 def _guarded(model: nn.Module) -> list[tuple[transformers.PreTrainedModel, Callable[..., Any]]]:
     parts = [part for part in model.modules() if isinstance(part, transformers.PreTrainedModel)]
     return [(part, _GUARDS[part.config.model_type]) for part in parts if part.config.model_type in _GUARDS]
-
-
-def _name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _refuse_attached(modules: list[nn.Module]) -> None:
@@ -245,22 +254,48 @@ def _refuse_attached(modules: list[nn.Module]) -> None:
             )
 
 
-def _mixin_for(original: Any) -> type:
-    """The patch of a class; raises UnsupportedError if the class takes arguments that the patch does not know."""
-    mixin: Any = _MIXINS[f"{original.__module__}.{original.__qualname__}"]
-    known = {*inspect.signature(mixin.forward).parameters, "output_attentions"}
-    new = [name for name in inspect.signature(original.forward).parameters if name not in known]
-    if new:  # would be ignored
-        raise UnsupportedError(
-            f"{original.__name__} of transformers {transformers.__version__} takes {', '.join(new)}, which its patch does not "
-            'know; use a version that dp-flash-hf is tested with, or attn_implementation="eager"'
-        )
-    return mixin  # type: ignore[no-any-return]
+def _mixin_of(original: type) -> type | None:
+    """The patch of a class, fitted to it; None if there is none, or if the class takes its attention from the interface."""
+    mixin = _MIXINS.get(f"{original.__module__}.{original.__qualname__}")
+    return None if mixin is None or _is_on_interface(original) else _fitted(mixin, original)
+
+
+@functools.cache
+def _is_on_interface(original: type) -> bool:
+    with contextlib.suppress(OSError, TypeError):
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(original)
+    return False
+
+
+@functools.cache
+def _fitted(mixin: Any, original: Any) -> type:
+    """A subclass of a patch whose `forward` is called as `original`'s is, by positions and names of the installed version."""
+    takes = inspect.signature(mixin.forward).parameters
+    known = {*takes}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        known.add("output_attentions")  # which our attention refuses
+    _, *family = inspect.signature(original.forward).parameters.values()
+    named = {parameter.name: parameter.default for parameter in family if parameter.kind is not parameter.VAR_KEYWORD}
+    renamed = {new: old for new, old in _RENAMED.items() if new in named.keys() - known and old in known}
+    unknown = {name: default for name, default in named.items() if name not in known | renamed.keys()}
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(list(named)[: len(args)], args, strict=True)), **kwargs}
+        for name, default in unknown.items():
+            value = given.pop(name, None)
+            if value is not None and (isinstance(value, Tensor) or value != default):
+                raise UnsupportedError(
+                    f"{original.__name__} of transformers {transformers.__version__} was given {name}, which its patch does "
+                    'not know; leave it out, use attn_implementation="eager" or a version that dp-flash-hf is tested with'
+                )
+        return mixin.forward(self, **{renamed.get(name, name): value for name, value in given.items()})
+
+    return type(mixin.__name__, (mixin,), {"forward": forward, "__module__": mixin.__module__, "__doc__": mixin.__doc__})
 
 
 def _revive(original: type) -> Any:
     """An empty instance of the patched class, for copies and pickles, which name the original one."""
-    patched: Any = _SWAP.derived(original, _mixin_for(original))
+    patched: Any = _SWAP.derived(original, _mixin_of(original))
     return patched.__new__(patched)
 
 

@@ -137,6 +137,7 @@ def _arm(model: transformers.PreTrainedModel) -> None:
     if _check_ran not in model._forward_hooks.values():
         model.register_forward_hook(_check_ran)
     _UNCHECKED.add(model)
+    patching.guard(model)
 
 
 def _patch_once_built(original: Callable[..., None]) -> Callable[..., None]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dp_flash_hf.attention.release import site_of
 
 _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_OF_EVERY_MODULE = tuple(f"_global{table}" for table in _TABLES)
 _SETTINGS = (bool, str, float)  # whole numbers are often counters, and tensors values
 # What calls leave behind: dp_flash attention remembers what ran, Transformers and torch what was hooked and compiled once. The
 # hooks by which Transformers collects hidden states only collect, and stay from the first call that asks for some.
@@ -86,5 +87,5 @@ def _hooks(table: Mapping[int, Any]) -> Iterator[Hashable]:
 
 def _global_hooks() -> Iterator[Hashable]:
     """Hooks that torch runs for every module there is."""
-    for table in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks"):
-        yield tuple(_hooks(getattr(nn.modules.module, f"_global_{table}")))
+    for table in _OF_EVERY_MODULE:
+        yield tuple(_hooks(getattr(nn.modules.module, table)))

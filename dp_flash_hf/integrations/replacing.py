@@ -8,11 +8,16 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+from dp_flash_hf.errors import UnsupportedError
+
 _ABSENT = object()
 
 
 def replace_attribute(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
     """Give the object this attribute until `undo` is closed; then its own one is there again, or that of its class.
+
+    Raises UnsupportedError if there is none to be replaced: nothing would read the new one, and what it was to replace may go
+    on under another name in that version.
 
     >>> class Lamp: colour = "white"
     >>> lamp = Lamp()
@@ -23,6 +28,11 @@ def replace_attribute(undo: ExitStack, owner: Any, name: str, value: Any) -> Non
     >>> lamp.colour, vars(lamp)
     ('white', {})
     """
+    if not hasattr(owner, name):
+        raise UnsupportedError(
+            f"{type(owner).__name__} has no {name}, which has to be replaced; use versions that dp-flash-hf is tested with "
+            "(dp-flash doctor says which)"
+        )
     undo.callback(_put_back, owner, name, vars(owner).get(name, _ABSENT))
     setattr(owner, name, value)
 

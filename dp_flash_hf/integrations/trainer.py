@@ -154,9 +154,10 @@ class DPCallback(TrainerCallback, ExportableState):
             "_get_grad_norm": lambda *args, **kwargs: None,  # would log that norm
             "hyperparameter_search": self._refuse_search,
             "floating_point_ops": lambda *args, **kwargs: 0,  # would log how many tokens were drawn
-            # Would also add gradients of adapters on a sharded model up as they arise, before they are clipped.
-            "_sync_replicated_trainable_parameters": lambda model: Ranks().make_equal(model),
         }
+        if hasattr(trainer, "_sync_replicated_trainable_parameters"):  # which older versions have not
+            # Would also add gradients of adapters on a sharded model up as they arise, before they are clipped.
+            overrides["_sync_replicated_trainable_parameters"] = lambda model: Ranks().make_equal(model)
         called = ("train", "log", "_save_checkpoint", "_get_num_items_in_batch", "num_examples")
         own = {name: getattr(trainer, name) for name in called}
         with ExitStack() as undo:

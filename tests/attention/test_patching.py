@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dp_flash_hf import ClippingEngine, UnsupportedError
 from dp_flash_hf.attention import patching, registration, usage
 from dp_flash_hf.attention.function import NAMES, dp_flash_attention
+from dp_flash_hf.attention.masks import mark_made_here
 from dp_flash_hf.attention.patching import patch, unpatch
+from dp_flash_hf.patches.guards import one_unit_per_row
 from tests.support import ROOT
 from tests.support.attention import GQA, MOE, hooks, packed_inputs, padded
 from tests.support.oracle import clipped_sum, distance, each_row, grads, unit_gradients
@@ -32,6 +34,7 @@ from tests.support.patched import (
     answered,
     assert_models_agree,
     build,
+    build_patched,
     outputs_and_gradients,
     to_oracle,
 )
@@ -164,10 +167,10 @@ def test_activation_checkpointing_changes_nothing(case: Case) -> None:
     assert_models_agree(outputs_and_gradients(model, real, inputs), plain, case.dtype)
 
 
-@pytest.mark.parametrize("name", ["gptj", "bloom", "mpt", "falcon alibi", "xglm", "rembert encoder", "luke", "xlm"])
+@pytest.mark.parametrize("name", ["gptj", "gpt_neo", "bloom", "mpt", "falcon alibi", "xglm", "rembert encoder", "luke", "xlm"])
 def test_attention_dropout_is_the_familys(name: str) -> None:
     case = CASES[name]
-    model = build(case)
+    model = build_patched(case)
     real, inputs = padded("right")
     seen = []
     for part in (p for p in model.modules() if patching.follows_patch(p)):
@@ -325,7 +328,7 @@ def states(model: Any) -> Iterator[tuple[str, type, dict[str, Any]]]:
 
 @pytest.mark.parametrize("way", ["patch", "set"])
 def test_there_and_back_leaves_the_model_as_it_was(case: Case, way: str) -> None:
-    model = build(case, "eager")
+    model = build_patched(case, "eager")
     tensors = {k: v.clone() for k, v in model.state_dict().items()}
     before = [(name, kind, dict(values)) for name, kind, values in states(model)]
     config = copy.deepcopy(model.config.to_dict())
@@ -368,7 +371,7 @@ def test_unpatching_gives_back_the_implementation_from_before() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_way_to_ask_for_it(name: str, tmp_path: Path) -> None:
-    case = CASES["gptj"]
+    case = CASES["bloom"]
     model = build(case, name)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
@@ -386,7 +389,7 @@ def test_every_way_to_ask_for_it(name: str, tmp_path: Path) -> None:
 
 
 def test_patched_models_can_be_copied_and_pickled(case: Case, tmp_path: Path) -> None:
-    model = build(case)
+    model = build_patched(case)
     real, inputs = padded("right")
     inputs |= case.inputs(real)
     expected = model(**inputs)[0]
@@ -416,17 +419,84 @@ def test_masks_that_mean_something_else_are_refused() -> None:
         build(Case("bloom", fields))(padded("none")[1]["input_ids"])
 
 
-def test_a_changed_transformers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class XGLMAttention(torch.nn.Module):
-        def forward(self, hidden_states: Tensor, attention_sink: Tensor | None = None) -> None: ...
+class Changed:
+    """What a family's attention may take in another version of Transformers: more, in another order, by other names."""
 
-    XGLMAttention.__module__, XGLMAttention.__qualname__ = "transformers.models.xglm.modeling_xglm", "XGLMAttention"
-    model = build(CASES["xglm"], "eager")
-    model.model.layers[1].self_attn = XGLMAttention()
-    with pytest.raises(UnsupportedError, match=r"XGLMAttention of transformers .* takes attention_sink"):
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_sink: Tensor | None = None,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        raise AssertionError("the patch stands in front of it")
+
+
+def changed(layer: torch.nn.Module) -> None:
+    """Give a layer the class that it would have in another version."""
+    own = type(layer)
+    layer.__class__ = type(own.__name__, (Changed, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("xglm", "XGLMAttention"), ("rembert", "RemBertSelfAttention"), ("mpt", "MptAttention")]
+)
+def test_arguments_that_a_patch_does_not_know_are_refused_only_when_they_are_given(name: str, attention: str) -> None:
+    models = [build(CASES[name], "eager") for _ in range(2)]
+    before, after = (next(part for part in model.modules() if type(part).__name__ == attention) for model in models)
+    changed(after)
+    for model in models:
         patch(model)
+    given = {"position_bias": None} if name == "mpt" else {}
+    states = torch.randn(3, 5, 32, dtype=CASES[name].dtype)
+    mask = mark_made_here(torch.ones(3, 1, 5, 5).bool().tril())
+    expected = before(hidden_states=states, attention_mask=mask, **given)[0]
+    cache = transformers.DynamicCache()
+    for found in (
+        after(states, None, None, mask, **given),
+        after(states, None, cache, mask, 1.0, **given),
+        after(hidden_states=states, attention_mask=mask, temperature=None, **given),
+    ):
+        assert torch.equal(found[0], expected)
+    assert cache.get_seq_length(after.layer_idx) == 5
+    for unknown in ({"attention_sink": torch.zeros(4)}, {"temperature": 0.5}):
+        with pytest.raises(UnsupportedError, match=rf"{attention} of transformers .* was given {next(iter(unknown))}"):
+            after(states, attention_mask=mask, **unknown, **given)
+    with pytest.raises(UnsupportedError, match="was given attention_sink"):
+        after(states, torch.zeros(4), None, mask, **given)
+    with pytest.raises(UnsupportedError, match="forms no attention weights"):
+        after(states, attention_mask=mask, output_attentions=True, **given)
+
+
+def test_a_family_that_comes_to_use_the_attention_interface_needs_no_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPT-J, CodeGen and LayoutLMv3 did in one version of Transformers: their own code stays, and calls our attention."""
+
+    class Unneeded:
+        def forward(self) -> None: ...
+
+    name = "transformers.models.llama.modeling_llama.LlamaAttention"
+    monkeypatch.setattr(patching, "_MIXINS", {**patching._MIXINS, name: Unneeded})
+    model = build(Case("llama", GQA))
+    assert not patching.has_patch(type(model))
     assert not patching.is_patched(model)
-    assert model.config._attn_implementation == "eager"
+    model(padded("none")[1]["input_ids"])
+    assert registration.status(model) == "called"
+
+
+@pytest.mark.parametrize("when", ["built", "set"])
+def test_a_guard_looks_also_where_no_patch_is_needed(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patching, "_GUARDS", {**patching._GUARDS, "llama": one_unit_per_row})
+    model = build(Case("llama", GQA), "dp_flash" if when == "built" else "eager")
+    if when == "set":
+        model.set_attn_implementation("dp_flash")
+    inputs, _ = packed_inputs([4, 3, 5])
+    with pytest.raises(UnsupportedError, match="see each other"):
+        model(**inputs)
+    model.set_attn_implementation("sdpa")
+    model(**inputs)
+    assert not any(part._forward_pre_hooks for part in model.modules())
 
 
 def test_the_example_in_the_documentation_is_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,7 +516,7 @@ def test_the_example_in_the_documentation_is_a_patch(monkeypatch: pytest.MonkeyP
 
 def test_adapters_leave_patches_in_place() -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(build(CASES["gptj"]), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(build(CASES["bloom"]), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     assert patching.is_patched(model)
     model(padded("none")[1]["input_ids"])
     assert usage.any_has_called(model)
@@ -476,15 +546,15 @@ def test_a_model_that_holds_a_patched_one_is_patched() -> None:
 
 
 def test_a_model_that_is_never_finished_does_not_run_something_else_in_silence() -> None:
-    class Unfinished(transformers.GPTJPreTrainedModel):  # type: ignore[no-untyped-call]
+    class Unfinished(transformers.BloomPreTrainedModel):  # type: ignore[no-untyped-call]
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.body = transformers.GPTJModel(config)
+            self.body = transformers.BloomModel(config)
 
         def forward(self, ids: Tensor) -> Any:
             return self.body(ids).last_hidden_state
 
-    config = transformers.AutoConfig.for_model("gptj", **CASES["gptj"].fields)
+    config = transformers.AutoConfig.for_model("bloom", **CASES["bloom"].fields)
     config._attn_implementation = "dp_flash"
     model = Unfinished(config)
     ids = padded("none")[1]["input_ids"]
@@ -534,10 +604,9 @@ def test_clipped_sums_of_patched_models_are_exact(name: str) -> None:
 
 @pytest.mark.parametrize("first", ["engine", "patch"])
 @pytest.mark.parametrize("leaves_first", ["engine", "patch"])
-@pytest.mark.parametrize("name", ["gptj", "codegen", "bloom"])
+@pytest.mark.parametrize("name", ["gptj", "codegen", "bloom", "gpt_neo"])
 def test_engine_and_patch_come_and_go_in_any_order(name: str, first: str, leaves_first: str) -> None:
-    case = CASES[name]
-    model = build(case, "eager")
+    model = build_patched(CASES[name], "eager")
     kinds = [type(module) for module in model.modules()]
     if first == "patch":
         patch(model)

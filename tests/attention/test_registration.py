@@ -118,8 +118,8 @@ def test_models_with_their_own_table_of_attentions_are_refused_at_once(name: str
         ("llama", GQA, "dp_flash", "not called yet", "called"),
         ("llama", GQA, "sdpa", "not asked for", "not asked for"),
         (
-            "gptj",
-            {"vocab_size": 50, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4},
+            "mpt",
+            {"vocab_size": 50, "d_model": 32, "n_layers": 1, "n_heads": 4, "max_seq_len": 64},
             "dp_flash",
             "patched",
             "patched",

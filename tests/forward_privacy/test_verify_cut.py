@@ -19,6 +19,7 @@ from tests.support.forward_privacy import (
     _SIZES,
     ACROSS,
     ATTENTION,
+    CACHE,
     NOISE,
     RESIDUAL,
     TOKEN,
@@ -117,8 +118,8 @@ def test_what_an_encoder_decoder_returns_besides_is_private() -> None:
     privatized = privatize(model, ATTENTION, layers="cross")
     with pytest.raises(PrivacyError, match="encoder_last_hidden_state"):
         verify_cut(privatized, pairs(), private=("input_ids",))
-    with pytest.raises(PrivacyError, match=r"past_key_values\.cross_attention_cache"):
-        verify_cut(privatized, {**pairs(), "use_cache": True}, private=("input_ids",), released=("logits", "past_key_values"))
+    with pytest.raises(PrivacyError, match=rf"{CACHE}\.cross_attention_cache"):
+        verify_cut(privatized, {**pairs(), "use_cache": True}, private=("input_ids",), released=("logits", CACHE))
     with pytest.raises(PrivacyError, match="logits still depends on input_ids, decoder_input_ids"):
         verify_cut(privatized, pairs(), released=("logits",))
     without = {name: value for name, value in pairs().items() if name != "decoder_input_ids"}  # BART shifts input_ids then
@@ -133,7 +134,7 @@ def test_what_an_encoder_decoder_returns_besides_is_private() -> None:
 def test_what_a_decoder_returns_besides_is_private() -> None:
     model = llama()
     privatized = privatize(model, RESIDUAL, layers=[0], placement="residual")
-    with pytest.raises(PrivacyError, match="past_key_values"):
+    with pytest.raises(PrivacyError, match=CACHE):
         verify_cut(privatized, texts())
     with pytest.raises(PrivacyError, match="hidden_states"):
         verify_cut(privatized, texts(use_cache=False, output_hidden_states=True))

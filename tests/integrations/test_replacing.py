@@ -8,24 +8,43 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
+from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.integrations.replacing import put_first, replace_attribute
 
 
+class Owner(SimpleNamespace):
+    of_class = 0
+
+
 def test_an_attribute_is_restored_or_deleted_last_change_first() -> None:
-    owner = SimpleNamespace(own=1)
+    owner = Owner(own=1)
     with ExitStack() as undo:
-        for name, value in (("own", 2), ("own", 3), ("new", 4)):
+        for name, value in (("own", 2), ("own", 3), ("of_class", 4)):
             replace_attribute(undo, owner, name, value)
-        assert vars(owner) == {"own": 3, "new": 4}
+        assert vars(owner) == {"own": 3, "of_class": 4}
+    assert vars(owner) == {"own": 1}
+
+
+def test_what_is_not_there_cannot_be_replaced() -> None:
+    """Or a trainer that computes a norm of gradients under a new name would log it without noise."""
+    owner = Owner(own=1)
+
+    def change() -> None:
+        with ExitStack() as undo:
+            replace_attribute(undo, owner, "own", 2)
+            replace_attribute(undo, owner, "renamed", 3)
+
+    with pytest.raises(UnsupportedError, match="Owner has no renamed"):
+        change()
     assert vars(owner) == {"own": 1}
 
 
 def test_what_is_gone_already_is_no_error() -> None:
-    owner, items = SimpleNamespace(), ["a"]
+    owner, items = Owner(), ["a"]
     with ExitStack() as undo:
-        replace_attribute(undo, owner, "new", 1)
+        replace_attribute(undo, owner, "of_class", 1)
         put_first(undo, items, "b")
-        del owner.new
+        del owner.of_class
         items.remove("b")
     assert vars(owner) == {}
     assert items == ["a"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dp_flash_hf.attention import release
 from dp_flash_hf.attention.function import dp_flash_attention
@@ -17,6 +18,8 @@ from dp_flash_hf.forward_privacy.sites import AttentionSite
 from tests.support.models import VOCABULARY
 
 EPS64 = torch.finfo(torch.float64).eps
+# What a model's output calls its cache.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 SILENT = 1e-30  # a noise multiplier that leaves float64 outputs as they are
 
 
