@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dp_flash_hf.forward_privacy.report import AttentionPrivacyReport
     from dp_flash_hf.forward_privacy.verify_cut import verify_cut
     from dp_flash_hf.integrations.accelerate import make_private
+    from dp_flash_hf.integrations.private import private
     from dp_flash_hf.integrations.trainer import DPCallback
     from dp_flash_hf.layers.rules import register_rule
     from dp_flash_hf.mechanisms.config import PrivacyConfig
@@ -50,6 +51,7 @@ __all__ = [
     "UnsupportedError",
     "fresh_generator",
     "make_private",
+    "private",
     "privatize",
     "register_rule",
     "verify_cut",
@@ -65,6 +67,7 @@ _PUBLIC = {
     "forward_privacy.report": ("AttentionPrivacyReport",),
     "forward_privacy.verify_cut": ("verify_cut",),
     "integrations.accelerate": ("make_private",),
+    "integrations.private": ("private",),
     "integrations.trainer": ("DPCallback",),
     "layers.rules": ("register_rule",),
     "mechanisms.config": ("PrivacyConfig",),

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from dp_flash_hf.accounting.spend_log import FILE_NAME
@@ -20,26 +20,26 @@ from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
-from dp_flash_hf.integrations import checkpoints
+from dp_flash_hf.integrations import checkpoints, own_methods
 from dp_flash_hf.integrations import trl as trl_trainers
+from dp_flash_hf.integrations.attaching import SelfAttaching, require_transformers_trainer
 from dp_flash_hf.integrations.checkpoints import Checkpoint
+from dp_flash_hf.integrations.logs import mark, show_epsilon
 from dp_flash_hf.integrations.replacing import put_first, replace_attribute
 from dp_flash_hf.integrations.trainer_adapter import TrainerAdapter
-from dp_flash_hf.integrations.trainer_settings import refuse_settings
+from dp_flash_hf.integrations.trainer_settings import refuse_search, refuse_settings
 from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.mechanisms.config import PrivacyConfig
-from dp_flash_hf.mechanisms.fresh_randomness import same_randomness
 from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training.batches import UNITS, PoissonBatches, WithUnits, steps_per_epoch
-from dp_flash_hf.training.columns import column
 from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.session import PrivateTraining, require_finite_weights
-from dp_flash_hf.training.tried_units import length_of
+from dp_flash_hf.training.tried_units import lengths_of_units
 
 logger = logging.getLogger(__name__)
 
 
-class DPCallback(TrainerCallback, ExportableState):
+class DPCallback(SelfAttaching, ExportableState):
     """Differentially private training for a `Trainer` or `Seq2SeqTrainer`, and TRL's SFT, DPO and reward trainers.
 
     Two lines are added to a training::
@@ -47,6 +47,9 @@ class DPCallback(TrainerCallback, ExportableState):
         dp = DPCallback(PrivacyConfig(target_epsilon=8.0, target_delta=1e-6)).attach(trainer)
         trainer.train()
         print(dp.report().to_text())
+
+    Where a framework builds the trainer, hand it over like any other callback (`callbacks=[DPCallback(config)]`, or
+    `add_callback`): it attaches itself when `train` is called. See also `private`.
 
     **Guarantee.** The weights after training, and all checkpoints on the way to them, are as a whole (epsilon,
     delta)-differentially private under adding or removing one unit, an example or all rows of one `privacy_unit`. Each step
@@ -123,12 +126,14 @@ class DPCallback(TrainerCallback, ExportableState):
                 attached already, or the trainer has another one.
             ValueError: an argument is out of range, or no noise keeps the budget, with nothing changed.
         """
+        require_transformers_trainer(trainer)
         if self._trainer is not None:
             raise UnsupportedError("this DPCallback is attached already; make one for each trainer, or detach() it first")
         callbacks = trainer.callback_handler.callbacks
         if any(isinstance(callback, DPCallback) and callback is not self for callback in callbacks):
             raise UnsupportedError("the trainer has another DPCallback; attach one only")
-        refuse_settings(trainer)
+        own = own_methods.methods_of(trainer)
+        refuse_settings(trainer, own)
         args = trainer.args
         training = PrivateTraining(
             self.config,
@@ -152,17 +157,18 @@ class DPCallback(TrainerCallback, ExportableState):
             "num_examples": self._num_examples,
             "_clip_grad_norm": lambda *args, **kwargs: None,  # would rescale by a norm taken before noise
             "_get_grad_norm": lambda *args, **kwargs: None,  # would log that norm
-            "hyperparameter_search": self._refuse_search,
+            "hyperparameter_search": refuse_search,
             "floating_point_ops": lambda *args, **kwargs: 0,  # would log how many tokens were drawn
         }
         if hasattr(trainer, "_sync_replicated_trainable_parameters"):  # which older versions have not
             # Would also add gradients of adapters on a sharded model up as they arise, before they are clipped.
             overrides["_sync_replicated_trainable_parameters"] = lambda model: Ranks().make_equal(model)
         called = ("train", "log", "_save_checkpoint", "_get_num_items_in_batch", "num_examples")
-        own = {name: getattr(trainer, name) for name in called}
+        own.update((name, getattr(trainer, name)) for name in called)
         with ExitStack() as undo:
             for name, override in overrides.items():
                 replace_attribute(undo, trainer, name, override)
+            undo.callback(self._restate, trainer, _stated(trainer).get(type(self).__name__))
             put_first(undo, callbacks, self)  # so that no other callback is shown a gradient without noise
             self._attached = undo.pop_all()
         self._training, self._trainer, self._own = training, trainer, own
@@ -172,8 +178,8 @@ class DPCallback(TrainerCallback, ExportableState):
         """Undo `attach`: the trainer is as it was before, attribute by attribute, and trains without privacy from now on.
 
         What training itself changes stays: weights, optimizer, history. So does `report()`. A callback that was added to the
-        trainer before `attach` is in its list again, and refuses to train until it is attached or removed. Attributes that
-        somebody else replaced since `attach` are put back too. Where nothing is attached, nothing happens.
+        trainer before `attach` is in its list again, and attaches itself when `train` is called, unless it is removed.
+        Attributes that somebody else replaced since `attach` are put back too. Where nothing is attached, nothing happens.
 
         Raises:
             PrivacyError: the trainer is training; the rest would be without noise.
@@ -186,14 +192,41 @@ class DPCallback(TrainerCallback, ExportableState):
         if self._trainer is None:
             return
         self._attached.close()
-        self._trainer.state.stateful_callbacks.pop(type(self).__name__, None)  # put there by `train`
         self._trainer, self._own = None, {}
+
+    def _restate(self, trainer: Any, before: Any) -> None:
+        """Put back what the trainer's state said of this callback, which `train` changes."""
+        _stated(trainer).pop(type(self).__name__, None)
+        if before is not None:
+            _stated(trainer)[type(self).__name__] = before
+
+    def train_with(self, trainer: Trainer, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Attach to this trainer and train it by `train`, not by the method of a subclass, which may have called this."""
+        self.attach(trainer)
+        own, self._own["train"] = self._own["train"], train
+        try:
+            return self._train(*args, **kwargs)
+        finally:
+            self._own["train"] = own
+
+    @property
+    def attached(self) -> bool:
+        """Whether it has a trainer."""
+        return self._trainer is not None
+
+    @property
+    def planned(self) -> bool:
+        """Whether it was ever attached, so that there is something to report."""
+        return self._training is not None
 
     @property
     def training(self) -> PrivateTraining:
         """What is planned and done. Raises PrivacyError before `attach`."""
         if self._training is None:
-            raise PrivacyError("DPCallback was not attached: call DPCallback(config).attach(trainer) before trainer.train()")
+            raise PrivacyError(
+                "DPCallback was not attached: give it to the trainer as one of its callbacks, or call "
+                "DPCallback(config).attach(trainer) before trainer.train()"
+            )
         return self._training
 
     @property
@@ -201,8 +234,8 @@ class DPCallback(TrainerCallback, ExportableState):
         """The trainer that it is attached to. Raises PrivacyError where it is not."""
         if self._trainer is None:
             raise PrivacyError(
-                "DPCallback is not attached: call DPCallback(config).attach(trainer) before trainer.train(), or remove it with "
-                "trainer.remove_callback to train without privacy"
+                "DPCallback is not attached, as this training did not begin with Trainer.train: call "
+                "DPCallback(config).attach(trainer) before, or remove it with trainer.remove_callback to train without privacy"
             )
         return self._trainer
 
@@ -222,9 +255,10 @@ class DPCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What `Trainer` saves of this callback with every checkpoint: what was spent, and the checkpoint's files."""
+        if not self.attached:  # it asks for that of every callback that it is given
+            return {"args": {}, "attributes": {}}
         files = {} if self._saving is None else {"files": checkpoints.manifest(self._saving)}
-        privacy = self.trainer and self.mechanism.state_dict()
-        return {"args": {}, "attributes": {"privacy": privacy, **files}}
+        return {"args": {}, "attributes": {"privacy": self.mechanism.state_dict(), **files}}
 
     # Events.
 
@@ -271,12 +305,8 @@ class DPCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        for callback in () if self._trainer is None else self._trainer.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None) if isinstance(callback, ProgressCallback) else None
-            if bar is not None and logs is not None and "privacy/epsilon" in logs:
-                bar.set_postfix(
-                    epsilon=f"{logs['privacy/epsilon']:.3f}", spent=f"{logs['privacy/spent_epsilon']:.3f}", refresh=False
-                )
+        if self._trainer is not None:
+            show_epsilon(self._trainer, logs)
 
     # What replaces the trainer's own methods.
 
@@ -292,7 +322,7 @@ class DPCallback(TrainerCallback, ExportableState):
                 "DPCallback is no longer the first of the trainer's callbacks: one before it would be shown gradients without "
                 "noise; call dp.detach() and dp.attach(trainer)"
             )
-        refuse_settings(trainer)  # again: they may have changed since attach
+        refuse_settings(trainer, self._own)  # again: they may have changed since attach
         account, log = self.mechanism.account, Path(trainer.args.output_dir) / FILE_NAME
         ranks = Ranks()
         found: Checkpoint | None = None
@@ -318,14 +348,6 @@ class DPCallback(TrainerCallback, ExportableState):
                     raise self._spent()
                 return self._finished(checkpoint.path)
             return self._own["train"](None if checkpoint is None else str(checkpoint.path), *args, **kwargs)
-
-    def _refuse_search(self, *args: Any, **kwargs: Any) -> None:
-        raise PrivacyError(
-            "hyperparameter_search would train on the same data once for each trial, and choose one by results without noise: "
-            "no epsilon of one training covers that, and this one's budget is planned for one. Search on public data, or "
-            "without DPCallback on data that need no protection, and train privately once with what was found; or run every "
-            "trial as a private training of its own, in an output_dir of its own, and count the epsilon of all of them"
-        )
 
     def _end_training(self) -> None:
         self._while_training = None
@@ -361,40 +383,32 @@ class DPCallback(TrainerCallback, ExportableState):
 
     def _train_dataloader(self) -> DataLoader[Any]:
         trainer, args, training = self.trainer, self.trainer.args, self.training
-        dataset, collator = trainer.train_dataset, trainer.data_collator
-        if hasattr(dataset, "column_names"):
-            dataset = trainer._remove_unused_columns(dataset, description="training")
-        else:
-            collator = trainer._get_collator_with_removed_columns(collator, description="training")
-        account = self.mechanism.account
-        sampler = account.plan.sampler
-        if trainer.train_dataset is not training.dataset or (training.rows is None and len(dataset) != training.n_units):
+        given = trainer.train_dataset
+        if given is not training.dataset or (training.rows is None and len(given) != training.n_units):
             raise PrivacyError(
                 "train_dataset changed since attach: call dp.detach() and dp.attach(trainer) once the data are final"
             )
+        data = own_methods.training_data(trainer, self._own)
+        if data.order is not None:
+            logger.warning(f"rows are not taken in the order of {data.order}: each step draws its units at random, all alike")
+        account = self.mechanism.account
+        sampler = account.plan.sampler
         workers = args.dataloader_num_workers
         steps = steps_per_epoch(sampler.n_units, sampler.expected_batch_size)
         return training.loader(
-            dataset,
-            collator,
+            data.dataset,
+            data.collate,
             steps=steps,
             first_step=account.taken - (0 if args.ignore_data_skip else account.taken % steps),  # which the trainer passes over
             splits=args.gradient_accumulation_steps,
-            lengths=self._lengths() if getattr(args, "train_sampling_strategy", "random") == "group_by_length" else None,
+            lengths=lengths_of_units(given, training.rows, args.length_column_name)
+            if getattr(args, "train_sampling_strategy", "random") == "group_by_length"
+            else None,
             num_workers=workers,
             pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers > 0 else None,
         )
-
-    def _lengths(self) -> Tensor:
-        """Tokens of the longest row of each unit: int64 (units,)."""
-        dataset, name = self.trainer.train_dataset, self.trainer.args.length_column_name
-        given = name in getattr(dataset, "column_names", ())
-        with same_randomness(dataset):
-            of_row = torch.tensor(column(dataset, name) if given else [length_of(dataset[row]) for row in range(len(dataset))])
-        rows = self.training.rows
-        return of_row if rows is None else torch.stack([of_row[own].max() for own in rows])
 
     def _training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         trainer = self.trainer
@@ -417,12 +431,12 @@ class DPCallback(TrainerCallback, ExportableState):
         return int(self._own["num_examples"](dataloader))
 
     def _log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        for name in ("loss", "train_loss"):
-            if name in logs:
-                logs[f"not_private/{name}"] = logs.pop(name)
-        for name in ("grad_norm", "total_flos"):  # in case another trainer computes them: they hold no noise
-            logs.pop(name, None)
-        logs["privacy/epsilon"] = self.mechanism.epsilon()
-        logs["privacy/spent_epsilon"] = self.mechanism.spent_epsilon()
+        mark(logs, self.mechanism)
         trl_trainers.mark_metrics(self.trainer)
         self._own["log"](logs, *(() if start_time is None else (start_time,)))
+
+
+def _stated(trainer: Any) -> dict[str, Any]:
+    """What the trainer's state says of its callbacks."""
+    states: dict[str, Any] = trainer.state.stateful_callbacks
+    return states

@@ -10,18 +10,22 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.integrations.integration_utils import WandbCallback
 from transformers.optimization import GreedyLR
 
+from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.integrations import own_methods
 from dp_flash_hf.integrations import trl as trl_trainers
 from dp_flash_hf.training.refusals import accelerator_refusals, refuse
 
 
-def refuse_settings(trainer: Trainer) -> None:
+def refuse_settings(trainer: Trainer, own: own_methods.Methods) -> None:
     """Raise UnsupportedError for everything under which the guarantee would not hold, all of it in one message.
 
-    It is asked when `DPCallback` is attached and again when training begins. It knows settings, callbacks and overridden
-    methods; what code does inside `compute_loss`, a collator or the model, `preflight` finds out.
+    It is asked when `DPCallback` is attached and again when training begins. It knows settings and callbacks, and looks at
+    methods that `DPCallback` takes the place of; what code does inside `compute_loss`, a collator or the model, `preflight`
+    finds out.
 
     Args:
         trainer: Transformers' or TRL's, as it is now.
+        own: its `own_methods.methods_of` before `DPCallback` was attached.
     """
     args = trainer.args
     callbacks = trainer.callback_handler.callbacks
@@ -35,13 +39,6 @@ def refuse_settings(trainer: Trainer) -> None:
     )
     config = getattr(trainer.model, "config", None)
     text_config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
-    stock = trl_trainers.examined(trainer)
-    replaced = ("training_step", "get_train_dataloader", "_get_train_sampler")
-    overridden = [
-        name
-        for name in (replaced if stock is None else (*replaced, *trl_trainers.RELIED_ON))
-        if getattr(type(trainer), name, None) is not getattr(stock or Trainer, name, None)
-    ]
     optim = str(getattr(args.optim, "value", args.optim))  # of an enumeration, whose own names are capitals
     refused = {
         "fp16: its loss scaling skips steps depending on the data; use bf16=True or float32": args.fp16,
@@ -82,10 +79,20 @@ def refuse_settings(trainer: Trainer) -> None:
         "output_router_logits: the load-balancing loss is computed over all units; set config.output_router_logits=False": (
             getattr(text_config, "output_router_logits", False)
         ),
-        f"{type(trainer).__name__} overrides {', '.join(overridden)}, which DPCallback replaces or relies on": bool(overridden),
+        **own_methods.refusals(trainer, own),
         **trl_trainers.refusals(trainer),
     }
     refuse(refused)
+
+
+def refuse_search(*args: Any, **kwargs: Any) -> None:
+    """In place of `hyperparameter_search`: raise PrivacyError."""
+    raise PrivacyError(
+        "hyperparameter_search would train on the same data once for each trial, and choose one by results without noise: "
+        "no epsilon of one training covers that, and this one's budget is planned for one. Search on public data, or "
+        "without DPCallback on data that need no protection, and train privately once with what was found; or run every "
+        "trial as a private training of its own, in an output_dir of its own, and count the epsilon of all of them"
+    )
 
 
 def _is_same(data: Any, other: Any) -> bool:

@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 # Rows that one example becomes, for the trainers that were examined (TRL 1.16). A pair's are row i and row i + pairs.
 _ROWS = {"SFTTrainer": 1, "DPOTrainer": 2, "RewardTrainer": 2}
-# Methods of theirs on which exactness rests, beside those that DPCallback replaces; a subclass must leave them as they are.
-RELIED_ON = ("compute_loss", "_compute_loss", "log")
 # Losses of DPOTrainer that are means over pairs, of terms that each depend on one pair.
 _DPO_LOSSES = {
     "apo_down",

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dp_flash_hf.mechanisms.fresh_randomness import same_randomness
 from dp_flash_hf.training.batches import text_lengths
+from dp_flash_hf.training.columns import column
 from dp_flash_hf.units import IGNORED, Units
 
 TRIED = 4  # units in a batch of the checks, computed as one batch and one by one
@@ -70,6 +72,20 @@ def length_of(example: Any) -> int:
         or (isinstance(field, list) and len(field) > 0 and isinstance(field[0], int))
     ]
     return max(map(len, sequences), default=0)
+
+
+def lengths_of_units(dataset: Any, rows: Sequence[Tensor] | None, name: str) -> Tensor:
+    """Tokens of the longest row of each unit: int64 (units,).
+
+    Args:
+        dataset: of the training.
+        rows: for every unit, the int64 (rows,) that it owns; None where unit i is row i.
+        name: of a column that holds lengths; without it they are counted.
+    """
+    with same_randomness(dataset):
+        given = name in getattr(dataset, "column_names", ())
+        of_row = torch.tensor(column(dataset, name) if given else [length_of(dataset[row]) for row in range(len(dataset))])
+    return of_row if rows is None else torch.stack([of_row[own].max() for own in rows])
 
 
 def known_values(examples: Iterable[Any]) -> dict[str, list[float]]:

@@ -435,8 +435,10 @@ def mixtral() -> Any:
 
 
 class OwnLoss(trl.SFTTrainer):  # type: ignore[misc]
+    power = 1
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(*args, **kwargs)
+        return super().compute_loss(*args, **kwargs) ** self.power
 
 
 class OwnName(trl.SFTTrainer):  # type: ignore[misc]
@@ -491,7 +493,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: sft(path, peft_config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
         "prompt learning",
     ),
-    "own loss": (lambda path: sft(path, cls=OwnLoss), "OwnLoss overrides compute_loss"),
     "loss function": (changed(sft, compute_loss_func=lambda *args, **kwargs: 0), "compute_loss_func"),
 }
 
@@ -504,6 +505,16 @@ def test_what_couples_units_is_refused_by_name(name: str, tmp_path: Path) -> Non
     with pytest.raises(UnsupportedError, match=match):
         attached(trainer)
     assert vars(trainer) == methods  # nothing changed
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_loss_of_their_own_is_judged_by_what_it_computes(power: int, tmp_path: Path) -> None:
+    trainer = sft(tmp_path, cls=OwnLoss)
+    trainer.power = power
+    dp = attached(trainer)
+    with nullcontext() if power == 1 else pytest.raises(UnsupportedError, match="neither a mean"):
+        trainer.train()
+    assert (dp.report().steps > 0) == (power == 1)
 
 
 def test_packed_rows_are_refused_whatever_the_settings_say(tmp_path: Path) -> None:
