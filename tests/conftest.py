@@ -36,10 +36,14 @@ def _memory_is_not_estimated(request: pytest.FixtureRequest, monkeypatch: pytest
         monkeypatch.setattr("dp_flash_hf.training.session.choose_by_memory", lambda *args, **kwargs: choice)
 
 
+# What the number of rounds decides: whether mixing at random is found.
+_ABOUT_ROUNDS = {"test_unit_checks.py", "test_preflight.py", "test_recheck.py", "test_collator_checks.py"}
+
+
 @pytest.fixture(autouse=True)
 def _few_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks before the first step take most of a tiny training's time: all rounds run where the checks are what is tested."""
-    if request.node.path.parent.name != "training" and request.node.path.name != "test_traps.py":
+    """Checks before the first step take most of a tiny training's time."""
+    if request.node.path.name not in _ABOUT_ROUNDS:
         monkeypatch.setattr("dp_flash_hf.training.preflight._ROUNDS", 4)
 
 

@@ -161,6 +161,7 @@ POISON = ["q", "k", "v", "qkv", "gradient"]
 PACKED = [(0, slice(0, 3)), (0, slice(3, 4)), (0, slice(4, S))]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("bad", [0, 1, 2])
 @pytest.mark.parametrize("where", POISON)
 def test_packed_units_are_isolated(extra: dict[str, Any], bad: int, where: str) -> None:

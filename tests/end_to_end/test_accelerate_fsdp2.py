@@ -224,6 +224,7 @@ def test_a_loop_with_the_plugin_is_a_loop_in_one_process(size: int, replicas: in
             torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.complete
 def test_mixed_precision_of_the_plugin() -> None:
     """Sums and parameters stay float32; what is left are roundings of bfloat16, of which an update has a few hundred."""
     before = plain_names(without_dropout(tiny("llama", torch.float32)))

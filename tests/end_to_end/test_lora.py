@@ -156,6 +156,7 @@ def test_labels_are_counted_as_without_an_adapter(tmp_path: Path) -> None:
         assert (dp.training._loss.divides, dp.training._loss.counted) == ("sum", "shifted labels")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])
 def test_virtual_tokens_are_trained_unit_by_unit(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked up once for all rows and then repeated: no rule can tell the rows apart, and none has to."""

@@ -340,6 +340,7 @@ def _attributes(model: nn.Module) -> dict[str, tuple[type, set[str], int]]:
     }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "t5", "vit", "bert"])
 def test_detach_gives_the_model_back(name: str, strategy: Strategy) -> None:

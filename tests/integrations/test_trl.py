@@ -98,6 +98,7 @@ def test_sft_sums_are_those_of_single_examples(name: str, tmp_path: Path, monkey
     assert error_of(sft_of(name, tmp_path), monkeypatch) <= ROUNDING
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["padded", "padding-free"])
 def test_sft_by_a_token_budget(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error_of(sft_of(name, tmp_path), monkeypatch, max_tokens_per_device=32) <= ROUNDING

@@ -290,6 +290,7 @@ def test_half_precision(features: str, dtype: torch.dtype, device: str) -> None:
     check(problem(RAGGED, device, dtype=dtype, **FEATURES[features]))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("dtype", "key", "features"),
     [

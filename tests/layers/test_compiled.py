@@ -195,6 +195,7 @@ def check_model(model: Any, name: str, *, backend: str, dtype: torch.dtype, stra
     assert not counters["graph_break"]
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize(
     ("name", "attention"),
     [

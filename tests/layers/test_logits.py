@@ -109,6 +109,7 @@ def own_loss(model: Any) -> Callable[[Any], Tensor]:
     return lambda batch: model(**batch, num_items_in_batch=1, use_cache=False).loss
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name: str, seen: Seen) -> None:
     model, batch = built(name, torch.float32), batch_of("llama")

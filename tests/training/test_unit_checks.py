@@ -70,6 +70,7 @@ def test_mixing_at_random_is_refused(probability: float, seeds: range) -> None:
             checked(of_classes, rows(seed), model=RandomMean(probability))
 
 
+@pytest.mark.complete
 def test_how_often_rare_mixing_is_found_is_what_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     """1 - (1 - p)^rounds, within four standard deviations of so many tries."""
     monkeypatch.setattr(preflight, "check_training_mode", lambda *args, **kwargs: None)

@@ -54,6 +54,7 @@ def registered(self: Any, x: Tensor) -> None:
     self.register_buffer("seen", x.float().mean().detach())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("keep", "name"), [(count, "count"), (averaged, "average"), (replaced, "count"), (registered, "seen")])
 @pytest.mark.parametrize("public", [False, True])
 def test_state_that_forward_writes_is_refused_unless_public(keep: Any, name: str, public: bool) -> None:
@@ -174,6 +175,7 @@ def test_settings_are_those_of_the_start(what: str) -> None:
     assert mechanism.account.steps == 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("value", [False, True], ids=["frozen", "unfrozen"])
 def test_what_is_trained_is_chosen_anew_between_trainings(value: bool, tmp_path: Path) -> None:
     """A frozen parameter would get noise alone, an unfrozen one none: stop, choose, attach, train; the budget goes on."""
