@@ -1,16 +1,20 @@
 # Each target sets up .venv by itself; nothing is installed again until pyproject.toml or constraints.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
+# What the newest and the oldest versions are tested with; another one where an index has builds for CUDA only, say.
+NEWEST_TORCH ?= torch
+OLDEST_TORCH ?= $(shell $(PYTHON) -m tests.support.floors | grep '^torch==')
 # What pip says goes to a file, which is shown where it fails.
 PIP_SAID := > .venv/pip.log 2>&1 || { cat .venv/pip.log >&2; exit 1; }
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 # One worker more than there are cores: some tests wait for processes they started.
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)') --dist worksteal
+WORKERS := $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 SHARD ?= 1/1
 
-.PHONY: quickstart test test-all test-slow mutants coverage gpu docs
+.PHONY: quickstart test test-all test-slow test-newest test-oldest mutants coverage gpu docs
 
 # On public text: what earlier runs spent on it, which its folder remembers, may be forgotten.
 quickstart: .venv/installed
@@ -31,6 +35,13 @@ test-all: test docs
 # About an hour: kill storms, memory as it is measured, every configuration of every kernel. One at a time, for they measure.
 test-slow: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+# The fast tests and an eighth of the architectures, in .venv-newest without constraints.txt: what a plain `pip install` brings;
+# and in .venv-oldest with the oldest versions that pyproject.toml allows. Remove these folders to install anew.
+test-newest test-oldest: test-%: .venv-%/installed
+	.venv-$*/bin/dp-flash doctor
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n $(WORKERS) --dist worksteal
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n $(WORKERS) --dist worksteal -m coverage --coverage-shard=1/8
 
 # Half an hour: faults planted in the privacy core, each of which a test has to find. With FAULTS=training/dp_sgd.py those of a
 # file, with FAULTS="--sample 20" so many of one.
@@ -67,4 +78,13 @@ docs: .venv/installed-docs
 .venv/installed-docs: .venv/installed
 	@echo "Installing what builds the documentation ..."
 	@$(INSTALL) --editable '.[docs]' $(PIP_SAID)
+	@touch $@
+
+.venv-newest/installed .venv-oldest/installed: .venv-%/installed: pyproject.toml
+	@echo "Making .venv-$* ..."
+	@$(PYTHON) -m venv .venv-$*
+	@test $* = newest || $(PYTHON) -m tests.support.floors | grep -v '^torch==' > .venv-$*/constraints.txt
+	@test $* = oldest || : > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet $(if $(filter newest,$*),$(NEWEST_TORCH),$(OLDEST_TORCH))
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable '.[dev]'
 	@touch $@

@@ -52,7 +52,7 @@ def test_packages_in_pyproject_are_the_folders() -> None:
 
 
 def test_wheel_holds_every_module_and_recipe_and_nothing_else(wheel: Path) -> None:
-    expected = {"dp_flash_hf/py.typed"}
+    expected = {"dp_flash_hf/py.typed", "dp_flash_hf/constraints.txt"}
     for name, folder in _packages().items():
         for file in folder.iterdir():
             if file.suffix == ".py" or (name == "dp_flash_hf.recipes" and file.suffix == ".yaml"):

@@ -67,11 +67,20 @@ def _machine() -> Table:
 
 def _version(package: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
+    from importlib.resources import files
+
+    from packaging.version import Version
 
     try:
-        return version(package)
+        installed = version(package)
     except PackageNotFoundError:
         return "not installed"
+    tested = dict(
+        line.split("==") for line in files("dp_flash_hf").joinpath("constraints.txt").read_text().split() if "==" in line
+    )
+    newest = tested[package]
+    newer = Version(Version(installed).public) > Version(newest)  # less the build, as in 2.13.0+cpu
+    return f"{installed}, newer than {newest}, which this release was tested with" if newer else installed
 
 
 def _trial(name: str, task: str, length: int) -> Table:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast, get_args
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from dp_flash_hf import validation
 from dp_flash_hf.attention import release
@@ -112,6 +112,11 @@ class Privatized:
     def __init__(self, model: nn.Module, privacy: AttentionPrivacy, placement: Placement, places: dict[str, nn.Module]) -> None:
         self.model, self.privacy, self.placement, self.places = model, privacy, placement, tuple(places)
         self.ledger = AttentionLedger()
+        if not hasattr(GenerationMixin, _EXPAND):  # under another name it would repeat units unseen
+            raise UnsupportedError(
+                f"this version of transformers repeats rows by something else than GenerationMixin.{_EXPAND}; use a version "
+                "that dp-flash-hf is tested with (dp-flash doctor says which)"
+            )
         parts = {name: part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
         owners = {place: owner_of(parts, place) for place in places}
         if placement == "attention":
@@ -129,7 +134,7 @@ class Privatized:
         for part in {id(part): part for part in (model, *parts.values())}.values():
             self._hook(part.register_forward_pre_hook(self.scope.enter, with_kwargs=True, prepend=True))
             self._hook(part.register_forward_hook(self.scope.leave, always_call=True))
-            if hasattr(type(part), _EXPAND):
+            if isinstance(part, GenerationMixin):
                 self._put(part, _EXPAND, functools.partial(_expand, part, self.scope))
             if hasattr(type(part), "generate"):
                 self._put(part, "generate", Recorded(part, self.scope, vars(part).get("generate")))

@@ -103,7 +103,8 @@ class Experts:
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # noqa: D102
         recorder = recorder_of(self)
         trained = [getattr(self, name) for name, p in self.named_parameters(recurse=False) if p.requires_grad]
-        if not trained or not all(isinstance(p, Tracked) for p in trained) or self._is_expert_parallel:
+        elsewhere = getattr(self, "_is_expert_parallel", True)  # versions before it do not say whether ranks share the experts
+        if not trained or not all(isinstance(p, Tracked) for p in trained) or elsewhere:
             return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc, no-any-return]
         layout = recorder.layout(self, hidden_states)
         if layout is None and recorder.phase == "learn":

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from dp_flash_hf.cli.doctor import keep_few_layers
+from dp_flash_hf.cli.doctor import _PACKAGES, _version, keep_few_layers
 from dp_flash_hf.cli.main import main
 from tests.cli import printed_rows
+from tests.support import ROOT
 
 
 def test_doctor_tells_versions_and_attention(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor"])
     rows = dict(printed_rows(capsys.readouterr().out))
-    assert rows["torch"] == torch.__version__
+    assert rows["torch"].startswith(torch.__version__)
     assert "computed by torch" in rows["attention"]
+
+
+@pytest.mark.parametrize("package", _PACKAGES)
+def test_doctor_says_when_a_version_is_newer_than_tested(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tested,) = re.findall(rf"^{package}==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    major = int(tested.partition(".")[0])
+    for installed, newer in ((tested, False), (f"{tested}+cpu", False), (f"{tested}.1", True), (f"{major + 1}.0rc1", True)):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, installed=installed: installed)
+        said = f"{installed}, newer than {tested}, which this release was tested with" if newer else installed
+        assert _version(package) == said
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.1")
+    assert _version(package) == "0.0.1"
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])

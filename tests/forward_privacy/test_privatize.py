@@ -55,6 +55,15 @@ def test_removing_leaves_nothing_behind() -> None:
             privatized.report(1e-5)
 
 
+def test_a_transformers_that_would_repeat_units_unseen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(hf.GenerationMixin, "_expand_inputs_for_generation")
+    model = llama()
+    before = hooks(model)
+    with pytest.raises(UnsupportedError, match="repeats rows by something else"):
+        privatize(model, RESIDUAL, layers=[0], placement="residual")
+    assert hooks(model) == before
+
+
 def verify_cut_or_not(privatized: Privatized) -> None:
     """So that there was a verdict before."""
     if privatized.placement == "attention":
