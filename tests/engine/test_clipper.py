@@ -24,6 +24,7 @@ def squared(*norms: float) -> Tensor:
 
 def test_factors_are_of_scaled_norms_and_apply_to_unscaled_gradients() -> None:
     own = clipper()
+    assert len(own.norms) == 0
     factors = own.factors(squared(1.0, 4.0, 0.0), torch.tensor([3.0, 0.25, -1.0], dtype=torch.float64))
     torch.testing.assert_close(own.norms, torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64))
     torch.testing.assert_close(factors, torch.tensor([[2.0], [0.25], [-1.0]], dtype=torch.float64))  # 3 * 2/3, 1/4, -1

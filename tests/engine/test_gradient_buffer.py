@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dp_flash_hf.engine import gradient_buffer
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.gradient_buffer import MOST_ROUNDING, GradientBuffer
 from dp_flash_hf.engine.strategies import Strategy
@@ -235,17 +237,20 @@ def test_half_of_a_batch_is_never_handed_over(
     assert distance(grads(model), wanted) == 0.0
 
 
-def buffer_of(*values: float) -> tuple[GradientBuffer, list[nn.Parameter]]:
-    parameters = [nn.Parameter(torch.tensor([value])) for value in values]
+Values = float | list[float]  # of one parameter
+
+
+def buffer_of(*values: Values) -> tuple[GradientBuffer, list[nn.Parameter]]:
+    parameters = [nn.Parameter(torch.tensor(value).view(-1)) for value in values]
     model = nn.ParameterList(parameters)
     return GradientBuffer(model, {p: str(n) for n, p in enumerate(parameters)}), parameters
 
 
-def add(buffer: GradientBuffer, parameters: list[nn.Parameter], value: float, units: int) -> None:
+def add(buffer: GradientBuffer, parameters: list[nn.Parameter], value: Values, units: int) -> None:
     with buffer.apart():
         buffer.put_back()
         with buffer.adding(units):
-            buffer.add_all({p: torch.tensor([value]) for p in parameters})
+            buffer.add_all({p: torch.tensor(value).view(-1) for p in parameters})
 
 
 def test_sums_that_are_withheld_show_nothing_until_they_are_taken() -> None:
@@ -291,3 +296,74 @@ def test_a_wide_sum_keeps_what_float32_would_lose() -> None:
     (total,) = buffer.take().values()
     assert float(total) == 1.0 + 2.0**-40
     assert not buffer.wide  # the next sums begin in float32
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("again", [False, True], ids=["new", "after sums that were given up"])
+def test_float64_begins_where_all_ranks_together_would_round_too_far(
+    ranks: int, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over ranks half is left for adding their sums up, and each has its share of the rest; the first part rounds nothing."""
+    most = MOST_ROUNDING if ranks == 1 else MOST_ROUNDING // 2 // ranks
+    monkeypatch.setattr(gradient_buffer, "Ranks", lambda: SimpleNamespace(size=ranks))
+    for further, wide in ((most - 5, False), (most - 4, True)):
+        for direct in (False, True):  # added, or to be added by the second backward pass of two_pass
+            buffer, parameters = buffer_of(0.0)
+            if again:
+                add(buffer, parameters, 1.0, units=7)
+                parameters[0].grad = None
+            add(buffer, parameters, 1.0, units=5)
+            assert not buffer.wide
+            if direct:
+                assert bool(buffer.in_place(further)) == (not wide)
+            else:
+                add(buffer, parameters, 1.0, units=further)
+            assert buffer.wide == wide, (further, direct)
+
+
+def test_while_a_batch_may_be_in_the_sums_by_half_none_is_added_and_none_taken() -> None:
+    buffer, parameters = buffer_of([0.0, 0.0])
+    add(buffer, parameters, [0.0, 5.0], units=1)  # a zero hides nothing
+    buffer.begin()
+    with pytest.raises(PrivacyError, match="may hold parts"):
+        buffer.in_place(1)
+    with pytest.raises(PrivacyError, match="may hold parts"), buffer.adding(1):
+        pass
+    with pytest.raises(PrivacyError, match="may hold parts"):
+        buffer.take()
+    with buffer.adding(1, begun=True):
+        pass
+    assert not buffer.interrupted
+    buffer.begin()
+    parameters[0].grad = None
+    buffer.require_whole()  # given up
+    assert not buffer.interrupted
+    assert not buffer
+
+
+def test_sums_that_were_shown_are_dropped_when_they_are_to_be_withheld() -> None:
+    buffer, parameters = buffer_of(0.0)
+    add(buffer, parameters, 1.0, units=1)
+    buffer.withhold(True)
+    assert parameters[0].grad is None
+    assert not buffer
+
+
+def test_a_sum_of_which_some_values_were_set_to_zero_is_refused() -> None:
+    buffer, parameters = buffer_of([0.0, 0.0])
+    add(buffer, parameters, [1.0, 2.0], units=1)
+    assert parameters[0].grad is not None
+    parameters[0].grad[0] = 0.0
+    with pytest.raises(PrivacyError, match="was changed since"):
+        buffer.total(parameters[0])
+
+
+def test_a_batch_that_adds_nothing_to_a_parameter_gives_it_a_sum_of_zeros() -> None:
+    buffer, parameters = buffer_of(1.0)
+    with buffer.apart():
+        buffer.put_back()
+        with buffer.adding(1):
+            buffer.add_all({})
+    assert buffer
+    assert parameters[0].grad is not None
+    assert parameters[0].grad.tolist() == [0.0]

@@ -91,12 +91,13 @@ class Copies:
         """Whether one of these tests, which were measured, fails with this fault, or never ends."""
         copy = self._free.get()
         path = copy / "dp_flash_hf" / fault.file
-        source = path.read_text(encoding="utf-8")
+        source, times = path.read_text(encoding="utf-8"), path.stat()
         try:
             path.write_text(source[: fault.start] + fault.new + source[fault.end :], encoding="utf-8")
             code = self._run(copy, fault.file, tests, _Sort(self._measured[fault.file], fault.line), copy / "results.json")
         finally:
-            shutil.copy2(ROOT / "dp_flash_hf" / fault.file, path)  # with its time, by which what was compiled of it is known
+            path.write_text(source, encoding="utf-8")
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # by which what was compiled of it is known
             self._free.put(copy)
         if code == _OTHER_SOURCE:
             raise RuntimeError(f"tests of {fault.file} pass and do not import it: {' '.join(tests)}")

@@ -12,9 +12,25 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
-from dp_flash_hf.training.batches import physical_batches, text_lengths, units_of, without_trailing_padding
+from dp_flash_hf.mechanisms.sampling import PoissonSampler
+from dp_flash_hf.training.batches import (
+    UNITS,
+    FreshCollator,
+    PoissonBatches,
+    Read,
+    UnitCollator,
+    WithUnits,
+    is_empty,
+    physical_batches,
+    steps_per_epoch,
+    text_lengths,
+    units_of,
+    without_trailing_padding,
+)
+from dp_flash_hf.training.draws import DRAW, Part
 from dp_flash_hf.units import Units, select_items, select_unit
 from tests.support.models import tiny
 from tests.support.trainers import Pad, attached, draws, texts, trainer_for, without_dropout
@@ -213,3 +229,189 @@ def test_padding_that_units_feel_is_not_cut_off(tmp_path: Path) -> None:
 def test_budgets_are_whole_numbers(budget: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_tokens_per_device: expected a whole number"):
         attached(trainer_for("gpt2", tmp_path), max_tokens_per_device=budget)
+
+
+N, EXPECTED, DRAWS = 60, 12, 5
+
+
+def batches(**changes: Any) -> PoissonBatches:
+    options: dict[str, Any] = {
+        **{"population": N, "steps": DRAWS, "splits": 3, "in_one_part": False, "rows": None, "max_examples_per_unit": None},
+        **{"lengths": None, "seed": 1, "first_step": 4},
+    }
+    return PoissonBatches(PoissonSampler(N, EXPECTED), **{**options, **changes})
+
+
+def drawn_of(parts: Sequence[Part], splits: int = 3) -> list[list[int]]:
+    """The rows of each draw."""
+    return [[row for part in parts[first : first + splits] for row, _ in part] for first in range(0, len(parts), splits)]
+
+
+@pytest.mark.parametrize("seed", [1, None])
+@pytest.mark.parametrize("in_one_part", [False, True])
+def test_every_draw_is_split_into_as_many_parts_and_each_knows_which_it_is(in_one_part: bool, seed: int | None) -> None:
+    own = batches(in_one_part=in_one_part, seed=seed)
+    parts = list(own)
+    assert len(parts) == len(own) == 3 * DRAWS
+    assert [(part.number, part.part, part.parts) for part in parts] == [(4 + n, k, 3) for n in range(DRAWS) for k in range(3)]
+    for part in parts:
+        assert [unit for _, unit in part] == list(range(len(part)))  # units are numbered from 0 in each
+    for first in range(0, len(parts), 3):
+        sizes = [len(part) for part in parts[first : first + 3]]
+        assert sizes[1:] == [0, 0] if in_one_part else max(sizes) - min(sizes) <= 1
+    draws = drawn_of(parts)
+    assert len({tuple(draw) for draw in draws}) == DRAWS  # independent: all of them differ, but with probability 1e-14
+    assert all(draw == sorted(set(draw)) for draw in draws)
+    assert 20 < sum(map(len, draws)) < 110  # 60 expected, of standard deviation 7
+
+
+def test_a_seed_repeats_its_draws_and_a_resumed_training_goes_on_with_them() -> None:
+    whole = drawn_of(list(batches()))
+    assert drawn_of(list(batches())) == whole
+    assert drawn_of(list(batches(steps=2, first_step=7))) == whole[3:]
+    assert drawn_of(list(batches(seed=2))) != whole
+    assert drawn_of(list(batches(seed=None))) != drawn_of(list(batches(seed=None)))
+    own = batches(steps=1)
+    assert [drawn_of(list(own))[0] for _ in range(3)] == whole[:3]  # an epoch each
+
+
+def test_draws_are_from_the_true_population() -> None:
+    assert max(row for draw in drawn_of(list(batches(population=90))) for row in draw) >= N
+
+
+def test_a_unit_brings_some_of_its_own_rows() -> None:
+    rows = [torch.arange(3 * unit, 3 * unit + 3) for unit in range(N)]
+    draws = drawn_of(list(batches()))
+    parts = list(batches(rows=rows, max_examples_per_unit=2))
+    for part in parts:
+        owners = {unit: {row // 3 for row, of in part if of == unit} for _, unit in part}
+        assert all(len(owned) == 1 for owned in owners.values())
+        assert all([unit for _, unit in part].count(unit) == 2 for unit in owners)
+    assert [sorted({row // 3 for row in draw}) for draw in drawn_of(parts)] == draws
+
+
+def test_units_of_like_length_come_into_one_part() -> None:
+    lengths = torch.arange(N, 0, -1)
+    assert [draw[::-1] for draw in drawn_of(list(batches(lengths=lengths)))] == drawn_of(list(batches()))
+
+
+@pytest.mark.parametrize("seed", [1, None])
+def test_ranks_share_a_draw(seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "secret", lambda self: b"of all ranks")
+    shares = []
+    for rank in range(3):
+        own = batches(seed=seed)
+        own.ranks.size, own.ranks.rank = 3, rank
+        shares.append(drawn_of(list(own)))
+    if seed is not None:
+        assert [sorted(itertools.chain(*of_ranks)) for of_ranks in zip(*shares, strict=True)] == drawn_of(list(batches()))
+    for of_ranks in zip(*shares, strict=True):
+        assert len(set(itertools.chain(*of_ranks))) == sum(map(len, of_ranks))
+        assert max(map(len, of_ranks)) - min(map(len, of_ranks)) <= 1
+
+
+class Rows(list[dict[str, Any]]):
+    """A dataset that reads several rows at once, and counts how often."""
+
+    calls = 0
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
+        self.calls += 1
+        return [self[row] for row in rows]
+
+
+@pytest.mark.parametrize("kind", [list, Rows])
+def test_examples_are_read_with_their_units_and_know_their_draw(kind: Any) -> None:
+    data = kind(examples())
+    reader = WithUnits(data)
+    assert len(reader) == 7
+    part = Part([(2, 0), (5, 1), (1, 1)], number=4, part=1, parts=3)
+    read = reader.__getitems__(part)
+    assert read == [(data[2], 0), (data[5], 1), (data[1], 1)]
+    assert (read.rows, read.part) == ([2, 5, 1], part)
+    assert read.part is part
+    assert reader.__getitems__([(2, 0)]).part is None
+    assert reader[3, 6] == (data[3], 6)
+    assert list(reader.__getitems__(Part())) == []
+    if kind is Rows:
+        assert data.calls == 3  # not for an empty draw
+
+
+def test_a_batch_has_the_units_of_texts_that_are_not_empty_and_the_tag_of_its_draw() -> None:
+    seen: list[Any] = []
+
+    def collator(chosen: list[Any]) -> dict[str, Any]:
+        seen.append(chosen)
+        return {"rows": torch.tensor([len(example["input_ids"]) for example in chosen])}
+
+    texts = [{"input_ids": [3, 4]}, {"input_ids": []}, {"input_ids": [5]}]
+    pairs = [(texts[0], 0), (texts[1], 1), (texts[2], 2)]
+    collate = UnitCollator(collator)
+    assert {name: value.tolist() for name, value in collate(pairs).items()} == {"rows": [2, 1], UNITS: [0, 2]}
+    assert seen == [[texts[0], texts[2]]]
+    part = Part([(0, 0)], number=4, part=1, parts=3)
+    tagged = collate(Read(pairs, [0, 1, 2], part))
+    assert tagged[DRAW][:3].tolist() == [4, 1, 3]
+    assert DRAW not in collate(Read(pairs, [0, 1, 2]))
+    empty = collate([])
+    assert list(empty) == [UNITS]
+    assert empty[UNITS].tolist() == []
+    assert len(seen) == 3  # never with an empty list
+    assert not is_empty({"labels": []})
+    assert not is_empty(["input_ids"])
+    assert not is_empty({"input_ids": 0})
+    assert is_empty({"input_ids": torch.zeros(0)})
+
+
+def test_reading_and_collating_draw_fresh_numbers_or_those_of_the_seed_and_the_rows() -> None:
+    class Noisy:
+        def __init__(self) -> None:
+            self.own: torch.Generator | None = None
+
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, row: int) -> float:
+            self.own = self.own or torch.Generator().manual_seed(0)
+            return float(torch.rand((), generator=self.own)) + float(torch.rand(()))
+
+    def read(rows: list[int], seed: int | None) -> list[float]:
+        torch.manual_seed(0)
+        return [value for value, _ in WithUnits(Noisy(), seed=seed).__getitems__([(row, 0) for row in rows])]
+
+    assert read([1, 2], 5) == read([1, 2], 5)
+    assert len({tuple(read(rows, seed)) for rows, seed in (([1, 2], 5), ([2, 1], 5), ([1, 2], 6), *[([1, 2], None)] * 2)}) == 5
+
+    def collated(rows: list[int], seed: int | None) -> float:
+        torch.manual_seed(0)
+        collate = UnitCollator(lambda chosen: {"x": torch.rand(())})
+        return float(FreshCollator(collate, seed=seed)(Read([({}, 0)], rows))["x"])
+
+    assert collated([1, 2], 5) == collated([1, 2], 5)
+    assert len({collated(rows, seed) for rows, seed in (([1, 2], 5), ([2, 1], 5), ([1, 2], 6), *[([1, 2], None)] * 2)}) == 5
+
+
+def test_a_new_generator_for_every_batch_is_refused() -> None:
+    class Renewing:
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, row: int) -> float:
+            self.own = torch.Generator().manual_seed(0)
+            return float(torch.rand((), generator=self.own))
+
+    with pytest.raises(UnsupportedError, match="Renewing makes itself a new random generator"):
+        WithUnits(Renewing())[0, 0]
+
+
+def test_pairs_are_laid_out_one_after_the_other() -> None:
+    rows = {"input_ids": torch.ones(6, 4, dtype=torch.long)}
+    assert units_of(rows, torch.arange(3), 2).of_item.tolist() == [0, 1, 2, 0, 1, 2]
+    with pytest.raises(UnsupportedError, match="6 rows of 3 examples"):
+        units_of(rows, torch.arange(3))
+    with pytest.raises(UnsupportedError, match="1 rows of 7 examples"):
+        units_of(flat(), torch.arange(7), 2)
+
+
+def test_an_epoch_sees_every_unit_once_on_average() -> None:
+    assert [steps_per_epoch(n, 10) for n in (3, 14, 16, 1000)] == [1, 1, 2, 100]
