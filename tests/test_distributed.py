@@ -183,9 +183,14 @@ def stopped() -> list[str]:
         if kind == "a bit" and ranks.rank == 1:
             x[3] = torch.nextafter(x[3], torch.tensor(9.0))
         part = str(ranks.rank % 2) if kind == "parts" else ""
+        if kind == "tensors exchanged":
+            ranks.require_equal([("", x + ranks.rank), ("", x + 1 - ranks.rank)], "values")
         ranks.require_equal([(part, x + (ranks.rank % 2 if kind == "parts" else 0))], "values")
 
-    return [fails(refused_on_one), *(fails(equal, kind) for kind in ("same", "parts", "exchanged", "a bit"))]
+    return [
+        fails(refused_on_one),
+        *(fails(equal, kind) for kind in ("same", "parts", "exchanged", "tensors exchanged", "a bit")),
+    ]
 
 
 def test_ranks_stop_at_once_and_notice_what_differs() -> None:

@@ -20,7 +20,7 @@ from dp_flash_hf.mechanisms.gaussian_noise import SENSITIVITY, Words, add_gaussi
 from dp_flash_hf.mechanisms.generators import fresh_generator, generator_words
 from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training.draws import DrawInProgress
-from dp_flash_hf.training.watched_state import WatchedState, bit_sums, differing
+from dp_flash_hf.training.watched_state import WatchedState, checksums, differing
 
 
 class DPSGD:
@@ -87,7 +87,7 @@ class DPSGD:
         self._state: WatchedState | None = None
         self._public_state: tuple[str, ...] = ()
         self._moves_weights = False  # whether the optimizer does between steps, as schedule-free ones do for evaluation
-        self._sums: dict[str, torch.Tensor] = {}  # of the bits of what was released
+        self._sums: dict[str, torch.Tensor] = {}  # checksums of what was released
         self._handles: list[Any] = []
         self._gradient: Literal["clipped", "released", "used"] = "clipped"
         self._released: dict[torch.nn.Parameter, tuple[torch.Tensor, int]] = {}  # what release() made, and its version
@@ -235,7 +235,7 @@ class DPSGD:
             total.div_(self.account.plan.sampler.expected_batch_size)
             parameter.grad, _ = as_gradient(parameter, total)
             self._released[parameter] = (parameter.grad, local(parameter.grad)._version)
-        self._sums = self._bits_of_gradients()
+        self._sums = self._checksums_of_gradients()
         self._gradient = "released"
         self.account.complete_step()
         if self._draw is not None:
@@ -285,9 +285,9 @@ class DPSGD:
         if self._state is not None:
             self._state.begin()
 
-    def _bits_of_gradients(self) -> dict[str, torch.Tensor]:
+    def _checksums_of_gradients(self) -> dict[str, torch.Tensor]:
         assert self._engine is not None
-        return bit_sums((name, p.grad) for p, name in self._engine.parameters.items() if p.grad is not None)
+        return checksums((name, p.grad) for p, name in self._engine.parameters.items() if p.grad is not None)
 
     def _std(self) -> float:
         """Of the noise: sigma times how far neighbours' sums may be apart, further for large draws of a sharded model."""
@@ -331,7 +331,7 @@ class DPSGD:
                 "optimizer.step(closure) computes gradients again, without noise: use an optimizer without a closure"
             )
         replaced = any(p.grad is not g or local(g)._version != version for p, (g, version) in self._released.items())
-        if replaced or differing(self._sums, self._bits_of_gradients()):
+        if replaced or differing(self._sums, self._checksums_of_gradients()):
             raise PrivacyError(
                 "gradients changed between release() and optimizer.step(), by a backward pass without noise for all that is "
                 "known; nothing was updated. Run every backward through the engine, before release()"

@@ -6,9 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dp_flash_hf.distributed import local
+from dp_flash_hf.distributed import checksum, local
 from dp_flash_hf.errors import PrivacyError, invalid
 
 REMEDY = (
@@ -23,15 +22,14 @@ class WatchedState:
 
     Private data could get into what is saved without noise: an average of weights or activations kept in a buffer or a frozen
     parameter, a count, or weights that a callback changes by what it saw. So values, and not versions, which `.data` passes
-    by, are compared at every release. Cost: each tensor is read once a step, trained ones twice; no copy is kept;
-    the device is waited for once.
-
-    Sums of the bits are compared: any change shows but for chance, except that values only change places.
+    by, are compared at every release. Cost: a checksum of each tensor once a step, of trained ones twice; no copy is
+    kept; the device is waited for once. Values that change places show too: see `checksum`.
 
     Args:
         model: whose state it is.
         trained: its trained parameters, which change in `optimizer.step()` and nowhere else.
-        public: names of buffers and frozen parameters that may change, for what they hold comes from no private data.
+        public: names of buffers and frozen parameters that may change, for what they hold comes from no private data, but
+            through weights that were released.
 
     Raises:
         ValueError: a public name is none of a buffer or frozen parameter.
@@ -63,11 +61,11 @@ class WatchedState:
         if self._weights is None or again:
             self.stepped()
         if self._rest is None:
-            self._rest = bit_sums(self._others().items())
+            self._rest = checksums(self._others().items())
 
     def stepped(self) -> None:
         """The optimizer changed the weights."""
-        self._weights = bit_sums((name, p) for p, name in self._trained.items())
+        self._weights = checksums((name, p) for p, name in self._trained.items())
 
     def require_unchanged(self) -> None:
         """Raise PrivacyError unless everything is as noted, and the same parameters are trained; note it if nothing is yet."""
@@ -79,19 +77,20 @@ class WatchedState:
         self.note()
         assert self._weights is not None
         assert self._rest is not None
-        changed = differing(self._weights, bit_sums((name, p) for p, name in self._trained.items()))
+        changed = differing(self._weights, checksums((name, p) for p, name in self._trained.items()))
         if changed:
             raise PrivacyError(
                 f"trained weights were changed outside of optimizer.step(): {changed[:5]}. What changed them may have seen "
-                "private data, and adds no noise; change weights before training, or in the optimizer's step"
+                "private data, and adds no noise. Change weights before training; or, if by what was released alone, in the "
+                "optimizer's step: optimizer.register_step_post_hook(...), before training begins"
             )
-        changed = differing(self._rest, bit_sums(self._others().items()))
+        changed = differing(self._rest, checksums(self._others().items()))
         if changed:
             raise PrivacyError(
                 f"buffers or frozen parameters changed while training: {changed[:5]}. They would be saved with what they saw "
                 "of private data, without noise. Keep them fixed (eval mode, no running averages), or "
-                "name them in public_state if what they hold comes from no data: make_private(..., public_state=[...]), "
-                "DPCallback(config, public_state=[...])"
+                "name them in public_state if what they hold comes from no data, or from released weights alone: "
+                "make_private(..., public_state=[...]), DPCallback(config, public_state=[...])"
             )
 
     def _others(self, *, everything: bool = False) -> dict[str, Tensor]:
@@ -102,13 +101,13 @@ class WatchedState:
         return {name: tensor for name, tensor in tensors.items() if everything or name not in self._public}
 
 
-def bit_sums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """For each named tensor, on its device: int64 (), the sum of its bits as whole numbers, of this rank's part of it."""
-    return {name: _bit_sum(local(tensor).detach()) for name, tensor in tensors}
+def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """For each named tensor the checksum of this rank's part of it, on its device: int64 ()."""
+    return {name: checksum(local(tensor)) for name, tensor in tensors}
 
 
 def differing(noted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """The names of what is not in both, or has another sum."""
+    """The names of what is not in both, or has another checksum."""
     names = sorted(noted.keys() ^ found.keys())
     by_device: dict[torch.device, list[str]] = {}
     for name in noted.keys() & found.keys():
@@ -118,16 +117,3 @@ def differing(noted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[
         if not torch.equal(before, now):
             names += [name for name, same in zip(own, (before == now).tolist(), strict=True) if not same]
     return sorted(names)
-
-
-def _bit_sum(tensor: Tensor) -> Tensor:
-    if is_traceable_wrapper_subclass(tensor):  # quantised weights, say
-        inner, _ = tensor.__tensor_flatten__()
-        return torch.stack([_bit_sum(getattr(tensor, name)) for name in inner]).sum()
-    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
-        return torch.zeros((), dtype=torch.int64)
-    octets = tensor.contiguous().view(-1).view(torch.uint8)
-    if octets.storage_offset() % 8:
-        octets = octets.clone()  # 64 bits at a time, which is as fast as memory is, have to be aligned
-    whole = len(octets) // 8 * 8
-    return octets[:whole].view(torch.int64).sum() + octets[whole:].sum(dtype=torch.int64)

@@ -124,7 +124,7 @@ def test_a_trainer_on_ranks_is_a_trainer_in_one_process(accumulation: int, chang
 
 def noisy_loop(kind: str) -> list[int]:
     """What 20 noisy steps leave in the parameters of this rank, in a few values."""
-    return [checksum(p) for p in loop(kind, steps=20, noise=True).values()]
+    return [int(checksum(p)) for p in loop(kind, steps=20, noise=True).values()]
 
 
 @pytest.mark.sampled(2)
@@ -230,7 +230,7 @@ def sharded_checkpoint(folder: str, save: bool) -> tuple[list[int], int, float]:
         private.load_state_dict(json.loads(saved.read_text()))
         assert private.steps_left == 2
     moments = [optimizer.state[p]["exp_avg"] for p in model.parameters()]
-    found = [checksum(whole(t.detach())) for t in (*model.parameters(), *moments)]
+    found = [int(checksum(whole(t.detach()))) for t in (*model.parameters(), *moments)]
     if not save:
         train(2)
     private.stop()
@@ -320,7 +320,7 @@ def test_a_trainer_with_fsdp2(fsdp: int, replicas: int, lora: bool, tmp_path: Pa
 def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool, bool, list[str]]:
     """Of a loop with a spend log: error, steps counted, lost ones, if weights changed, if all are in the log, writers."""
     model = model_of("none")
-    before = checksum(model.lm_head.weight)
+    before = int(checksum(model.lm_head.weight))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     private, _, optimizer = begun(
         model,
@@ -353,7 +353,7 @@ def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool,
         error,
         report.steps,
         report.lost_steps,
-        checksum(model.lm_head.weight) != before,
+        int(checksum(model.lm_head.weight)) != before,
         private._training.mechanism.account.recorded,
         list(private.state_dict()["ledgers"]),
     )

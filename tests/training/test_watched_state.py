@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from dp_flash_hf.distributed import checksum
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.integrations.trainer import DPCallback
-from dp_flash_hf.training.watched_state import bit_sums, differing
+from dp_flash_hf.training.watched_state import checksums, differing
 from tests.support.gates import started
 from tests.support.loops import loop, run
 from tests.support.models import Toy, tiny, toy_batch, toy_loss
-from tests.support.trainers import attached, config, trainer_for, without_dropout
+from tests.support.trainers import attached, config, texts, trainer_for, without_dropout
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -153,6 +156,94 @@ def test_loading_a_checkpoint_is_no_change() -> None:
     assert run(private, optimizer) == 4  # as the checkpoint had left; the lost one counts
 
 
+# What libraries change beside the optimizer.
+
+
+def adalora() -> Any:
+    setting = peft.AdaLoraConfig(
+        target_modules=["c_attn"], fan_in_fan_out=True, init_r=4, target_r=1, tinit=0, tfinal=1, deltaT=1, total_step=9,
+        task_type="CAUSAL_LM", orth_reg_weight=0.0,
+    )  # fmt: skip
+    model = peft.get_peft_model(without_dropout(tiny("gpt2")), setting)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_ranks_are_allocated_in_the_optimizers_step(within: bool) -> None:
+    """AdaLoRA sets singular values to 0, by weights and gradients that were released; how, the message says."""
+    model = adalora()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = itertools.count(1)
+
+    def allocate(*args: Any) -> None:
+        model.base_model.update_and_allocate(next(step))
+
+    if within:
+        optimizer.register_step_post_hook(allocate)
+    private, _, _ = loop(model, optimizer=optimizer)
+    if within:
+        assert run(private, optimizer) == 3
+        assert any(bool((p == 0).any()) for name, p in model.named_parameters() if "lora_E" in name)
+        return
+    batches = iter(private.loader)
+    private.backward(next(batches))
+    optimizer.step()
+    allocate()
+    optimizer.zero_grad()
+    with pytest.raises(PrivacyError, match=r"lora_E.*optimizer.register_step_post_hook\(...\), before training begins"):
+        private.backward(next(batches))
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Weights for evaluation are other than those for training, as in the library of that name."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.training = True
+
+    def _move(self, training: bool) -> None:
+        if self.training != training:
+            self.training = training
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.mul_(2.0 if training else 0.5)
+
+    def train(self) -> None:
+        self._move(True)
+
+    def eval(self) -> None:
+        self._move(False)
+
+
+def test_an_optimizer_may_move_weights_between_steps(tmp_path: Path) -> None:
+    """For evaluations and saving: what it changed then comes from weights that were released."""
+    model = without_dropout(tiny("gpt2"))
+    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    trainer = trainer_for(model, tmp_path, evaluation=texts(3, seed=9), **settings)
+    optimizer = ScheduleFree(model.parameters())
+    trainer.optimizer, trainer.lr_scheduler = optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
+    dp = attached(trainer)
+    trainer.train()
+    assert dp.report().steps == 3
+
+
+def test_an_average_of_weights_in_a_buffer_is_public_by_name() -> None:
+    """It comes from released weights alone, as `public_state` asks."""
+    model = without_dropout(tiny("gpt2"))
+    model.register_buffer("average", model.lm_head.weight.detach().clone())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *args: model.average.lerp_(model.lm_head.weight.detach(), 0.5))
+    private, _, _ = loop(model, optimizer=optimizer, public_state=["average"])
+    assert run(private, optimizer) == 3
+    private.stop()
+    private, _, _ = loop(model, optimizer=optimizer)
+    with pytest.raises(PrivacyError, match=r"\['average'\].*or from released weights alone"):
+        run(private, optimizer)
+
+
 @pytest.mark.parametrize("what", ["plan replaced", "plan edited", "config", "bound", "bound of the engine", "clipping"])
 def test_settings_are_those_of_the_start(what: str) -> None:
     model = Toy()
@@ -215,15 +306,63 @@ def test_a_loop_says_so_too() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool])
-@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (64, 33)])
-def test_sums_of_bits_show_any_change(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (64, 33), (1009, 257)])  # the last has whole squares
+def test_checksums_show_any_change(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = torch.ones(shape).to(dtype)
     odd = torch.ones(tensor.numel() + 1).to(dtype)[1:].view(shape)
     views = [tensor, odd, *([tensor.t()] if len(shape) == 2 else [])]
     for view in views:
-        before = bit_sums([("x", view)])
-        assert not differing(before, bit_sums([("x", view.clone(memory_format=torch.preserve_format))]))
+        before = checksums([("x", view)])
+        assert not differing(before, checksums([("x", view.clone(memory_format=torch.preserve_format))]))
         changed = view.clone(memory_format=torch.preserve_format)
         changed[tuple(size - 1 for size in view.shape)] = 0
-        assert differing(before, bit_sums([("x", changed)])) == ["x"]
+        assert differing(before, checksums([("x", changed)])) == ["x"]
         assert differing(before, {}) == ["x"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+def test_checksums_show_values_that_change_places(dtype: torch.dtype) -> None:
+    """Two of them anywhere, also where they differ in their sign alone; rows, columns, halves; all at random."""
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randint(1, 100, (1031, 520), generator=generator).to(dtype)
+    before = checksum(tensor)
+    for _ in range(50):
+        a, b = torch.randint(tensor.numel(), (2,), generator=generator).tolist()
+        flat = tensor.clone().view(-1)
+        value = int(flat[a])
+        flat[a], flat[b] = -value, value
+        signed = checksum(flat)
+        flat[a], flat[b] = value, -value
+        assert a == b or signed != checksum(flat), (a, b)
+    rows, columns = torch.arange(1031), torch.arange(520)
+    for changed in (
+        tensor[rows.roll(1)],
+        tensor[:, columns.roll(1)],
+        tensor[torch.randperm(1031, generator=generator)],
+        tensor[:, columns.view(2, 260).flip(0).flatten()],
+        tensor.flip(0),
+        tensor.flip(1),
+        tensor.view(520, 1031).t().reshape(1031, 520),
+        tensor.view(-1)[torch.randperm(tensor.numel(), generator=generator)],
+    ):
+        assert checksum(changed.contiguous()) != before
+
+
+@pytest.mark.parametrize("size", [2, 64, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_checksums_tell_permutation_matrices_apart(size: int, dtype: torch.dtype) -> None:
+    """All have the same sums of rows and columns."""
+    one = torch.eye(size).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    found = {int(checksum(one))}
+    for _ in range(20):
+        a, b = torch.randperm(size, generator=generator)[:2].tolist()
+        one[[a, b]] = one[[b, a]].clone()
+        found.add(int(checksum(one)))
+    assert len(found) == min(size, 21)
+
+
+def test_checksums_show_bits_that_are_all_turned() -> None:
+    for n in (1, 9, 70_000):
+        zeros = torch.zeros(n, dtype=torch.int64)
+        assert checksum(zeros) != checksum(~zeros)
