@@ -51,6 +51,11 @@ def fingerprint_of(dataset: Any, key: str, examples: int = _EXAMPLES_READ) -> st
     return total.hexdigest()
 
 
+def row_hash(row: Any, key: bytes) -> bytes:
+    """A keyed hash of one row, equal for equal rows, as `fingerprint_of` reads them; key: at most 64 bytes."""
+    return hashlib.blake2b(_encoded(row), key=key, digest_size=16).digest()
+
+
 def _encoded(value: Any) -> bytes:
     """The same bytes for equal data, and with its length in front, so that parts cannot run into each other."""
     if isinstance(value, Mapping):

@@ -22,7 +22,7 @@ from dp_flash_hf.errors import PrivacyError, invalid
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training.draws import DRAW
-from dp_flash_hf.training.refusals import accelerator_refusals, refuse
+from dp_flash_hf.training.refusals import accelerator_refusals, refuse, takes_metrics
 from dp_flash_hf.training.session import PrivateTraining, unwrapped
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], Tensor]
@@ -158,8 +158,9 @@ class PrivateLoop:
     """What `make_private` returns: the draws, the backward pass and the report of one's own training loop.
 
     It can be given to `accelerator.register_for_checkpointing`, which saves and loads what was spent with the weights.
-    Schedulers that step once for every optimizer step work as they are. Gradient accumulation is not needed: a batch of
-    `loader` is a whole step, computed in parts that fit.
+    Schedulers that step once for every optimizer step work as they are. One that steps by a metric is refused where the
+    accelerator has it, for the loss that `backward` returns has no noise; one that the loop steps itself is not seen. Gradient
+    accumulation is not needed: a batch of `loader` is a whole step, computed in parts that fit.
 
     **Edge cases.** An empty draw must be given to `backward` like any other. A unit whose gradient is not finite adds zero.
     When computing a batch fails, the same batch may be given again; see `backward`.
@@ -352,6 +353,9 @@ def _refuse_settings(accelerator: Accelerator) -> None:
     refuse(
         {
             **accelerator_refusals(accelerator),
+            "a learning rate schedule that steps by a metric: what private.backward returns has no noise, and would choose the "
+            "learning rate; use one that steps by the number of steps, or leave it out of accelerator.prepare and step it "
+            "yourself, by results on held-out data only": any(takes_metrics(one) for one in accelerator._schedulers),
             "gradient_accumulation_steps: every batch of the loader is a whole step already; leave it at 1": (
                 accelerator.gradient_accumulation_steps != 1
             ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dp_flash_hf.integrations import checkpoints, own_methods
 from dp_flash_hf.integrations import trl as trl_trainers
 from dp_flash_hf.integrations.attaching import SelfAttaching, require_transformers_trainer
 from dp_flash_hf.integrations.checkpoints import Checkpoint
+from dp_flash_hf.integrations.evaluation import EvaluationData
 from dp_flash_hf.integrations.logs import mark, show_epsilon
 from dp_flash_hf.integrations.replacing import put_first, replace_attribute
 from dp_flash_hf.integrations.trainer_adapter import TrainerAdapter
@@ -55,8 +57,9 @@ class DPCallback(SelfAttaching, ExportableState):
     delta)-differentially private under adding or removing one unit, an example or all rows of one `privacy_unit`. Each step
     sums the units' gradients, clipped to `PrivacyConfig.max_grad_norm`, adds Gaussian noise, and divides by the expected batch
     size: DP-SGD (Abadi et al. 2016, https://arxiv.org/abs/1607.00133). Steps are drawn by Poisson sampling, which is what is
-    accounted. Losses that are logged hold no noise, and are named `not_private/...`; evaluation on held-out data is the
-    trainer's own. The accountant's assumptions are in `report()`.
+    accounted. Losses that are logged hold no noise, and are named `not_private/...`. Evaluation on held-out data is the
+    trainer's own; results on rows that are found to be training data choose nothing, and are named like losses. The
+    accountant's assumptions are in `report()`.
 
     **What settings of** `TrainingArguments` **mean.**
 
@@ -109,6 +112,7 @@ class DPCallback(SelfAttaching, ExportableState):
         self._attached = ExitStack()  # what `detach` undoes
         self._while_training: ExitStack | None = None  # what the end of `train` undoes
         self._saving: Path | None = None  # the checkpoint that is being written
+        self._evaluation = EvaluationData()
 
     def attach(self, trainer: Trainer) -> DPCallback:
         """Make this trainer train privately.
@@ -133,7 +137,7 @@ class DPCallback(SelfAttaching, ExportableState):
         if any(isinstance(callback, DPCallback) and callback is not self for callback in callbacks):
             raise UnsupportedError("the trainer has another DPCallback; attach one only")
         own = own_methods.methods_of(trainer)
-        refuse_settings(trainer, own)
+        refuse_settings(trainer, own, self._evaluation)
         args = trainer.args
         training = PrivateTraining(
             self.config,
@@ -150,6 +154,7 @@ class DPCallback(SelfAttaching, ExportableState):
         overrides: dict[str, Callable[..., Any]] = {
             "train": self._train,
             "log": self._log,
+            "evaluate": partial(self._evaluation.evaluate, trainer, trainer.evaluate),
             "_save_checkpoint": self._save_checkpoint,
             "_get_num_items_in_batch": self._num_items,
             "get_train_dataloader": self._train_dataloader,
@@ -322,7 +327,7 @@ class DPCallback(SelfAttaching, ExportableState):
                 "DPCallback is no longer the first of the trainer's callbacks: one before it would be shown gradients without "
                 "noise; call dp.detach() and dp.attach(trainer)"
             )
-        refuse_settings(trainer, self._own)  # again: they may have changed since attach
+        refuse_settings(trainer, self._own, self._evaluation)  # again: they may have changed since attach
         account, log = self.mechanism.account, Path(trainer.args.output_dir) / FILE_NAME
         ranks = Ranks()
         found: Checkpoint | None = None
@@ -431,6 +436,7 @@ class DPCallback(SelfAttaching, ExportableState):
         return int(self._own["num_examples"](dataloader))
 
     def _log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        logs = self._evaluation.named(logs)
         mark(logs, self.mechanism)
         trl_trainers.mark_metrics(self.trainer)
         self._own["log"](logs, *(() if start_time is None else (start_time,)))

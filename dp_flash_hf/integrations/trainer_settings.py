@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import Trainer
 from transformers.integrations.integration_utils import WandbCallback
-from transformers.optimization import GreedyLR
 
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.integrations import own_methods
 from dp_flash_hf.integrations import trl as trl_trainers
+from dp_flash_hf.integrations.evaluation import EvaluationData
 from dp_flash_hf.training.refusals import accelerator_refusals, refuse
 
 
-def refuse_settings(trainer: Trainer, own: own_methods.Methods) -> None:
+def refuse_settings(trainer: Trainer, own: own_methods.Methods, evaluation: EvaluationData) -> None:
     """Raise UnsupportedError for everything under which the guarantee would not hold, all of it in one message.
 
     It is asked when `DPCallback` is attached and again when training begins. It knows settings and callbacks, and looks at
@@ -26,17 +25,10 @@ def refuse_settings(trainer: Trainer, own: own_methods.Methods) -> None:
     Args:
         trainer: Transformers' or TRL's, as it is now.
         own: its `own_methods.methods_of` before `DPCallback` was attached.
+        evaluation: knows which of its evaluation data are training data.
     """
     args = trainer.args
     callbacks = trainer.callback_handler.callbacks
-    evaluated = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
-    chosen_by_evaluation = (
-        args.load_best_model_at_end
-        or args.save_strategy == "best"
-        or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        or isinstance(trainer.lr_scheduler, (ReduceLROnPlateau, GreedyLR))  # given in optimizers=
-        or any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
-    )
     config = getattr(trainer.model, "config", None)
     text_config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
     optim = str(getattr(args.optim, "value", args.optim))  # of an enumeration, whose own names are capitals
@@ -66,11 +58,7 @@ def refuse_settings(trainer: Trainer, own: own_methods.Methods) -> None:
         "WANDB_WATCH: it logs gradients before noise; set it to 'false'": (
             os.environ.get("WANDB_WATCH") in ("all", "gradients") and any(isinstance(c, WandbCallback) for c in callbacks)
         ),
-        "eval_dataset is train_dataset: it would choose learning rates or models without noise; hold data out": (
-            trainer.train_dataset is not None
-            and any(_is_same(data, trainer.train_dataset) for data in evaluated)
-            and chosen_by_evaluation
-        ),
+        **evaluation.refusals(trainer),
         f"optim={optim}: it updates weights during backward, before noise; use adamw_torch": any(
             name in optim for name in ("lomo", "layerwise")
         ),
@@ -93,9 +81,3 @@ def refuse_search(*args: Any, **kwargs: Any) -> None:
         "without DPCallback on data that need no protection, and train privately once with what was found; or run every "
         "trial as a private training of its own, in an output_dir of its own, and count the epsilon of all of them"
     )
-
-
-def _is_same(data: Any, other: Any) -> bool:
-    """Whether two datasets are one, or made of one in the same way, as TRL prepares both that it is given."""
-    fingerprint = getattr(data, "_fingerprint", None)
-    return data is other or (fingerprint is not None and fingerprint == getattr(other, "_fingerprint", None))

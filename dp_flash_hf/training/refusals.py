@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sized
+from contextlib import suppress
 from typing import Any, cast
 
 from accelerate.accelerator import Accelerator
@@ -44,6 +46,26 @@ def accelerator_refusals(accelerator: Accelerator) -> dict[str, bool]:
             accelerator.state.dynamo_plugin.use_regional_compilation
         ),
     }
+
+
+def takes_metrics(scheduler: Any) -> bool:
+    """Whether a learning rate schedule, or one that it wraps or holds, steps by results: its `step` takes a metric.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    >>> takes_metrics(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+    True
+    >>> takes_metrics(torch.optim.lr_scheduler.ConstantLR(optimizer))
+    False
+    """
+    step = getattr(scheduler, "step", None)
+    with suppress(TypeError, ValueError):  # nothing that can be called, or in C
+        names = inspect.signature(step).parameters if step is not None else ()
+        if any("metric" in name or name in ("loss", "val_loss", "score") for name in names):
+            return True
+    held = [getattr(scheduler, name, None) for name in ("scheduler", "lr_scheduler", "_scheduler", "schedulers", "_schedulers")]
+    inner = [one for some in held for one in (some if isinstance(some, (list, tuple)) else [some])]
+    return any(takes_metrics(one) for one in inner if one is not None and one is not scheduler)
 
 
 def refuse(reasons: dict[str, bool]) -> None:

@@ -489,6 +489,24 @@ def test_settings_of_accelerate_are_refused_by_name(name: str, value: Any, match
         loop()
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_schedules_by_results_are_refused_where_the_accelerator_has_them(late: bool) -> None:
+    model = tiny("gpt2")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(torch.optim.lr_scheduler.ConstantLR(optimizer))  # type: ignore[no-untyped-call]
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    if not late:
+        accelerator.prepare(plateau)  # type: ignore[no-untyped-call]
+        with pytest.raises(UnsupportedError, match=r"steps by a metric.*private.backward returns has no noise.*held-out data"):
+            loop(model, optimizer=optimizer, accelerator=accelerator)
+        return
+    private, _, _ = loop(model, optimizer=optimizer, accelerator=accelerator)
+    accelerator.prepare(plateau)  # type: ignore[no-untyped-call]
+    with pytest.raises(UnsupportedError, match="steps by a metric"):
+        private.backward(next(iter(private.loader)))
+
+
 def test_settings_changed_later_are_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     private, _, _ = loop()
     monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp16"))

@@ -250,6 +250,7 @@ def test_evaluation_between_steps_sees_the_model_and_changes_nothing(tmp_path: P
     trainer.train()
     losses = [logs["eval_loss"] for logs in trainer.state.log_history if "eval_loss" in logs]
     assert losses == [pytest.approx(wanted)] * 3
+    assert not [name for logs in trainer.state.log_history for name in logs if name.startswith("not_private/eval")]
 
 
 def test_unit_loss_sum_does_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
 import pytest
 import torch
+import transformers as hf
 from accelerate.accelerator import Accelerator
 from accelerate.utils.dataclasses import DistributedType
 
 from dp_flash_hf.errors import UnsupportedError
-from dp_flash_hf.training.refusals import accelerator_refusals, refuse_data
+from dp_flash_hf.training.refusals import accelerator_refusals, refuse_data, takes_metrics
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -35,6 +36,48 @@ class Streaming(torch.utils.data.IterableDataset[Any]):
 
     def __len__(self) -> int:
         return 3
+
+
+class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    pass
+
+
+class AnothersPlateau:
+    """As of a library of its own, where a metric may be left out."""
+
+    def step(self, epoch: int, metric: float | None = None) -> None: ...
+
+
+class Wrapped:
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def step(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+
+
+SCHEDULES: dict[str, tuple[Callable[[], Any], bool]] = {
+    "a subclass": (lambda: Plateau(optimizer()), True),
+    "of Transformers": (lambda: hf.optimization.GreedyLR(optimizer()), True),
+    "of another library": (AnothersPlateau, True),
+    "wrapped twice": (lambda: Wrapped(Wrapped(Plateau(optimizer()))), True),
+    "one of several": (lambda: Wrapped([torch.optim.lr_scheduler.ConstantLR(optimizer()), Plateau(optimizer())]), True),
+    "a chain by steps": (
+        lambda: torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.ConstantLR(optimizer())]),
+        False,
+    ),
+    "one by epochs": (lambda: Wrapped(torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer(), 3)), False),
+    "none": (lambda: None, False),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_that_step_by_results_are_known(kind: str) -> None:
+    make, takes = SCHEDULES[kind]
+    assert takes_metrics(make()) == takes
 
 
 PACKED = [{"input_ids": [1, 2], "seq_lengths": [1, 1]}]
