@@ -9,12 +9,12 @@ from tests.support import ROOT
 from tests.support.kept import kept
 
 PAGE = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
-SECTIONS = re.findall(r"^## (\d+)\. .*?\n(.*?)(?=^## )", PAGE, re.DOTALL | re.MULTILINE)
+SECTIONS = re.findall(r"^## (\d+)\. .*?\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
 NAMED = sorted(set(re.findall(r"`(tests/\S+\.py)::(\w+)`", PAGE)))
 
 
 def test_every_promise_was_shown_to_have_a_test_that_fails() -> None:
-    assert [int(number) for number, _ in SECTIONS] == [*range(1, 11), 13, 16, 17]
+    assert [int(number) for number, _ in SECTIONS] == [*range(1, 11), 13, 15, 16, 17]
     for number, text in SECTIONS:
         assert re.search(r"^Shown by: .*\n\n- `tests/", text, re.MULTILINE), number
 
