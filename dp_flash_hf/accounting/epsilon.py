@@ -10,7 +10,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from dp_flash_hf.accounting.privacy_loss import Steps, gaussian_epsilon, grid_interval, poisson_epsilon
+from dp_flash_hf.accounting.loss_grid import Steps
+from dp_flash_hf.accounting.privacy_loss import gaussian_epsilon, grid_interval, poisson_epsilon
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.mechanisms.config import AccountantName
 from dp_flash_hf.mechanisms.gaussian_noise import closeness

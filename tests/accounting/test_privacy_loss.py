@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import mpmath
+import numpy as np
 import pytest
+from scipy.special import ndtr
 
-from dp_flash_hf.accounting.privacy_loss import Steps, gaussian_epsilon, poisson_epsilon
+from dp_flash_hf.accounting.loss_grid import Steps
+from dp_flash_hf.accounting.privacy_loss import gaussian_epsilon, poisson_epsilon
 from tests.support.accounts import bracket, fine_pld_epsilon
 
 HIGH = 1e-3  # of epsilon: what the bound may exceed it by
@@ -29,6 +32,17 @@ def one_step_delta(q: float, sigma: float, epsilon: float) -> mpmath.mpf:
         return with_unit - mpmath.exp(epsilon) * mpmath.ncdf(-x / s)
 
 
+def two_steps_delta(q: float, sigma: float, epsilon: float) -> float:
+    """Of two Poisson steps, a unit removed, by the definition: an integral over one outcome, the other in closed form."""
+    first = np.linspace(-10 * sigma, 1 + 11 * sigma, 20_001)
+    losses = np.log1p(q * np.expm1((2 * first - 1) / (2 * sigma * sigma)))
+    masses = np.exp(losses - first * first / (2 * sigma * sigma)) * (first[1] - first[0]) / math.sqrt(2 * math.pi) / sigma
+    left = np.expm1(epsilon - losses) + q  # what q e^((2 x - 1) / (2 sigma^2)) has to be; any x will do below 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x = np.where(left > 0, sigma * sigma * np.log(left / q) + 0.5, -np.inf)
+    return float(masses @ (q * ndtr((1 - x) / sigma) - left * ndtr(-x / sigma)))
+
+
 @pytest.mark.parametrize("mu", [1e-3, 0.03, 0.9, 4.0, 42.0])
 @pytest.mark.parametrize("delta", [1e-2, 1e-5, 1e-12, 1e-18, 1e-60])
 def test_full_batches_are_exact(mu: float, delta: float) -> None:
@@ -48,7 +62,16 @@ def test_full_batches_composed_step_by_step_give_the_same(mu: float, delta: floa
 
 
 @pytest.mark.parametrize(
-    ("q", "sigma", "delta"), [(0.01, 0.5, 1e-18), (1e-4, 0.3, 1e-9), (0.3, 0.02, 1e-12), (0.9, 5.0, 1e-15), (0.5, 80.0, 1e-18)]
+    ("q", "sigma", "delta"),
+    [
+        (0.01, 0.5, 1e-18),
+        (1e-4, 0.3, 1e-9),
+        (0.3, 0.02, 1e-12),
+        (0.9, 5.0, 1e-15),
+        (0.5, 80.0, 1e-18),
+        (1e-6, 0.8, 1e-18),  # epsilon is 0.007
+        (1e-8, 0.4, 1e-12),
+    ],
 )
 def test_one_step_is_that_of_the_definition(q: float, sigma: float, delta: float) -> None:
     epsilon = poisson_epsilon([Steps(q, sigma, 1)], delta)
@@ -87,6 +110,28 @@ def test_epsilon_is_that_of_dp_accounting_on_a_fine_grid(
     direct = fine_pld_epsilon(q, sigma, steps, delta, interval)
     # dp-accounting rounds up too: by steps * interval^2 / 6 or so, times the order of the moment that decides.
     assert 0.999 * direct <= poisson_epsilon([Steps(q, sigma, steps)], delta) <= (1 + HIGH) * direct
+
+
+@pytest.mark.parametrize(
+    ("q", "sigma", "delta"), [(1e-6, 0.7, 1e-18), (1e-4, 0.9, 1e-15), (1e-3, 0.4, 1e-10), (0.3, 3.0, 1e-18)]
+)
+def test_two_steps_are_those_of_the_definition(q: float, sigma: float, delta: float) -> None:
+    epsilon = poisson_epsilon([Steps(q, sigma, 2)], delta)
+    assert two_steps_delta(q, sigma, epsilon) <= delta < two_steps_delta(q, sigma, epsilon * (1 - HIGH))
+
+
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "delta", "epsilon"),
+    [
+        # `contour_epsilon` of tests.support.accounts
+        (1e-6, 0.7053, 100_000, 1e-10, 0.0092711),  # was 0.00968
+        (1e-5, 0.7929, 100_000, 1e-10, 0.0489265),
+    ],
+)
+def test_steps_that_together_draw_a_unit_less_than_once(
+    q: float, sigma: float, steps: int, delta: float, epsilon: float
+) -> None:
+    assert (1 - 1e-5) * epsilon <= poisson_epsilon([Steps(q, sigma, steps)], delta) <= (1 + HIGH) * epsilon
 
 
 def test_kinds_of_steps_compose() -> None:
