@@ -231,10 +231,11 @@ def _record(trainer: Any, step: Callable[..., Any], batch: dict[str, Any], at: i
             (state, "epoch", float(at)),
             (trainer, "state", state),
             (trainer, "compute_loss", compute_loss),
-            (trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps),
             (trainer.accelerator, "backward", lambda loss, **_: loss.backward()),
         ):
             replace_attribute(undo, owner, name, value)
+        parts = trainer.args.gradient_accumulation_steps
+        replace_attribute(undo, trainer, "current_gradient_accumulation_steps", parts, may_be_new=True)  # `train` makes it
         undo.callback(model.register_forward_pre_hook(forward).remove)
         for module, training in [(module, module.training) for module in model.modules()]:
             undo.callback(setattr, module, "training", training)

@@ -13,11 +13,11 @@ from dp_flash_hf.errors import UnsupportedError
 _ABSENT = object()
 
 
-def replace_attribute(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+def replace_attribute(undo: ExitStack, owner: Any, name: str, value: Any, *, may_be_new: bool = False) -> None:
     """Give the object this attribute until `undo` is closed; then its own one is there again, or that of its class.
 
-    Raises UnsupportedError if there is none to be replaced: nothing would read the new one, and what it was to replace may go
-    on under another name in that version.
+    Raises UnsupportedError if there is none to be replaced, unless it `may_be_new`: nothing would read it, and what it was to
+    replace may go on under another name in that version.
 
     >>> class Lamp: colour = "white"
     >>> lamp = Lamp()
@@ -28,7 +28,7 @@ def replace_attribute(undo: ExitStack, owner: Any, name: str, value: Any) -> Non
     >>> lamp.colour, vars(lamp)
     ('white', {})
     """
-    if not hasattr(owner, name):
+    if not (may_be_new or hasattr(owner, name)):
         raise UnsupportedError(
             f"{type(owner).__name__} has no {name}, which has to be replaced; use versions that dp-flash-hf is tested with "
             "(dp-flash doctor says which)"

@@ -37,6 +37,10 @@ def test_what_is_not_there_cannot_be_replaced() -> None:
     with pytest.raises(UnsupportedError, match="Owner has no renamed"):
         change()
     assert vars(owner) == {"own": 1}
+    with ExitStack() as undo:
+        replace_attribute(undo, owner, "new", 3, may_be_new=True)
+        assert owner.new == 3
+    assert vars(owner) == {"own": 1}
 
 
 def test_what_is_gone_already_is_no_error() -> None:
