@@ -108,7 +108,7 @@ def _dp_accounting_epsilon(entries: tuple[Entry, ...], delta: float, interval: f
         return math.inf
     if delta < 0.99 * _LEAST_TRUNCATED_DELTA:  # some of a delta is charged for noise
         raise UnsupportedError(
-            f"truncated_poisson sampling can be accounted for target_delta >= {_LEAST_TRUNCATED_DELTA:g}, not {delta:g}; use "
+            f"truncated_poisson sampling can be accounted for target_delta >= {_LEAST_TRUNCATED_DELTA:g}; use "
             "sampling='poisson' with accountant='pld', which any delta will do for"
         )
     interval = 2.0 ** min(math.floor(math.log2(interval)), -7)  # few different ones, so that `_one_step` is found again

@@ -79,7 +79,7 @@ def _plan_privacy(options: argparse.Namespace) -> None:
     if options.units is None or options.batch is None:
         raise ValueError("plan: give --units and --batch, or --memory; see dp-flash plan --help")
     if options.delta is None:
-        options.delta = options.units**-1.1
+        options.delta = min(options.units**-1.1, 0.5 / options.units)  # less than 1, also for one unit
     rows = _plans(options)
     found = table("epsilon", "noise multiplier", "steps", "epochs", justify="right")
     for row in rows:

@@ -11,7 +11,7 @@ from scipy.special import ndtr
 
 from dp_flash_hf.accounting.loss_grid import Steps
 from dp_flash_hf.accounting.privacy_loss import gaussian_epsilon, poisson_epsilon
-from tests.support.accounts import bracket, fine_pld_epsilon
+from tests.support.accounts import bracket, contour_epsilon, fine_pld_epsilon
 
 HIGH = 1e-3  # of epsilon: what the bound may exceed it by
 
@@ -132,6 +132,21 @@ def test_steps_that_together_draw_a_unit_less_than_once(
     q: float, sigma: float, steps: int, delta: float, epsilon: float
 ) -> None:
     assert (1 - 1e-5) * epsilon <= poisson_epsilon([Steps(q, sigma, steps)], delta) <= (1 + HIGH) * epsilon
+
+
+@pytest.mark.complete
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "delta"),
+    [
+        (0.01, 0.8, 1000, 1e-18),  # epsilon is 10
+        (1e-4, 0.4, 100_000, 1e-6),  # 8
+        (1e-6, 0.7053, 100_000, 1e-10),  # 0.009
+        (1e-5, 0.7929, 100_000, 1e-10),  # 0.05
+    ],
+)
+def test_epsilon_is_that_of_an_integral_without_a_grid(q: float, sigma: float, steps: int, delta: float) -> None:
+    exact = contour_epsilon(q, sigma, steps, delta)
+    assert (1 - 1e-5) * exact <= poisson_epsilon([Steps(q, sigma, steps)], delta) <= (1 + HIGH) * exact
 
 
 def test_kinds_of_steps_compose() -> None:

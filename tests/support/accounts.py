@@ -9,8 +9,8 @@ import dp_accounting
 import numpy as np
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.pld import privacy_loss_distribution as pld
-from scipy.optimize import brentq
-from scipy.special import ndtr
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import logsumexp, ndtr, ndtri_exp
 
 from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.mechanisms.config import AccountantName
@@ -81,6 +81,63 @@ def bracket(q: float, sigma: float, doublings: int, delta: float, interval: floa
 
         bounds.append(float(brentq(excess, 0, losses[-1])))
     return bounds[0], bounds[1]
+
+
+def contour_epsilon(q: float, sigma: float, steps: int, delta: float) -> float:
+    """The epsilon of Poisson steps, a unit removed, without any grid of losses; seconds of one core.
+
+    With M(s) = E e^(s loss) of one step, by quadrature over its outcome, delta is, for every t > 0,
+
+        1 / (2 pi i) times the integral of M(s)^steps e^(-s epsilon) / (s (s + 1)) from t - i inf to t + i inf,
+
+    which is cut off at 300 t. NaN where it cancels so far that float64 does not say, as where a unit is hardly ever drawn and
+    delta is below 1e-12 or so.
+    """
+    points, weights = np.polynomial.legendre.leggauss(20)
+    reach = -float(ndtri_exp(math.log(1e-9 * delta / steps)))
+    edges = np.linspace(-reach * sigma, 1 + reach * sigma, 301)
+    half = np.diff(edges)[:, None] / 2
+    x = (edges[:-1, None] + half + half * points).ravel()
+    exponent = (2 * x - 1) / (2 * sigma * sigma)
+    near = np.log1p(q * np.expm1(np.minimum(exponent, 1)))
+    losses = np.where(exponent < 1, near, np.logaddexp(math.log1p(-q), math.log(q) + exponent))
+    logs = np.log((half * weights).ravel()) - x * x / (2 * sigma * sigma) - math.log(sigma * math.sqrt(2 * math.pi)) + losses
+
+    def bound(log_t: float) -> float:
+        return float((steps * logsumexp(logs + math.exp(log_t) * losses) - math.log(delta)) / math.exp(log_t))
+
+    t = math.exp(minimize_scalar(bound, bounds=(-10, 16), method="bounded").x)
+    log_moment = float(logsumexp(logs + t * losses))
+    masses = np.exp(logs + t * losses - log_moment)
+    mean = float(masses @ losses)
+    used = masses > 1e-15 * masses.max()
+    centred, masses = losses[used] - mean, masses[used]
+    panels, width = [0.0], 1 / float(np.abs(losses).max())
+    while panels[-1] < 300 * t:  # as wide as losses and epsilon let the integrand turn
+        panels.append(panels[-1] + width)
+        width = min(max(width, 0.02 * panels[-1]), 2 / bound(math.log(t)))
+    half = np.diff(panels)[:, None] / 2
+    u = (np.array(panels[:-1])[:, None] + half + half * points).ravel()
+    logs_of_ratio = []
+    for part in np.array_split(u, max(1, len(u) // 200)):
+        turned = part[:, None] * centred
+        logs_of_ratio.append(np.log1p(-2 * np.sin(turned / 2) ** 2 @ masses + 1j * (np.sin(turned) @ masses)))
+        if steps * float(logs_of_ratio[-1].real.max()) < -60:
+            break
+    powers = steps * np.concatenate(logs_of_ratio)
+    u, s = u[: len(powers)], t + 1j * u[: len(powers)]
+    integrand = np.exp(powers) * (half * weights).ravel()[: len(powers)] / (s * (s + 1)) / math.pi
+
+    def excess(epsilon: float) -> float:
+        found = float((integrand * np.exp(1j * u * (steps * mean - epsilon))).sum().real)
+        if found < 1e-13 * float(np.abs(integrand).sum()):
+            return math.nan
+        return steps * log_moment - t * epsilon + math.log(found) - math.log(delta)
+
+    high = low = bound(math.log(t))
+    while excess(low) < 0:
+        low *= 0.97
+    return math.nan if math.isnan(excess(low)) else float(brentq(excess, low, high, rtol=1e-9))
 
 
 def _loss(x: float, q: float, sigma: float) -> float:
