@@ -18,6 +18,7 @@ PAGE = ROOT / "docs" / "extending" / "private_names.md"
 _OTHERS = {
     *("_asdict", "_fields", "_replace", "_ActionsContainer", "_SubParsersAction"),
     *("_groups", "_privacy_spend", "_wrapped_by_dp_flash"),
+    "_scheduler",  # what a schedule around another may call it, in any package
 }
 
 
