@@ -9,6 +9,7 @@ holders of the same part draw the same noise, holders of different parts draw in
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -153,6 +154,13 @@ class Ranks:
                 f"ranks hold different {what}, so they no longer train one model: start all of them from the same weights and "
                 "settings, on devices of one kind, and change no parameter outside optimizer.step()"
             )
+
+
+def logger_of_all_ranks(name: str) -> logging.Logger:
+    """A logger for what all ranks would say alike: the first one says it."""
+    logger = logging.getLogger(name)
+    logger.addFilter(lambda record: Ranks().first)
+    return logger
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

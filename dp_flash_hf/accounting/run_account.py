@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import zlib
 from collections.abc import Mapping
@@ -13,10 +12,11 @@ from typing import Any
 from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.accounting.spend_log import Heads, SpendLog, SpendLogReplica
+from dp_flash_hf.distributed import logger_of_all_ranks
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 
-logger = logging.getLogger(__name__)
+logger = logger_of_all_ranks(__name__)
 
 _STATE = ("checksum", "config", "ledgers", "noise_multiplier", "sampler", "steps", "taken")  # what a checkpoint holds
 _FIXED = ("privacy_unit", "seed")  # of the configuration: what differs in these cannot be composed

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dp_flash_hf.errors import PrivacyError
@@ -28,6 +30,8 @@ def run(command: Callable[[], None], *, traceback: bool = False) -> None:
 
     Those are ValueError, PrivacyError, OSError and ImportError. Any other error is a bug, and is raised as it is.
 
+    Of several processes of one training, as torchrun starts them, the first one prints what it prints; all print errors.
+
     Args:
         command: What is called, without arguments.
         traceback: Raise every error as it is.
@@ -36,7 +40,10 @@ def run(command: Callable[[], None], *, traceback: bool = False) -> None:
         SystemExit: With status 2, for an error that the user can correct.
     """
     try:
-        command()
+        with ExitStack() as stack:
+            if os.environ.get("RANK", "0") != "0":
+                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+            command()
     except (ValueError, PrivacyError, OSError, ImportError) as error:
         if traceback:
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from functools import partial
@@ -17,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from dp_flash_hf.accounting.spend_log import FILE_NAME
-from dp_flash_hf.distributed import Ranks
+from dp_flash_hf.distributed import Ranks, logger_of_all_ranks
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import PrivacyError, UnsupportedError, invalid
@@ -29,7 +28,7 @@ from dp_flash_hf.integrations.evaluation import EvaluationData
 from dp_flash_hf.integrations.logs import mark, show_epsilon
 from dp_flash_hf.integrations.replacing import put_first, replace_attribute
 from dp_flash_hf.integrations.trainer_adapter import TrainerAdapter
-from dp_flash_hf.integrations.trainer_settings import refuse_search, refuse_settings
+from dp_flash_hf.integrations.trainer_settings import refuse_search, refuse_settings, require_trained_weights_in_model
 from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.reporting.report import PrivacyReport
@@ -38,7 +37,7 @@ from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.session import PrivateTraining, require_finite_weights
 from dp_flash_hf.training.tried_units import lengths_of_units
 
-logger = logging.getLogger(__name__)
+logger = logger_of_all_ranks(__name__)
 
 
 class DPCallback(SelfAttaching, ExportableState):
@@ -285,6 +284,7 @@ class DPCallback(SelfAttaching, ExportableState):
         trl_trainers.call_the_head(self._while_training, trainer)
         # A compiled model is only known by what wraps it.
         compiled = is_compiled(trainer.model_wrapped)
+        require_trained_weights_in_model(trainer, kwargs["optimizer"])
         self.training.start(trainer.model_wrapped if compiled else trainer.model, kwargs["optimizer"])
         self.training.check(loader)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import nn
 from transformers import Trainer
 from transformers.integrations.integration_utils import WandbCallback
 
@@ -71,6 +72,28 @@ def refuse_settings(trainer: Trainer, own: own_methods.Methods, evaluation: Eval
         **trl_trainers.refusals(trainer),
     }
     refuse(refused)
+
+
+def require_trained_weights_in_model(trainer: Trainer, optimizer: Any) -> None:
+    """Raise PrivacyError where the optimizer updates weights that a loss or another part of the trainer holds beside the model.
+
+    Gradients of these are neither clipped nor given noise.
+    """
+    known = {id(parameter) for parameter in trainer.model.parameters()} if trainer.model is not None else set()
+    updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    found = [
+        f"trainer.{owner}.{name} (of {type(module).__name__})"
+        for owner, module in vars(trainer).items()
+        if isinstance(module, nn.Module)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and id(parameter) in updated - known
+    ]
+    if found:
+        raise PrivacyError(
+            f"the optimizer also updates weights that are not the model's: {', '.join(found[:5])}. They would be trained "
+            "without noise; freeze them with requires_grad_(False) before the trainer is made, or use a loss without weights "
+            "of its own"
+        )
 
 
 def refuse_search(*args: Any, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ undone, on evidence: the model itself is asked, on made-up labels, how it divide
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dp_flash_hf.engine.model_loss import ModelLoss
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
-from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_unit, text_starts
+from dp_flash_hf.units import IGNORED, Batch, Units, leading_shape, select_items, select_unit, text_starts
 
 _LABELS_TRIED = 16  # several at a time, each time for a forward pass of the preflight's batch and of its units
 
@@ -209,7 +209,7 @@ def learn_loss(
                 "the loss of the examples tried is 0 whatever their labels, so it is unknown how it divides: a margin that all "
                 "of them keep, or a loss that does not depend on them"
             )
-        raise _neither_mean_nor_sum(errors)
+        raise _compares_rows() if _is_comparing(loss, batch, units, tolerance) else _neither_mean_nor_sum(errors)
     return UnitLoss(model_loss, *(("sum", options[0]) if best == "sum" else ("mean", best)), rows_per_example)
 
 
@@ -224,6 +224,37 @@ def _divided_by_number(once: float, half: float, quarter: float, tolerance: floa
         return 0.0, 0.0
     beside = once - divided
     return divided, 0.0 if abs(beside) <= 4 * tolerance * scale else beside
+
+
+def _is_comparing(
+    loss: Callable[[Mapping[str, Any], float | None], float], batch: dict[str, Any], units: Units, tolerance: float
+) -> bool:
+    """Whether copies of a row change what it adds, or rows alone have no loss: not so where all only share a divisor."""
+    if units.kind != "rows" or units.n < 2 or len(set(units.sizes)) > 1:
+        return False
+    rows = torch.stack([units.items(unit) for unit in range(units.n)])
+
+    def of(first: int, others: Sequence[int]) -> float:
+        return loss(select_items(batch, units, rows[[first, *others]].T.flatten()), None)
+
+    with torch.no_grad():
+        alone = [loss(select_unit(batch, units, unit), None) for unit in range(units.n)]
+        own, copies = range(1, units.n), [0] * (units.n - 1)
+        whole, same = of(0, own), of(0, copies)
+        contrast = whole - of(1, own) - same + of(1, copies)  # as of `check_interaction`
+    within = 10 * tolerance * max(abs(whole), max(map(abs, alone)))
+    if max(alone) - min(alone) <= within < abs(whole - alone[0]):
+        return True
+    return not abs(contrast) <= within and all(not abs(same - n * alone[0]) <= within for n in (1, units.n))
+
+
+def _compares_rows() -> UnsupportedError:
+    return UnsupportedError(
+        "the loss compares the rows of a batch with each other (a row among copies of itself has another loss than alone), as "
+        "in-batch negatives, rankings, correlations and batch statistics do, so one unit would move what others add. Use a "
+        "loss in which every row, pair or triplet has a value of its own: cross entropy, cosine similarity, contrastive pairs "
+        "with a label, triplets. If the loss is one of these, the model lets rows see each other"
+    )
 
 
 def _neither_mean_nor_sum(errors: Mapping[Any, float]) -> UnsupportedError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
 from collections.abc import Callable, Collection, Mapping
@@ -19,7 +18,7 @@ from dp_flash_hf.accounting.dataset_fingerprint import fingerprint_of
 from dp_flash_hf.accounting.plan import PrivacyPlan
 from dp_flash_hf.accounting.run_account import known_logs
 from dp_flash_hf.accounting.spend_log import SpendLog
-from dp_flash_hf.distributed import Ranks, accelerators, local
+from dp_flash_hf.distributed import Ranks, accelerators, local, logger_of_all_ranks
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.memory import choose_by_memory, moments_of
 from dp_flash_hf.engine.model_loss import model_loss
@@ -47,11 +46,12 @@ from dp_flash_hf.training.losses import UnitLoss
 from dp_flash_hf.training.preflight import Checks
 from dp_flash_hf.training.recheck import Rechecks
 from dp_flash_hf.training.refusals import refuse_data
+from dp_flash_hf.training.rows_of_documents import say_of_documents
 from dp_flash_hf.training.shared_numbers import shares_random_numbers
 from dp_flash_hf.training.unit_reader import UnitReader
 from dp_flash_hf.units import Units
 
-logger = logging.getLogger(__name__)
+logger = logger_of_all_ranks(__name__)
 
 
 class PrivateTraining:
@@ -290,6 +290,8 @@ class PrivateTraining:
         """What `check` finds out."""
         with Ranks().all_ranks_or_none():
             require_finite_weights(engine.model, "nothing was trained")
+        if self.rows is None:
+            say_of_documents(self.dataset)
         reader = UnitReader(
             loader,
             self.adapter,

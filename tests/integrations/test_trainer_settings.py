@@ -153,3 +153,14 @@ def test_hyperparameter_search_is_refused_at_once_and_given_back(tmp_path: Path)
     assert dp.mechanism.account.steps == 0
     dp.detach()
     assert "hyperparameter_search" not in vars(trainer)
+
+
+def test_weights_that_a_loss_holds_beside_the_model_are_named(tmp_path: Path) -> None:
+    trainer = trainer_for("gpt2", tmp_path)
+    trainer.loss = torch.nn.Linear(2, 2)
+    trainer.loss.bias.requires_grad_(False)
+    trainer.optimizer = torch.optim.SGD([*trainer.model.parameters(), *trainer.loss.parameters()], lr=0.1)
+    dp = attached(trainer)
+    with pytest.raises(PrivacyError, match=r"not the model's: trainer\.loss\.weight \(of Linear\)\. They"):
+        trainer.train()
+    assert dp.mechanism.account.steps == 0

@@ -305,3 +305,31 @@ def test_labels_of_no_width_are_no_labels(divides: Any) -> None:
     loss = UnitLoss(model_loss, divides, "labels")
     assert loss(batch).item() == 0.0
     assert loss.scale(batch, Units.rows(2)).tolist() == [0.0, 0.0]
+
+
+def _scored(batch: Any) -> Tensor:
+    return F.normalize(batch["x"], dim=-1)
+
+
+COMPARING: dict[str, Any] = {
+    "in-batch negatives": lambda b: F.cross_entropy(5 * _scored(b) @ _scored(b).roll(1, 1).T, torch.arange(len(b["x"]))),
+    "ranking": lambda b: (
+        (b["x"][:, :1] - b["x"][:, :1].T).sigmoid().mean() ** 2 + (b["x"][:, 0] - b["x"][:, 0].mean()).square().sum()
+    ),
+    "correlation": lambda b: (b["x"][:, 0] * b["x"][:, 1]).sum() / (1 + b["x"][:, 0].norm() * b["x"][:, 1].norm()),
+    "centred": lambda b: (b["x"] - b["x"].mean(0)).square().sum(),
+}
+DIVIDING: dict[str, Any] = {
+    "weights": lambda b: (b["w"] * b["x"].square().sum(1)).sum() / b["w"].sum(),
+    "focal": lambda b: b["x"].square().sum() / b["w"].square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", [*COMPARING, *DIVIDING])
+def test_losses_that_compare_rows_are_told_from_those_that_share_a_divisor(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = {"x": torch.randn(4, 6, generator=generator), "w": torch.rand(4, generator=generator) + 0.5}
+    match = "compares the rows of a batch" if name in COMPARING else "share a denominator"
+    loss = {**COMPARING, **DIVIDING}[name]
+    with pytest.raises(UnsupportedError, match=match):
+        learn_loss(lambda given, num_items: loss(given), batch, Units.rows(4))
