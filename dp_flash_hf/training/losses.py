@@ -251,8 +251,8 @@ def _is_comparing(
 def _compares_rows() -> UnsupportedError:
     return UnsupportedError(
         "the loss compares the rows of a batch with each other (a row among copies of itself has another loss than alone), as "
-        "in-batch negatives, rankings, correlations and batch statistics do, so one unit would move what others add. Use a "
-        "loss in which every row, pair or triplet has a value of its own: cross entropy, cosine similarity, contrastive pairs "
+        "in-batch negatives, rankings, correlations and batch statistics do, so it couples units. Use a loss in which "
+        "every row, pair or triplet has a value of its own: cross entropy, cosine similarity, contrastive pairs "
         "with a label, triplets. If the loss is one of these, the model lets rows see each other"
     )
 
