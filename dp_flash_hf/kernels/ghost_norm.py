@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,8 @@ from torch import Tensor
 from dp_flash_hf.kernels.numerics import CANCELLED, hidden_by_rounding, is_uniform, runs_on_triton, upcast
 
 # Rows of the smallest Gram blocks. On CPU 16 to 64 are alike (within 4 % at 128 and 512 rows), 128 and more are slower.
-SMALLEST_BLOCK = 32
+SMALLEST_BLOCK = 64
+_LONGEST_STEP = 32  # between the lengths that units are padded to, see `_padded`
 
 
 class Gram(NamedTuple):
@@ -31,18 +34,22 @@ class Gram(NamedTuple):
     diagonal: list[Tensor]  # each (units * m, s, s)
     below: list[Tensor]  # each (units * m, s, t)
 
-    def lengths(self, n_units: int) -> Tensor:
-        """(units, k): norms of the rows of X."""
+    def squares(self, n_units: int) -> Tensor:
+        """(units, k): squared norms of the rows of X."""
         squares = [block.diagonal(dim1=1, dim2=2).reshape(n_units, -1) for block in self.diagonal]
-        return torch.cat(squares, 1).clamp(min=0).sqrt()
+        return squares[0] if len(squares) == 1 else torch.cat(squares, 1)
 
     def dot(self, other: Gram, n_units: int) -> Tensor:
         """(units,): sum over all pairs of rows of this Gram matrix times the other."""
-        total = self.diagonal[0].new_zeros(n_units)
-        for weight, xs, ys in ((1, self.diagonal, other.diagonal), (2, self.below, other.below)):
-            for x, y in zip(xs, ys, strict=True):
-                total += weight * (x * y).view(n_units, -1).sum(1)
-        return total
+        total, below = (
+            [(x * y).view(n_units, -1).sum(1) for x, y in zip(xs, ys, strict=True)]
+            for xs, ys in ((self.diagonal, other.diagonal), (self.below, other.below))
+        )
+        for part in total[1:]:
+            total[0].add_(part)
+        for part in below:
+            total[0].add_(part, alpha=2)
+        return total[0]
 
 
 def gram(x: Tensor) -> Gram:
@@ -94,28 +101,81 @@ def linear_squared_norms(a: Tensor, gs: Sequence[Tensor], sizes: Sequence[int], 
         return ghost_norm_triton.linear_squared_norms(a, gs, tuple(sizes), longest_gram)
     a, gs = upcast(a), [upcast(g) for g in gs]
     if is_uniform(sizes) and sizes[0] <= longest_gram:
-        batch = [g.unflatten(0, (len(sizes), -1)) for g in gs]
-        return _by_gram(a.unflatten(0, (len(sizes), -1)), batch)
+        return _by_gram(a, gs, [(sizes[0], len(sizes))])
     out = torch.zeros(len(gs), len(sizes), dtype=a.dtype, device=a.device)
+    padded = _padded(tuple(sizes), longest_gram if max(sizes, default=0) > longest_gram else math.inf)
+    if padded.units:
+        a_rows, *gs_rows = (x.index_select(0, padded.rows).index_fill_(0, padded.empty, 0.0) for x in (a, *gs))
+        out[:, padded.units] = _by_gram(a_rows, gs_rows, padded.batches)
     for unit, (a_u, *gs_u) in enumerate(zip(*(x.split(list(sizes)) for x in (a, *gs)), strict=True)):
-        if 0 < len(a_u) <= longest_gram:
-            out[:, unit] = _by_gram(a_u[None], [g_u[None] for g_u in gs_u])[:, 0]
-        elif len(a_u):
+        if len(a_u) > longest_gram:
             out[:, unit] = torch.stack([_by_gradient(a_u, g_u, (a_u.norm(dim=1) * g_u.norm(dim=1)).sum()) for g_u in gs_u])
     return out
 
 
-def _by_gram(a: Tensor, gs: Sequence[Tensor]) -> Tensor:
-    inputs = gram(a)
-    lengths = inputs.lengths(len(a))
-    out = []
-    for g in gs:
-        outputs = gram(g)
-        norms, bound = inputs.dot(outputs, len(a)), (lengths * outputs.lengths(len(a))).sum(1)
-        for unit in (norms < CANCELLED * bound.square()).nonzero().flatten().tolist():
-            norms[unit] = _by_gradient(a[unit], g[unit], bound[unit])
-        out.append(norms)
-    return torch.stack(out)
+class _Padded(NamedTuple):
+    """Units of like lengths made equally long, so that they are batches: one call for several, and blocks of even sizes.
+
+    Args:
+        units: In the order of the batches.
+        batches: Of each batch the length, and how many units it has.
+        rows: int64, the row that comes at each place of all batches.
+        empty: int64, the places that are padding, and have to be set to zero.
+    """
+
+    units: list[int]
+    batches: list[tuple[int, int]]
+    rows: Tensor
+    empty: Tensor
+
+
+@lru_cache(maxsize=32)  # the layers of a model ask for the same again
+def _padded(sizes: tuple[int, ...], longest: float) -> _Padded:
+    """The batches of units of at most `longest` rows; units without rows are in none."""
+    by_length: dict[int, list[int]] = {}
+    for unit, size in enumerate(sizes):
+        if 0 < size <= longest:
+            by_length.setdefault(_padded_length(size), []).append(unit)
+    starts = [0, *accumulate(sizes)]
+    rows: list[int] = []
+    empty: list[int] = []
+    for length, units in by_length.items():
+        for unit in units:
+            rows += range(starts[unit], starts[unit + 1])
+            missing = length - sizes[unit]
+            empty += range(len(rows), len(rows) + missing)
+            rows += [starts[unit]] * missing
+    batches = [(length, len(units)) for length, units in by_length.items()]
+    return _Padded([*chain(*by_length.values())], batches, torch.tensor(rows), torch.tensor(empty, dtype=torch.long))
+
+
+def _padded_length(size: int) -> int:
+    """1, 2, 3, 4, 6, 8, 12, ..., 64, 96, 128, 160, ...: the first that is not below this size. These halve to even blocks."""
+    step = min(2 ** max((size - 1).bit_length() - 2, 0), _LONGEST_STEP)
+    return -(-size // step) * step
+
+
+def _by_gram(a: Tensor, gs: Sequence[Tensor], batches: Sequence[tuple[int, int]]) -> Tensor:
+    """(layers, units), of rows that are batches: each so many rows long, and of so many units."""
+    layers = [a, *gs]
+    parts = [x.split([length * n for length, n in batches]) for x in layers]
+    squares: list[list[Tensor]] = [[] for _ in layers]
+    norms: list[list[Tensor]] = [[] for _ in gs]
+    for number, (_, n) in enumerate(batches):
+        inputs, *outputs = (gram(own[number].unflatten(0, (n, -1))) for own in parts)
+        for own, matrix in zip(squares, (inputs, *outputs), strict=True):
+            own.append(matrix.squares(n).flatten())
+        for found, matrix in zip(norms, outputs, strict=True):
+            found.append(inputs.dot(matrix, n))
+    lengths = torch.stack([torch.cat(own) for own in squares]).clamp(min=0).sqrt()
+    terms = (lengths[:1] * lengths[1:]).split([length * n for length, n in batches], 1)
+    bound = torch.cat([own.unflatten(1, (n, -1)).sum(2) for own, (_, n) in zip(terms, batches, strict=True)], 1)
+    out = torch.stack([torch.cat(found) for found in norms])
+    starts = [0, *accumulate(length for length, n in batches for _ in range(n))]
+    for layer, unit in (out < CANCELLED * bound.square()).nonzero().tolist():
+        rows = slice(starts[unit], starts[unit + 1])
+        out[layer, unit] = _by_gradient(a[rows], gs[layer][rows], bound[layer, unit])
+    return out
 
 
 def _by_gradient(a: Tensor, g: Tensor, bound: Tensor) -> Tensor:

@@ -56,6 +56,23 @@ def is_uniform(sizes: Sequence[int]) -> bool:
     return len(sizes) > 0 and sizes[0] > 0 and all(size == sizes[0] for size in sizes)
 
 
+def nonzero_rows(x: Tensor) -> Tensor:
+    """Which rows have a value other than zero; NaN is one.
+
+    Example:
+        >>> nonzero_rows(torch.tensor([[0.0, -0.0], [0.0, torch.nan], [1.0, 0.0]])).tolist()
+        [False, True, True]
+
+    Args:
+        x: (rows, d), d at least 1.
+
+    Returns:
+        bool (rows,).
+    """
+    # Two reductions are faster than one comparison of every value. `amax` of a row with NaN is NaN.
+    return (x.amax(1) != 0) | (x.amin(1) != 0)
+
+
 def hidden_by_rounding(bound: Tensor, rows: int | Tensor) -> Tensor:
     """The square of the norm that rounding may hide in a sum.
 

@@ -135,6 +135,23 @@ def keeps_gradients(sizes: Sequence[int], d: int, p: int, dtype: torch.dtype) ->
     return len(sizes) * p * d * max(dtype.itemsize, 4) <= sum(sizes) * (d + p) * dtype.itemsize
 
 
+def leaves_out_zero_rows(zero: int, rows: int, d: int, p: int, speed: Speed) -> bool:
+    """Whether the backward pass of a linear layer (p, d) is faster without rows whose output gradient is zero.
+
+    Without them the products of both gradients are shorter, and the other rows are copied: inputs, output gradients, and the
+    inputs' gradients.
+
+    Args:
+        zero: How many rows could be left out.
+        rows: How many there are.
+        d: Width of the input.
+        p: Width of the output.
+        speed: Of the device.
+    """
+    copied = (rows - zero) * (2 * d + p) * 2 * 4
+    return 2 * zero * d * p / speed.product > copied / speed.bandwidth + speed.start
+
+
 def microbatch_is_faster(
     products: Mapping[tuple[int, int], int], others: int, sizes: Sequence[int], dtype: torch.dtype, speed: Speed
 ) -> bool:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from dp_flash_hf.kernels.ghost_norm import row_sums
-from dp_flash_hf.kernels.numerics import upcast
+from dp_flash_hf.kernels.numerics import nonzero_rows, upcast
+from dp_flash_hf.layers import cost_model
 from dp_flash_hf.layers.chain import once, per_item, record, unexpanded
 from dp_flash_hf.layers.gradient_records import LinearUse
 from dp_flash_hf.layers.logits import Origins, Values, deferred
@@ -23,6 +24,8 @@ from dp_flash_hf.layers.tracking import (
     while_learning,
 )
 from dp_flash_hf.layers.unit_layout import Layout
+
+_SAMPLE = 8  # columns that are looked at first: where they have few rows of zeros, so has the whole
 
 # --- products with a matrix -----------------------------------------------------------------------------------------------
 
@@ -47,13 +50,45 @@ class RecordedLinear(torch.autograd.Function):
         once(ctx)
         x, weight = ctx.saved_tensors
         w, b = ctx.tracked
-        if w is not None:
-            record_product(w, x, g, ctx.layout)
         if b is not None:
             record_bias(b, g, ctx.layout)
+        layout, shape, kept = ctx.layout, x.shape, _rows_with_gradient(g, x.shape[-1])
+        if kept is not None:
+            g = g.reshape(-1, g.shape[-1]).index_select(0, kept)
+        if w is not None:
+            if kept is not None:
+                x, layout = w.recorder.selected(x, layout, kept)
+            record_product(w, x, g, layout)
         if not ctx.needs_input_grad[0]:
             return (None,) * 5
-        return (g @ weight.to(g.dtype), *(None,) * 4)
+        back = g @ weight.to(g.dtype)
+        if kept is not None:
+            back = back.new_zeros(shape).view(-1, shape[-1]).index_copy_(0, kept, back).view(shape)
+        return (back, *(None,) * 4)
+
+
+def _rows_with_gradient(g: Tensor, d: int) -> Tensor | None:
+    """Rows of g ``(*lead, p)`` that are not all zeros, int64; None where leaving out the others would save no time.
+
+    The others are padding and what ignored labels leave: they add nothing to any gradient. How long a step takes therefore
+    depends on them, as it does on how far texts are padded.
+
+    Args:
+        g: The gradient of a layer's output.
+        d: The width of its input.
+    """
+    if g.device.type != "cpu":
+        return None  # the host would have to wait for their number
+    g = g.reshape(-1, g.shape[-1])
+    speed = cost_model.speed_of(g.device, g.dtype)
+
+    def pays(zero: int) -> bool:
+        return cost_model.leaves_out_zero_rows(zero, len(g), d, g.shape[1], speed)
+
+    if not pays(len(g)) or not pays(len(g) - int(nonzero_rows(g[:, :_SAMPLE]).sum())):
+        return None
+    kept = nonzero_rows(g).nonzero().squeeze(1)
+    return kept if len(kept) and pays(len(g) - len(kept)) else None
 
 
 def record_product(weight: Tracked, a: Tensor, g: Tensor, layout: Layout) -> None:

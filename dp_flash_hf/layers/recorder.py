@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,21 @@ def recorder_of(module: nn.Module) -> Recorder:
     """The recorder that an attached module reports to."""
     recorder: Recorder = vars(module)[ATTRIBUTE]
     return recorder
+
+
+class _Selected(NamedTuple):
+    """What `Recorder.selected` was asked for and returned. `source` is kept, lest other values come to the same memory."""
+
+    source: Tensor
+    version: int
+    source_layout: Layout
+    rows: Tensor
+    x: Tensor
+    layout: Layout
+
+
+def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).index_select(0, rows)
 
 
 class TwoPassError(PrivacyError):
@@ -83,6 +98,7 @@ class Recorder:
         self._taps = 0
         self.unplaced: set[nn.Parameter] = set()
         self._kept: Tensor | None = None
+        self._selected: _Selected | None = None  # what `selected` returned last, and for what
         self._groups = groups
         self._n_groups = max(groups.values(), default=-1) + 1
         self._waiting: dict[nn.Parameter, GradientRecord] = {}  # in phase "norms": complete, and the next may share their input
@@ -169,6 +185,25 @@ class Recorder:
         """As `linear`, with a (rows, d) and g (rows, p) in unit order already, `sizes` rows for each unit."""
         self._add(parameter, LinearUse(a, g, sizes, part))
 
+    def selected(self, x: Tensor, layout: Layout, rows: Tensor) -> tuple[Tensor, Layout]:
+        """Some rows of a layer's input ``(*lead, d)``, and how they are laid out.
+
+        Layers with the very same input, as q, k and v, get the same copy, so that their norms are computed in one go.
+
+        Args:
+            x: The input. It has to be the same until the batch is over, but for changes that autograd counts.
+            layout: Of its leading dimensions.
+            rows: int64, as of `Layout.of_rows`.
+        """
+        last = self._selected
+        alike = last is not None and last.source_layout.equals(layout) and torch.equal(last.rows, rows)
+        if last is None or not alike:
+            last = _Selected(x, x._version, layout, rows, _rows_of(x, rows), layout.of_rows(rows))
+        elif not x.is_set_to(last.source) or x._version != last.version:
+            last = last._replace(source=x, version=x._version, x=_rows_of(x, rows))
+        self._selected = last
+        return last.x, last.layout
+
     def defers(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether a result made with these parameters is to be deferred: not where one before was read and had to be formed.
 
@@ -252,7 +287,7 @@ class Recorder:
         self._norms, self._spent, self._waiting, self._deferred = None, set(), {}, set()
         self._factors, self._sums = factors, {} if sums is None else sums
         self.left_over = set()
-        self._taps, self.unplaced, self._kept = 0, set(), None
+        self._taps, self.unplaced, self._kept, self._selected = 0, set(), None, None
         if self._token is not None:
             self._token.grad = None
 

@@ -45,11 +45,17 @@ class Layout:
 
     @property
     def unit_of_row(self) -> Tensor:
-        """int64 (prod(lead),): the unit of each row, -1 where it has none; for layouts in which items come first."""
-        rows = math.prod(self.lead)
+        """int64 (prod(lead),), on the CPU: the unit of each row of a tensor ``(*lead, d)``, -1 where it has none."""
         if self.whole:
-            return torch.full((rows,), self.units.last)
-        return self.units.of_item.repeat_interleave(rows // self.units.n_items)
+            return torch.full((math.prod(self.lead),), self.units.last)
+        return self._owner.expand(self.lead).reshape(-1)
+
+    @property
+    def _owner(self) -> Tensor:
+        """The unit of each item, so shaped that it is broadcast to `lead`."""
+        per_item = math.prod(self.lead[dim] for dim in self.dims) // self.units.n_items
+        shape = [size if dim in self.dims else 1 for dim, size in enumerate(self.lead)]
+        return self.units.of_item.repeat_interleave(per_item).view(shape)
 
     @property
     def whole(self) -> bool:
@@ -71,6 +77,19 @@ class Layout:
         if self.dims != (0,) and self.dims != (0, 1):
             x = x.movedim(self.dims, tuple(range(len(self.dims))))
         return self.units.arrange(x.reshape(self.units.n_items, -1, x.shape[-1]))
+
+    def of_rows(self, rows: Tensor) -> Layout:
+        """How these rows of a tensor ``(*lead, d)`` are laid out, once they stand by themselves, as (len(rows), d).
+
+        Args:
+            rows: int64, at least one, numbered as in ``x.reshape(-1, d)``.
+        """
+        n = len(rows)
+        return Layout(Units("tokens", self.unit_of_row[rows], self.units.n, (1, n)), (n,), (0,))
+
+    def equals(self, other: Layout) -> bool:
+        """Whether the two are the same, for the same units."""
+        return self.units is other.units and self.lead == other.lead and self.dims == other.dims
 
     def take(self, x: Tensor, unit: int) -> Tensor:
         """The part of x that belongs to one unit.
@@ -131,9 +150,8 @@ class Layout:
         if self.whole:
             out[self.units.last] = g
             return out
-        sizes = [self.lead[dim] for dim in self.dims]
-        owner = self.units.of_item.repeat_interleave(math.prod(sizes) // self.units.n_items).to(g.device).view(sizes)
-        owner = owner.view([size if dim in self.dims else 1 for dim, size in enumerate(g.shape)])
+        owner = self._owner.to(g.device)
+        owner = owner.view(*owner.shape, *(1,) * (g.dim() - owner.dim()))
         for unit in range(self.units.n):
             out[unit] = torch.where(owner == unit, g, 0.0)
         return out

@@ -63,6 +63,21 @@ def test_layers_that_share_an_input(sizes: tuple[int, ...]) -> None:
             torch.testing.assert_close(norms, squares(gradients(a, g, sizes)), rtol=1e-11, atol=0.0)
 
 
+@pytest.mark.parametrize("longest_gram", [math.inf, 70])
+def test_units_of_many_lengths(longest_gram: float) -> None:
+    """Those of like lengths are padded to one: what pads them adds nothing, and no unit gets another's norm."""
+    sizes = (100, 3, 65, 0, 1, 130, 5, 64, 2, 97, 0, 200, 9)
+    a, g = torch.randn(sum(sizes), 6, dtype=torch.float64), torch.randn(sum(sizes), 3, dtype=torch.float64)
+    wanted = squares(gradients(a, g, sizes))
+    torch.testing.assert_close(linear_squared_norms(a, [g], sizes, longest_gram)[0], wanted, rtol=1e-11, atol=0.0)
+    for unit, start in ((0, 0), (5, 169), (9, 370)):  # its first row: what padding is made of
+        for x in (a, g):
+            x[start] = math.nan
+        got = linear_squared_norms(a, [g], sizes, longest_gram)[0]
+        wanted[unit] = math.nan
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=0.0, equal_nan=True)
+
+
 @pytest.mark.parametrize("sizes", [(4, 4), (5, 0, 3)])
 def test_unit_gradients(sizes: tuple[int, ...]) -> None:
     a, g = torch.randn(sum(sizes), 6, dtype=torch.float64), torch.randn(sum(sizes), 3, dtype=torch.float64)

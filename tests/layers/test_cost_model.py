@@ -77,6 +77,16 @@ def test_gradients_are_kept_where_they_take_no_more_memory(sizes: tuple[int, ...
     assert use.keeps_gradients == (formed.nbytes <= records)
 
 
+def test_rows_of_zeros_are_left_out_where_that_is_faster() -> None:
+    def pays(zero: int, rows: int, width: int) -> bool:
+        return cost_model.leaves_out_zero_rows(zero, rows, width, width, cost_model.CPU)
+
+    assert pays(400, 800, 512)
+    assert not pays(0, 800, 512)
+    assert not pays(1, 800, 512)  # the copies of all others
+    assert not pays(4, 8, 64)  # the launches
+
+
 def test_the_rates_of_a_device() -> None:
     assert cost_model.speed_of(torch.device("cpu"), torch.bfloat16) is cost_model.CPU
     for (_, size), speed in cost_model.GPU.items():

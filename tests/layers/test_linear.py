@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
+from dp_flash_hf.layers import cost_model, gradient_records
+from dp_flash_hf.layers.recorder import Recorder
 from tests.support.layer_checks import how
+from tests.support.oracle import clipped_sum, distance, each_row, grads, unit_gradients
 
 conv1d: Callable[..., nn.Module] = Conv1D
 
@@ -98,3 +104,82 @@ def test_saved_tensors_that_come_back_as_others(hooked: str) -> None:
     else:
         with torch.autograd.graph.save_on_cpu():
             assert how(model, x) == "fast"
+
+
+class Attention(nn.Module):
+    """Layers that share an input, one of them also used for another input, over positions of which `mask` hides some."""
+
+    def __init__(self, *, tied: bool, sequence_first: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(6, 6) for _ in range(4))
+        if tied:
+            self.o = self.q
+        self.sequence_first = sequence_first
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.sequence_first:
+            x, mask = x.transpose(0, 1), mask.transpose(0, 1)
+        keep = mask.unsqueeze(-1).to(x.dtype)
+        mixed = torch.tanh(self.q(x)) * self.k(x) + self.v(x)
+        out: Tensor = torch.tanh(self.o(mixed * keep)) * keep
+        return out.transpose(0, 1) if self.sequence_first else out
+
+
+@pytest.mark.parametrize("sequence_first", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass"])
+def test_rows_whose_gradient_is_zero_are_left_out(
+    strategy: str, tied: bool, sequence_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding adds nothing: norms and sums are the oracle's without it, also where layers share an input or a weight."""
+    recorded: list[tuple[int, ...]] = []
+    shared: list[int] = []
+    linear, norms = Recorder.linear_rows, gradient_records.linear_squared_norms
+
+    def watched(self: Recorder, parameter: nn.Parameter, a: Tensor, g: Tensor, sizes: tuple[int, ...], part: Any) -> None:
+        recorded.append(sizes)
+        linear(self, parameter, a, g, sizes, part)
+
+    def counted(a: Tensor, gs: list[Tensor], *rest: Any) -> Tensor:
+        shared.append(len(gs))
+        return norms(a, gs, *rest)
+
+    monkeypatch.setattr(Recorder, "linear_rows", watched)
+    monkeypatch.setattr(gradient_records, "linear_squared_norms", counted)
+    monkeypatch.setattr(cost_model, "leaves_out_zero_rows", lambda zero, *_: zero > 0)
+    monkeypatch.setattr(cost_model, "keeps_gradients", lambda *_: False)
+    torch.manual_seed(0)
+    lengths = (7, 3, 5, 0, 1)
+    mask = torch.arange(7) < torch.tensor(lengths).unsqueeze(1)
+    model = Attention(tied=tied, sequence_first=sequence_first).double()
+    assert how(model, torch.randn(5, 7, 6, dtype=torch.float64), mask, strategy=strategy) == "fast"
+    assert set(recorded) == {lengths}
+    assert 3 in shared or tied or sequence_first
+
+
+def test_inputs_of_rows_that_are_left_out_may_be_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd's own gradient of such a unit is NaN, zero times NaN; here padding counts nothing."""
+    monkeypatch.setattr(cost_model, "leaves_out_zero_rows", lambda zero, *_: zero > 0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(3, 6, 4, dtype=torch.float64)
+    keep = (torch.arange(6) < torch.tensor([6, 2, 4]).unsqueeze(1)).double().unsqueeze(-1)
+
+    def loss(batch: Any) -> Tensor:
+        out: Tensor = (model(batch["x"]) * batch["keep"]).sum()
+        return out
+
+    wanted, norms = clipped_sum(unit_gradients(model, loss, each_row({"x": x, "keep": keep})), 1.0)
+    engine = ClippingEngine(model, max_grad_norm=1.0)
+    engine.backward(loss, {"x": x, "keep": keep})
+    assert distance(grads(model), wanted) < 1e-11
+    torch.testing.assert_close(engine.norms, norms, rtol=1e-11, atol=0.0)
+    model.zero_grad()
+    nowhere = torch.where(keep == 0, math.inf, x)
+    hidden = {"x": nowhere, "keep": keep}
+
+    def ignoring(batch: Any) -> Tensor:
+        out: Tensor = torch.where(batch["keep"] == 0, 0.0, model(batch["x"])).sum()
+        return out
+
+    engine.backward(ignoring, hidden)
+    assert engine.dropped_units == 0
+    assert distance(grads(model), wanted) < 1e-11

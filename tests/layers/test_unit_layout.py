@@ -33,6 +33,13 @@ def test_all_views_of_a_layout_agree(ids: list[int], lead: tuple[int, ...], dims
     torch.testing.assert_close(sums.reshape(units.n, -1, 5).sum(1), per_unit)
     parts = layout.parts(x)
     torch.testing.assert_close(parts.reshape(units.n, -1, 5).sum(1), per_unit)
+    chosen = torch.tensor([4, 0, 2, 3])
+    kept = torch.zeros(*lead, 1, dtype=x.dtype).view(-1, 1).index_fill(0, chosen, 1.0).view(*lead, 1)
+    own = layout.of_rows(chosen)
+    rows = own.arrange(x.reshape(-1, 5)[chosen])
+    assert len(rows) == sum(own.sizes)
+    alone = torch.stack([of_unit.sum(0) for of_unit in rows.split(list(own.sizes))])
+    torch.testing.assert_close(alone, layout.sums(x * kept).reshape(units.n, -1, 5).sum(1))
     if not layout.whole:
         for unit in set(ids) - {-1}:
             torch.testing.assert_close(layout.take(x, unit).reshape(-1, 5).sum(0), per_unit[unit])
