@@ -8,6 +8,7 @@ round's ratio. `benchmarks.attention` measures attention by itself.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import statistics
 import sys
@@ -59,6 +60,7 @@ __all__ = [
 ]
 
 TEXTS = 32  # with --padding-free: enough for a long one among them
+LOGICAL = 512  # rows expected in a logical batch, of whose time the noise is said to take a share
 _MEASURED_SECONDS = {"cpu": 3.0, "cuda": 0.5}  # a turn has as many steps as it takes to last this long
 
 
@@ -141,11 +143,7 @@ def measure(work: Work, methods: Methods, *, repeats: int, advance: Callable[[],
     rows = []
     first = next(iter(methods))
     for length in work.lengths:
-        tokens = work.batch * length
-        if methods is ON_TEXTS:
-            tokens = sum(text_lengths(work))
-        elif methods is RAGGED:
-            tokens = work.batch * (length // 6 + length)  # of texts and labels, on average
+        tokens = _tokens(work, methods, length)
         memory = {method: peak_memory(work, length, method, advance) for method in methods}
         makers = {name: functools.partial(_step_of, make, work, length) for name, make in methods.items()}
         seconds, notes = take_turns(
@@ -167,6 +165,15 @@ def measure(work: Work, methods: Methods, *, repeats: int, advance: Callable[[],
                 )
             )
     return rows
+
+
+def _tokens(work: Work, methods: Methods, length: int) -> int:
+    """Of a physical batch, on average."""
+    if methods is ON_TEXTS:
+        return sum(text_lengths(work))
+    if methods is RAGGED:
+        return work.batch * (length // 6 + length)  # of texts and labels
+    return work.batch * length
 
 
 def turns(work: Work, methods: Methods, repeats: int) -> int:
@@ -211,7 +218,7 @@ def print_table(preset: Preset, *, repeats: int) -> None:
         rows = measure(work, methods, repeats=repeats, advance=lambda: progress.advance(task))
     first = next(iter(methods))
     Console().print(_table(rows, first))
-    print(_conditions(work, repeats, first))
+    print(_conditions(work, repeats, first, _release_line(work, methods, rows)))
     if methods is ON_TEXTS:
         lengths = text_lengths(work)
         print(
@@ -245,21 +252,32 @@ _FAMILIES = {
 }
 
 
-def _conditions(work: Work, repeats: int, first: str) -> str:
+def _release_line(work: Work, methods: Methods, rows: list[Row]) -> str:
+    """What noise takes, and its share of a logical batch of `LOGICAL` rows that is made of such physical batches."""
+    milliseconds = release_milliseconds(work, work.lengths[0])
+    line = f"Not in it: noise and division, done once per logical batch whatever its size; they take {milliseconds:.0f} ms"
+    ours = [row for row in rows if row.method.startswith("dp_flash") and row.tokens_per_second is not None]
+    if not ours:
+        return f"{line}."
+    seconds = _tokens(work, methods, ours[0].length) / (ours[0].tokens_per_second or math.inf)
+    share = milliseconds / (milliseconds + 1000 * seconds * LOGICAL / work.batch)
+    return f"{line}:\n{100 * share:.2g} % of a logical batch of {LOGICAL} rows, {ours[0].method} at length {ours[0].length}."
+
+
+def _conditions(work: Work, repeats: int, first: str, release: str) -> str:
     """What was measured, and what was not: the lines under the table."""
     model = model_of(work, work.lengths[0], "sdpa")
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
     adapters = f", {trained:.1f} M of them adapters of rank {work.lora}, which are trained" if work.lora else ""
     where = f"{work.threads} CPU threads" if work.device == "cpu" else torch.cuda.get_device_name()
-    release = release_milliseconds(work, work.lengths[0])
     return (
         f"{_FAMILIES[work.family]}: {work.layers} layers of width {work.width}, vocabulary {work.vocabulary}, "
         f"{size:.1f} M parameters{adapters}.\n"
         f"Batch {work.batch}, {'bfloat16 autocast' if work.autocast else 'float32'}, {where}, torch {torch.__version__}.\n"
         "Timed: forward, backward, clipping and AdamW step of one physical batch; medians of "
         f"{repeats} rounds, methods taking turns.\n"
-        f"Not in it: noise and division, done once per logical batch whatever its size; they take {release:.0f} ms.\n"
+        f"{release}\n"
         "Peak memory: of two steps, "
         f"{'as allocated by torch' if work.device == 'cuda' else 'in a process of their own, beyond the imported libraries'}.\n"
         f"Ratios: to {first}."

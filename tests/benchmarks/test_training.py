@@ -77,6 +77,17 @@ def test_the_command_prints_one_table(capsys: pytest.CaptureFixture[str], monkey
     assert [row[3:] for row in cells if row[1] == BASELINE] == [["1.00", "3", "1.00"]] * 2
     assert "1 layers of width 64, vocabulary 99" in below
     assert "once per logical batch" in below
+    assert " % of a logical batch of 512 rows, dp_flash at length 8." in below
+
+
+def test_the_share_of_noise_is_that_of_a_logical_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "release_milliseconds", lambda work, length: 100.0)
+    ours = bench.Row(length=7, method="dp_flash", tokens_per_second=210.0)  # 3 rows of 7 tokens in a tenth of a second
+    others = [bench.Row(length=7, method=BASELINE, tokens_per_second=420.0), bench.Row(length=7, method="dp_flash", note="no")]
+    share = 100 / (100 + 512 / 3 * 100)
+    line = bench._release_line(TINY, METHODS, [*others, ours])
+    assert line.endswith(f"they take 100 ms:\n{100 * share:.2g} % of a logical batch of 512 rows, dp_flash at length 7.")
+    assert bench._release_line(TINY, METHODS, others).endswith("they take 100 ms.")
 
 
 @pytest.mark.complete
