@@ -151,7 +151,7 @@ def _padded(sizes: tuple[int, ...], longest: float) -> _Padded:
 
 def _padded_length(size: int) -> int:
     """1, 2, 3, 4, 6, 8, 12, ..., 64, 96, 128, 160, ...: the first that is not below this size. These halve to even blocks."""
-    step = min(2 ** max((size - 1).bit_length() - 2, 0), _LONGEST_STEP)
+    step = min(1 << max((size - 1).bit_length() - 2, 0), _LONGEST_STEP)
     return -(-size // step) * step
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
+from dp_flash_hf.kernels.ghost_norm import linear_squared_norms
 from dp_flash_hf.layers import cost_model, gradient_records
 from dp_flash_hf.layers.recorder import Recorder
 from tests.support.layer_checks import how
@@ -134,7 +135,7 @@ def test_rows_whose_gradient_is_zero_are_left_out(
     """Padding adds nothing: norms and sums are the oracle's without it, also where layers share an input or a weight."""
     recorded: list[tuple[int, ...]] = []
     shared: list[int] = []
-    linear, norms = Recorder.linear_rows, gradient_records.linear_squared_norms
+    linear = Recorder.linear_rows
 
     def watched(self: Recorder, parameter: nn.Parameter, a: Tensor, g: Tensor, sizes: tuple[int, ...], part: Any) -> None:
         recorded.append(sizes)
@@ -142,7 +143,7 @@ def test_rows_whose_gradient_is_zero_are_left_out(
 
     def counted(a: Tensor, gs: list[Tensor], *rest: Any) -> Tensor:
         shared.append(len(gs))
-        return norms(a, gs, *rest)
+        return linear_squared_norms(a, gs, *rest)
 
     monkeypatch.setattr(Recorder, "linear_rows", watched)
     monkeypatch.setattr(gradient_records, "linear_squared_norms", counted)
