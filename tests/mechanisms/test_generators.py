@@ -88,6 +88,29 @@ def test_an_unknown_generator_layout_is_an_error(monkeypatch: pytest.MonkeyPatch
         fresh_generator()
 
 
+def test_nothing_but_the_words_of_the_state_is_filled() -> None:
+    ours, usual = fresh_generator(seed=5).get_state(), torch.Generator().manual_seed(1).get_state()
+    assert torch.equal(ours[24 + 8 * 624 :], usual[24 + 8 * 624 :])
+    assert torch.equal(ours[8:24], usual[8:24])  # the first 8 hold the seed that the words replaced
+
+
+def test_a_gpu_is_seeded_with_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    class Gpu:
+        def __init__(self, device: Any) -> None:
+            self.device = torch.device(device)
+
+        def manual_seed(self, seed: int) -> None:
+            seeds.append(seed)
+
+    monkeypatch.setattr(torch, "Generator", Gpu)
+    for seed in (None, None, *range(60)):
+        fresh_generator("cuda", seed=seed)
+    assert len(set(seeds)) == 62
+    assert 2**60 < max(seeds) < 2**64
+
+
 @pytest.mark.gpu
 def test_words_of_a_gpu_are_never_replayed() -> None:
     torch.cuda.manual_seed_all(0)

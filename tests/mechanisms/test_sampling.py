@@ -118,6 +118,12 @@ def test_uniforms_have_more_bits_than_float32(monkeypatch: pytest.MonkeyPatch) -
     assert (fractions != fractions.floor()).all()  # each with probability 1 - 2^-29
 
 
+def test_a_uniform_below_the_rate_includes_and_one_of_the_rate_does_not() -> None:
+    """Uniforms begin at 0 and end below 1, so that the rate is the probability, of 0 and 1 too."""
+    sampler = PoissonSampler(50, 5)
+    assert sampler._included(torch.tensor([0.0, 0.1, 0.1 - 2**-50, 0.9], dtype=torch.float64)).tolist() == [0, 2]
+
+
 def test_edges_of_a_draw() -> None:
     assert PoissonSampler(7, 7).draw(fresh_generator()).tolist() == list(range(7))
     generator = fresh_generator(seed=0)
@@ -195,4 +201,5 @@ def test_rows_of_a_unit_are_chosen_anew_and_uniformly() -> None:
 @pytest.mark.parametrize(("n_units", "expected"), [(10, 1), (1000, 1), (1000, 100), (10**6, 5000), (64, 64)])
 def test_hardly_more_is_exceeded_once_in_1e30_draws(n_units: int, expected: int) -> None:
     sampler = PoissonSampler(n_units, expected)
+    assert PoissonSampler(50, 5).hardly_more == 104  # 5 + 12 sqrt(5) + 72, which the noise of sharded models is charged for
     assert stats.binom.logsf(sampler.hardly_more, n_units, sampler.sampling_rate) < math.log(1e-30)
