@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dp_flash_hf.accounting.epsilon import chi_square, of_computed_noise
 from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.mechanisms.config import AccountantName
+from dp_flash_hf.mechanisms.gaussian_noise import closeness
 from dp_flash_hf.mechanisms.sampling import PoissonSampler, TruncatedPoissonSampler
 from tests.support.accounts import RUNS, plan_of, pld_epsilon, poisson_event
 
@@ -154,3 +156,29 @@ def test_hopelessly_little_noise_is_no_privacy_rather_than_no_memory() -> None:
         assert plan_of((1000, 100, sigma, 1000, 1e-4), "prv").epsilon() == math.inf
     assert 1e9 > plan_of((1000, 100, 1e-3, 1000, 1e-4)).epsilon() > 1e7
     assert plan_of((1000, 100, 1e-3, 1000, 1e-4), "rdp").epsilon() > 1e6
+
+
+def test_computed_noise_is_charged_as_the_proof_says() -> None:
+    asked: list[float] = []
+
+    def ideal(delta: float) -> float:
+        asked.append(delta)
+        return 2.0
+
+    steps, delta = 400, 1e-5
+    charged = 2.0 + 2 * closeness(steps, math.log(2.0**11 / delta) + 2.0 + 1)
+    assert of_computed_noise(ideal, steps, delta) == pytest.approx(charged, rel=1e-14)
+    assert asked == [delta * (1 - 2.0**-9)]
+    assert of_computed_noise(lambda delta: 0.0, steps, delta) == 0.0
+    assert of_computed_noise(lambda delta: math.inf, steps, delta) == math.inf
+
+
+@pytest.mark.parametrize(("batch", "sigma"), [(20, 1.0), (1, 0.5), (1000, 4.0)])
+def test_the_chi_square_divergence_is_that_of_the_mixture(batch: int, sigma: float) -> None:
+    """E (p / q)^2 - 1 of p = (1 - r) N(0, sigma^2) + r N(1, sigma^2) and q = N(0, sigma^2), by integration."""
+    sampler = PoissonSampler(1000, batch)
+    y = np.linspace(-20, 30, 200_001)
+    rate, without = batch / 1000, stats.norm.pdf(y, 0, sigma)
+    ratio = 1 - rate + rate * np.exp((2 * y - 1) / 2 / sigma**2)
+    assert chi_square(sampler, sigma) == pytest.approx(float(np.trapezoid(without * ratio**2, y)) - 1, rel=1e-6)
+    assert chi_square(sampler, 0.03) == math.inf

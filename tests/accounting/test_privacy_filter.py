@@ -53,6 +53,21 @@ def test_the_filter_is_above_fixed_composition_and_not_far(entries: tuple[Entry,
     assert fixed <= filter_epsilon(entries, delta) < (7 if delta == 1e-2 else 3.5) * fixed + 2e-3
 
 
+def test_the_filter_is_the_least_of_all_orders() -> None:
+    """Of full batches: sum of steps * a / (2 sigma^2), and c_a at delta / m."""
+    assert ORDERS[:7] == (2, 3, 4, 6, 8, 12, 16)
+    assert ORDERS[7:] == tuple(order * 2**k for k in range(3, 12) for order in (3, 4))
+    sampler, delta = PoissonSampler(50, 50), 1e-5
+    for entries in ((((sampler, 4.0), 7), ((sampler, 2.5), 3)), (((sampler, 300.0), 9),), (((sampler, 0.4), 2),)):
+        bounds = [
+            sum(steps * a / 2 / sigma**2 for (_, sigma), steps in entries)
+            + math.log(1 - 1 / a)
+            + (math.log(len(ORDERS) / delta) - math.log(a)) / (a - 1)
+            for a in ORDERS
+        ]
+        assert filter_epsilon(entries, delta) == pytest.approx(min(bounds), rel=1e-12)
+
+
 def test_divergences_are_those_of_opacus() -> None:
     from opacus.accountants.analysis.rdp import compute_rdp
 
