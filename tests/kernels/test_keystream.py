@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from dp_flash_hf.distributed import Ranks
+from dp_flash_hf.kernels import keystream
 from dp_flash_hf.kernels.keystream import KEY_BYTES, Keystream, derived_key
 from tests.support.forks import forked
 
@@ -51,6 +52,29 @@ def test_words_on_a_gpu_are_those_of_chacha20(n: int, device: torch.device) -> N
         expected = torch.frombuffer(bytearray(cipher.update(bytes(64))), dtype=torch.int32)
         given = torch.arange(16) * blocks + block < 2 * n  # the others lie beyond what was asked for
         assert torch.equal(found[:, block][given], expected[given])
+
+
+def test_a_cuda_device_has_chacha20_with_a_block_of_its_own_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And AES where Triton is not there."""
+    pytest.importorskip("triton")
+    from dp_flash_hf.kernels import keystream_triton
+
+    asked: list[tuple[object, ...]] = []
+
+    def chacha(*arguments: object) -> Tensor:
+        asked.append(arguments)
+        return torch.zeros(3)
+
+    monkeypatch.setattr(keystream_triton, "chacha_stream", chacha)
+    monkeypatch.setattr(keystream, "has_triton", lambda device: True)
+    stream = Keystream(KEY, "cuda:1")
+    for _ in range(2):
+        stream(3)
+    words = torch.frombuffer(bytearray(KEY), dtype=torch.int32).tolist()
+    assert asked == [(words, call, 3, torch.device("cuda:1")) for call in (1, 2)]
+    monkeypatch.setattr(keystream, "has_triton", lambda device: False)
+    Keystream(KEY, "meta")(3)
+    assert len(asked) == 2
 
 
 def test_no_word_comes_twice() -> None:

@@ -38,7 +38,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "mechanisms/generators.py": ("tests/mechanisms/test_generators.py",),
     "mechanisms/clipping.py": ("tests/mechanisms/test_clipping.py",),
     "mechanisms/sampling.py": ("tests/mechanisms/test_sampling.py",),
-    "kernels/keystream.py": ("tests/kernels/test_keystream.py",),
+    "kernels/keystream.py": (  # and none of its kernel, which takes minutes where it is interpreted
+        "tests/kernels/test_keystream.py::test_words_on_a_cpu_are_those_of_aes",
+        "tests/kernels/test_keystream.py::test_no_word_comes_twice",
+        "tests/kernels/test_keystream.py::test_a_cuda_device_has_chacha20_with_a_block_of_its_own_for_each_call",
+        "tests/kernels/test_keystream.py::test_a_key_of_another_length_is_refused",
+    ),
     "accounting/epsilon.py": ("tests/accounting/test_epsilon.py", "tests/accounting/test_plan.py"),
     "accounting/ledger.py": ("tests/accounting/test_ledger.py", "tests/accounting/test_run_account.py"),
     "accounting/privacy_filter.py": ("tests/accounting/test_privacy_filter.py",),

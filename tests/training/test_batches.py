@@ -310,6 +310,29 @@ def test_ranks_share_a_draw(seed: int | None, monkeypatch: pytest.MonkeyPatch) -
         assert max(map(len, of_ranks)) - min(map(len, of_ranks)) <= 1
 
 
+@pytest.mark.parametrize(("ranks", "secrets"), [(1, 1 + DRAWS), (2, 1)])
+def test_one_process_has_a_secret_for_every_draw_and_ranks_share_one(
+    ranks: int, secrets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork of one process between two draws then draws others."""
+    asked: list[int] = []
+
+    def secret(self: Ranks) -> bytes:
+        asked.append(len(asked))
+        return repr(asked).encode()
+
+    monkeypatch.setattr(Ranks, "secret", secret)
+    own = batches(seed=None)
+    own.ranks.size = ranks
+    list(own)
+    assert len(asked) == secrets
+
+
+@pytest.mark.parametrize("changes", [{"rows": [torch.arange(3)] * N}, {"max_examples_per_unit": 2}], ids=["rows", "most"])
+def test_rows_are_chosen_where_units_have_some_and_a_most(changes: dict[str, Any]) -> None:
+    assert drawn_of(list(batches(**changes))) == drawn_of(list(batches()))
+
+
 class Rows(list[dict[str, Any]]):
     """A dataset that reads several rows at once, and counts how often."""
 
