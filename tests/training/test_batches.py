@@ -80,6 +80,7 @@ def test_texts_of_a_packed_row_stay_within_the_budget(budget: int) -> None:
     batch = flat(return_seq_idx=True)
     parts = cut(batch, range(7), max_tokens=budget)
     assert tokens(parts) == tokens([(batch, Units.rows(7))])
+    assert len(parts) == {1: 7, 8: 6, 12: 3, 20: 2, 36: 1, 1000: 1}[budget]
     for part, units in parts:
         total = part["input_ids"].numel()
         assert total <= budget or units.n == 1
@@ -105,6 +106,13 @@ def test_a_unit_is_never_split(batch: dict[str, Any], limits: dict[str, int]) ->
     assert len(parts) == (3 if set(limits.values()) & {1, 3} or limits.get("max_tokens") == 12 else 2)
 
 
+@pytest.mark.parametrize(("most", "sizes"), [(3, [3, 3, 1]), (4, [4, 3]), (6, [4, 3]), (7, [7]), (1, [1] * 7)])
+def test_parts_are_as_few_as_fit_and_about_equal(most: int, sizes: list[int]) -> None:
+    parts = cut(padded(), range(7), max_examples=most)
+    assert [units.n for _, units in parts] == sizes
+    assert all(part["input_ids"].shape[1] == 9 for part, _ in parts)  # padding stays where no budget asks for less
+
+
 def test_texts_of_one_unit_keep_their_boundaries() -> None:
     batch = flat()
     units = units_of(batch, torch.tensor([0, 1, 0, 1, 0, 1, 0]))
@@ -119,6 +127,7 @@ def test_padding_is_cut_only_where_it_is_known_to_be() -> None:
     first = select_items(batch, Units.rows(3), torch.tensor([0, 1]))
     assert text_lengths(first).tolist() == [3, 2]
     assert without_trailing_padding(first)["labels"].shape == (2, 3)
+    assert text_lengths({"input_ids": torch.ones(3, 4, dtype=torch.long)}).tolist() == [4, 4, 4]  # without a mask
     labelled = {**first, "labels": first["labels"].index_fill(1, torch.tensor([3]), 7)}  # padding that has a label
     assert without_trailing_padding(labelled)["input_ids"].shape == (2, 4)
     left = {name: value.flip(1) for name, value in first.items()}
@@ -129,6 +138,8 @@ def test_padding_is_cut_only_where_it_is_known_to_be() -> None:
         left,
     ):
         assert without_trailing_padding(kept) is kept
+    assert text_lengths({**first, "boxes": torch.zeros(2, 5)}).tolist() == [5, 5]
+    assert without_trailing_padding({**first, "inputs_embeds": torch.zeros(2, 5, 7)})["inputs_embeds"].shape == (2, 3, 7)
     pictures = {**first, "pixel_values": torch.zeros(2, 3, 5, 5), "labels": torch.tensor([0, 1])}
     short = without_trailing_padding(pictures)
     assert short["input_ids"].shape == (2, 3)
