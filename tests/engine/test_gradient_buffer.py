@@ -367,3 +367,27 @@ def test_a_batch_that_adds_nothing_to_a_parameter_gives_it_a_sum_of_zeros() -> N
     assert buffer
     assert parameters[0].grad is not None
     assert parameters[0].grad.tolist() == [0.0]
+
+
+def test_a_trial_begins_without_sums_and_leaves_those_of_before() -> None:
+    buffer, parameters = buffer_of(0.0)
+    add(buffer, parameters, 1.0, units=3)
+    gradient = parameters[0].grad
+    with buffer.afresh():
+        assert not buffer
+        assert (buffer.units, parameters[0].grad) == (0, None)
+        add(buffer, parameters, 7.0, units=1)
+    assert parameters[0].grad is gradient
+    assert (buffer.units, buffer.total(parameters[0]).tolist()) == (3, [1.0])
+
+
+def test_records_are_added_to_sums_in_float64() -> None:
+    model, batch = Toy(dtype=torch.float32), toy_batch()
+    engine = ClippingEngine(model, max_grad_norm=0.7, strategy="bookkeeping")
+    engine.backward(toy_loss(model), batch)
+    once = {p: engine.clipped_sum(p).double() for p in engine.parameters}
+    engine.sum_in_float64()
+    engine.backward(toy_loss(model), batch)
+    for p in engine.parameters:
+        assert engine.clipped_sum(p).dtype == torch.float64
+        assert torch.equal(engine.clipped_sum(p), 2 * once[p])  # the same batch, added without a rounding
