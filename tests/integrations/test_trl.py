@@ -156,9 +156,12 @@ def test_a_trained_head_is_called_and_a_frozen_one_stays_fused(
     assert distance(got, clipped_sum(single, 1.0)[0]) <= ROUNDING
 
 
+HELD_OUT = "mmm "  # what no training text begins with
+
+
 def test_the_called_head_evaluates_as_the_fused_one(tmp_path: Path) -> None:
     for make in (sft, dpo):
-        held_out = (texts() if make is sft else pairs()).select(range(5))
+        held_out = (texts(HELD_OUT) if make is sft else pairs(HELD_OUT)).select(range(5))
         trainer = make(
             tmp_path / make.__name__, eval_dataset=held_out, eval_strategy="steps", eval_steps=1, **REFERENCE[make is dpo]
         )
@@ -388,7 +391,7 @@ def logged(make: Callable[..., Any], path: Path) -> tuple[list[dict[str, float]]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             everything.append(dict(logs))
 
-    data = (texts() if make is sft else pairs()).select(range(6))
+    data = (texts(HELD_OUT) if make is sft else pairs(HELD_OUT)).select(range(6))
     trainer = make(path, max_steps=3, eval_dataset=data, eval_strategy="steps", eval_steps=2, **REFERENCE[make is dpo])
     trainer.add_callback(Reporter())
     attached(trainer)
@@ -534,7 +537,8 @@ def test_choices_by_results_on_the_training_data_are_refused(make: Callable[...,
     with pytest.raises(UnsupportedError, match="eval_dataset is train_dataset"):
         attached(trainer)
     trainer.eval_dataset = trainer.eval_dataset.select(range(5))
-    attached(trainer)
+    with pytest.raises(UnsupportedError, match="5 of 5 rows of eval_dataset that were read are rows of train_dataset"):
+        attached(trainer)
 
 
 def test_a_subclass_that_changes_nothing_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

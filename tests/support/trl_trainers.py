@@ -103,8 +103,8 @@ def table(make: Callable[[int], dict[str, Any]], n: int = 24) -> datasets.Datase
     return datasets.Dataset.from_list([{**make(row), "user": row // 3} for row in range(n)])
 
 
-def texts() -> datasets.Dataset:
-    return table(lambda row: {"text": written(row, 1 + row % 5)})
+def texts(prefix: str = "") -> datasets.Dataset:
+    return table(lambda row: {"text": prefix + written(row, 1 + row % 5)})
 
 
 def completions() -> datasets.Dataset:
@@ -121,10 +121,10 @@ def chats() -> datasets.Dataset:
     return table(lambda row: {"messages": [message for k in range(1 + row % 2) for message in turn(row, k)]})
 
 
-def pairs() -> datasets.Dataset:
+def pairs(prefix: str = "") -> datasets.Dataset:
     return table(
         lambda row: {
-            "prompt": written(row, 1 + row % 3),
+            "prompt": prefix + written(row, 1 + row % 3),
             "chosen": written(row + 5, 1 + row % 4),
             "rejected": written(row + 8, 1 + (row + 1) % 4),
         }
