@@ -62,7 +62,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/batches.py": ("tests/training/test_batches.py",),
 }
 # Planted when all are; but nobody has gone through those that survive yet, so no sample is taken of them.
-OPEN = ("accounting/epsilon.py", "accounting/ledger.py", "accounting/run_account.py", "accounting/spend_log.py")
+OPEN = ("accounting/epsilon.py", "accounting/run_account.py", "accounting/spend_log.py")
 _COMPARED = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
     **{ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In},
