@@ -169,6 +169,8 @@ def test_computed_noise_is_charged_as_the_proof_says() -> None:
     charged = 2.0 + 2 * closeness(steps, math.log(2.0**11 / delta) + 2.0 + 1)
     assert of_computed_noise(ideal, steps, delta) == pytest.approx(charged, rel=1e-14)
     assert asked == [delta * (1 - 2.0**-9)]
+    small = 0.01 + 2 * closeness(steps, math.log(2.0**11 / delta) + 0.01 + 1)
+    assert of_computed_noise(lambda delta: 0.01, steps, delta) == pytest.approx(small, rel=1e-14)
     assert of_computed_noise(lambda delta: 0.0, steps, delta) == 0.0
     assert of_computed_noise(lambda delta: math.inf, steps, delta) == math.inf
 
