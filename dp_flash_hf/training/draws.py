@@ -40,11 +40,13 @@ class DrawInProgress:
     """Which parts of a draw were added to the step so far.
 
     Whatever code handles batches between the draw and the step (an overridden `get_batch_samples`, a callback, one's own
-    loop) may repeat, drop, exchange or change them. Then `arrive` or `require_whole` raises, and nothing is released.
+    loop) may repeat, drop, exchange or change them, or go on after an error. Then `arrive` or `require_whole` raises, and
+    nothing is released.
     """
 
     def __init__(self) -> None:
         self._arrived: set[int] = set()
+        self._added = 0  # of them; the others could not be computed, and which those are may depend on one unit
         self._parts = 1
         self._units = 0
 
@@ -89,15 +91,25 @@ class DrawInProgress:
         """So many units were added."""
         self._units += units
 
+    def added(self) -> None:
+        """All of the part that arrived last was added."""
+        self._added += 1
+
     def require_whole(self, units: int | None) -> None:
         """Raise PrivacyError unless all parts were added, and nothing else.
 
         Args:
             units: how many are in the sums; None where that is not known.
         """
-        if len(self._arrived) != self._parts:
+        if self._added < len(self._arrived):
             raise PrivacyError(
-                f"{len(self._arrived)} of {self._parts} parts of a draw were added, and an optimizer step is due: give every "
+                f"{len(self._arrived) - self._added} of {self._parts} parts of a draw could not be computed, and an optimizer "
+                "step is due: without them one unit could keep others out of the sum. Let the error end the training, and "
+                "mend its cause (smaller batches, if memory ran out)"
+            )
+        if self._added != self._parts:
+            raise PrivacyError(
+                f"{self._added} of {self._parts} parts of a draw were added, and an optimizer step is due: give every "
                 "batch of the loader to the step, an empty one too, and leave gradient_accumulation_steps as it was when "
                 "training began"
             )
@@ -109,7 +121,7 @@ class DrawInProgress:
 
     def end(self) -> None:
         """The draw was released, or given up: nothing of it is in the sums."""
-        self._arrived, self._parts, self._units = set(), 1, 0
+        self._arrived, self._added, self._parts, self._units = set(), 0, 1, 0
 
 
 def fingerprint(batch: Mapping[str, Any]) -> int:

@@ -368,7 +368,9 @@ class PrivateTraining:
             seed=self.config.seed,
             stream=f"computing step {step} part {part} rank {Ranks().rank}",
         ):
-            return self._added(engine, self._loss, inputs)
+            loss = self._added(engine, self._loss, inputs)
+        self._draw.added()
+        return loss
 
     def drop_step(self) -> None:
         """Forget what was added to the step: it was clipped, but has no noise."""

@@ -11,11 +11,14 @@ import pytest
 import torch
 import transformers as hf
 
+from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.training.draws import DRAW, DrawInProgress, Part, fingerprint, tagged
+from dp_flash_hf.training.losses import UnitLoss
+from tests.support.fuzz import unchecked
 from tests.support.loops import loop
 from tests.support.oracle import distance
-from tests.support.trainers import Seen, attached, draws, trainer_for, watch
+from tests.support.trainers import Pad, Seen, attached, draws, trainer_for, watch
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 DRAWN: tuple[list[int], ...] = ([0, 3, 4, 9], [5, 6], [7])
@@ -245,7 +248,37 @@ def test_a_draw_without_parts_is_not_whole() -> None:
     with pytest.raises(PrivacyError, match="0 of 1 parts"):
         draw.require_whole(0)
     draw.arrive(tagged({"x": torch.ones(1)}, Part([], 4, 0, 1)), 4)
+    draw.added()
     draw.require_whole(0)
     draw.end()
     with pytest.raises(PrivacyError, match="0 of 1 parts"):
         draw.require_whole(None)
+
+
+def test_a_part_that_could_not_be_computed_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a unit too large for memory would keep all others of its part out of the sum: more than C."""
+    draws(monkeypatch, *[[0, 3, 4, 9]] * 2)
+    private, _, optimizer = loop("gpt2")
+    training = private._training
+    loader = training.loader(training.dataset, Pad(), steps=1, first_step=0, splits=2)
+    with unchecked(UnitLoss(training.adapter.model_loss, "sum", "shifted labels")):
+        training.check(loader)
+    first, second = loader
+
+    def too_large(self: ClippingEngine, *args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClippingEngine, "backward", too_large)
+        with pytest.raises(torch.OutOfMemoryError):
+            training.add(first)
+    training.add(second)
+    with pytest.raises(PrivacyError, match="1 of 2 parts of a draw could not be computed"):
+        training.mechanism.release()
+    assert training.mechanism.account.steps == 0
+    training.drop_step()
+    for part in (first, second):
+        training.add(part)
+    training.mechanism.release()
+    optimizer.step()
+    assert training.mechanism.account.steps == 1
