@@ -25,8 +25,11 @@ from dp_flash_hf.training.losses import UnitLoss
 from dp_flash_hf.units import Units, select_unit
 
 _UNIFORM = {"rand", "rand_like", "uniform", "uniform_"}
+_WHOLE = {"randint", "randint_like"}
+_BERNOULLI = {"bernoulli", "bernoulli_"}
 _KEYS = 2**32  # whole numbers of such a range are keys of generators that count by row, as in attention's dropout
-_ALMOST_ONE = 1 - 2.0**-8  # in bfloat16, too
+# Words of the Mersenne twister, of which numpy and Python make uniform numbers: as they are kept, those of 32 zeros, or ones.
+_FIRST_WORDS, _OF_ZEROS, _OF_ONES = 600, 0, 0x12DD9BB3
 
 Draw = tuple[str, tuple[int, ...]]  # function and shape of its result
 
@@ -38,7 +41,9 @@ def shares_random_numbers(
 
     Shared are numbers of torch that are drawn as often for all units as for one of them, and whatever is drawn from numpy's and
     Python's generators, of which that is not known. They are exchanged, with all others repeated, and a norm that moves tells
-    that they matter. Not seen: numbers of generators that the model holds itself.
+    that they matter. Uniform, Bernoulli and whole numbers are put to the one end of their range and then to the other, so that
+    an event is found however rare it is, or its opposite; of numpy's and Python's, the first 300 are. Not seen: numbers of
+    generators that the model holds itself.
 
     Args:
         engine: attached to the model; `.grad` is emptied.
@@ -59,8 +64,7 @@ def shares_random_numbers(
 
     def norms(number: int, shared: frozenset[Draw]) -> Tensor:
         with same_randomness(engine.model, devices):
-            np.random.seed(number)
-            random.seed(number)
+            _begin_others(number)
             with _Draws(devices, shared, number):
                 engine.backward(loss, batch, units)
         engine.withhold_sums()
@@ -95,8 +99,37 @@ class _Draws(TorchDispatchMode):
         if draw not in self._shared:
             return func(*args, **kwargs)
         if name in _UNIFORM:
-            low, high = args[1:3] if name.startswith("uniform") and len(args) > 2 else (0.0, 1.0)
-            return out.fill_(low + (high - low) * _ALMOST_ONE * self._number)
+            ends: tuple[float, ...] = args[1:3] if name.startswith("uniform") else ()
+            low, high = (*ends, *(0.0, 1.0)[len(ends) :])  # defaults are left out
+            below_one = 1 - torch.finfo(out.dtype).eps / 2
+            return out.fill_(low + (high - low) * below_one * self._number)
+        if name in _WHOLE:
+            *given, high = [value for value in args if isinstance(value, int)][:2]
+            return out.fill_(high - 1 if self._number else given[0] if given else 0)
+        if name in _BERNOULLI:
+            probability = (*args[1:2], 0.5 if name == "bernoulli_" else args[0])[0]
+            return out.copy_(_at_an_end(torch.as_tensor(probability), self._number))
+        if name == "native_dropout":
+            kept = _at_an_end(torch.tensor(1.0 - args[1]), self._number)
+            return out[0].copy_(args[0] * kept / max(1.0 - args[1], 1e-30)), out[1].fill_(bool(kept))
         with repeated_randomness(self._devices):
             torch.manual_seed(self._number + 2 * self.seen[draw])
             return func(*args, **kwargs)
+
+
+def _at_an_end(probability: Tensor, number: int) -> Tensor:
+    """What is certain, and everywhere else 0 or 1 as the number is."""
+    return torch.where((probability > 0) & (probability < 1), float(number), probability.float())
+
+
+def _begin_others(number: int) -> None:
+    """numpy's and Python's generators: their first uniform numbers are 0, or almost 1."""
+    np.random.seed(number)
+    random.seed(number)
+    word = _OF_ONES if number else _OF_ZEROS
+    state = np.random.get_state(legacy=False)
+    assert isinstance(state, dict)
+    state["state"]["key"][:_FIRST_WORDS], state["state"]["pos"] = word, 0
+    np.random.set_state(state)
+    version, words, _ = random.getstate()
+    random.setstate((version, (*[word] * _FIRST_WORDS, *words[_FIRST_WORDS:-1], 0), None))
