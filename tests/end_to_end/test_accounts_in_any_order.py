@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,23 +48,33 @@ def account_of(n: int = N, expected: int = EXPECTED, steps: int = STEPS, **chang
     return RunAccount(chosen, PrivacyPlan.from_config(chosen, n_units=n, expected_batch_size=expected, steps=steps))
 
 
+Lines = tuple[bytes, ...]
+Counted = tuple[frozenset[int], frozenset[int]]  # the steps that a log has to know of, and those that its own lines count
+
+
 @dataclass(eq=False)
 class Folder:
-    """Where a log is. counted: the numbers of all steps that it has to know of; own: of those that its own lines count."""
+    """Where a log is, and who writes it."""
 
     path: Path
-    counted: set[int] = field(default_factory=set)
-    own: set[int] = field(default_factory=set)
     held: Run | None = None
+
+    @property
+    def lines(self) -> Lines:
+        return tuple(self.path.read_bytes().split(b"\n")[:-1]) if self.path.exists() else ()
 
 
 @dataclass(eq=False)
 class Run:
-    """An account, and the numbers of all steps that it has to know of; in the weights are `taken` of them."""
+    """An account, and the numbers of all steps that it has to know of; in the weights are `taken` of them.
+
+    logs: what logs held when it, or a checkpoint that it loaded, last saw them.
+    """
 
     account: RunAccount
     folder: Folder | None = None
     known: set[int] = field(default_factory=set)
+    logs: set[Lines] = field(default_factory=set)
     taken: int = 0
     broken: bool = False  # its log could not be written
     alive: bool = True
@@ -76,7 +86,18 @@ class Saved:
 
     state: dict[str, Any]
     known: frozenset[int]
+    logs: frozenset[Lines]
     taken: int
+
+
+def missed(lines: Lines, known: Iterable[Lines]) -> bool | None:
+    """Whether a log holds less than somebody knows of it; None where it is another's, and a longer one hides that."""
+    same = [other for other in known if lines and other and other[0] == lines[0]]
+    less = [other for other in same if lines[: len(other)] != other]
+    if not less:
+        return False
+    longest = max(map(len, same))
+    return True if all(other in less for other in same if len(other) == longest) else None
 
 
 class Accounts(RuleBasedStateMachine):
@@ -95,6 +116,21 @@ class Accounts(RuleBasedStateMachine):
         self.counted = self.released = 0
         self.all: list[Run] = []
         self.n_folders = 0
+        self.of_line: dict[bytes, Counted] = {b"": (frozenset(), frozenset())}  # what a log counts that ends with it
+
+    def _counted(self, folder: Folder) -> Counted:
+        return self.of_line[folder.lines[-1] if folder.lines else b""]
+
+    def _wrote(self, run: Run, before: Lines, *steps: int) -> None:
+        """What the new lines of its log count: the last ones a step each, and one before them, if any, what the run knew."""
+        assert run.folder is not None
+        counted, own = self.of_line[before[-1] if before else b""]
+        new = run.folder.lines[len(before) :]
+        counted = counted | run.known
+        for line, step in zip(new, [None] * (len(new) - len(steps)) + list(steps), strict=True):
+            if step is not None:
+                counted, own = counted | {step}, own | {step}
+            self.of_line[line] = (counted, own)
 
     def teardown(self) -> None:
         for run in self.all:
@@ -116,33 +152,62 @@ class Accounts(RuleBasedStateMachine):
 
     @rule(target=folders, folder=folders)
     def copy_a_folder(self, folder: Folder) -> Any:
-        """Of a folder in use, too."""
+        """One in use, too."""
         if not folder.path.exists():
             return multiple()
         path = self._new_folder()
         path.parent.mkdir()
         shutil.copy(folder.path, path)
-        return Folder(path, set(folder.counted), set(folder.own))
+        return Folder(path)
+
+    @rule(folder=folders, lines=st.integers(1, 3))
+    def cut(self, folder: Folder, lines: int) -> None:
+        """Whole lines off the end of a log."""
+        if folder.held is None and folder.path.exists():
+            folder.path.write_bytes(b"".join(line + b"\n" for line in folder.lines[:-lines]))
 
     # A run begins.
 
-    def _begun(self, account: RunAccount, folder: Folder, saved: Saved | None, torn: int) -> Run:
+    def _begun(self, account: RunAccount, folder: Folder, saved: Saved | None, torn: int) -> Any:
         if folder.held:
             with pytest.raises(PrivacyError, match="another run is writing"):
                 SpendLog(folder.path)
             self.kill(folder.held, torn)
-        account.begin(SpendLog(folder.path), None if saved is None else copy.deepcopy(saved.state))
-        known, taken = (set(), 0) if saved is None else (set(saved.known), saved.taken)
-        folder.held = Run(account, folder, known | folder.counted, taken)
-        self.all.append(folder.held)
-        return folder.held
+        run = Run(account)
+        log = SpendLog(folder.path)
+        if not self._told(
+            run, folder, saved, lambda: account.begin(log, None if saved is None else copy.deepcopy(saved.state))
+        ):
+            log.close()
+            return multiple()
+        run.folder, folder.held = folder, run
+        run.taken = 0 if saved is None else saved.taken
+        self.all.append(run)
+        return run
+
+    def _told(self, run: Run, folder: Folder | None, saved: Saved | None, operation: Callable[[], None]) -> bool:
+        """Whether a run is told what a log and a checkpoint hold, which is refused where a log lacks what was known of it."""
+        logs = run.logs | (saved.logs if saved is not None else set())
+        lacks = missed(folder.lines, logs) if folder is not None else False
+        if lacks:
+            self._refused(run, operation, "steps are missing from the spend log")
+            return False
+        try:
+            operation()
+        except PrivacyError:
+            if lacks is None:
+                return False
+            raise
+        run.logs = logs
+        run.known |= (saved.known if saved is not None else set()) | (self._counted(folder)[0] if folder is not None else set())
+        return True
 
     @rule(target=runs, folder=folders, change=CHANGE, torn=TORN)
-    def train(self, folder: Folder, change: int, torn: int) -> Run:
+    def train(self, folder: Folder, change: int, torn: int) -> Any:
         return self._begun(account_of(**self.settings[change % len(self.settings)]), folder, None, torn)
 
     @rule(target=runs, folder=folders, saved=saves, change=CHANGE, torn=TORN)
-    def resume(self, folder: Folder, saved: Saved, change: int, torn: int) -> Run:
+    def resume(self, folder: Folder, saved: Saved, change: int, torn: int) -> Any:
         return self._begun(account_of(**self.settings[change % len(self.settings)]), folder, saved, torn)
 
     @rule(target=runs, change=CHANGE)
@@ -152,7 +217,7 @@ class Accounts(RuleBasedStateMachine):
 
     @rule(folder=folders, change=st.sampled_from(INCOMPATIBLE))
     def train_what_cannot_be_added_up(self, folder: Folder, change: dict[str, Any]) -> None:
-        if folder.held or not folder.counted:
+        if folder.held or not folder.lines:
             return
         account, log = account_of(**change), SpendLog(folder.path)
         before = folder.path.read_bytes()
@@ -165,9 +230,11 @@ class Accounts(RuleBasedStateMachine):
     @rule(run=runs, folder=folders)
     def open_a_log(self, run: Run, folder: Folder) -> None:
         if run.alive and run.folder is None and not folder.held:
-            run.account.open_spend_log(SpendLog(folder.path))
-            run.folder, folder.held = folder, run
-            run.known |= folder.counted
+            log = SpendLog(folder.path)
+            if self._told(run, folder, None, lambda: run.account.open_spend_log(log)):
+                run.folder, folder.held = folder, run
+            else:
+                log.close()
 
     # It takes steps.
 
@@ -186,12 +253,12 @@ class Accounts(RuleBasedStateMachine):
         if run.broken:
             self._refused(run, lambda: run.account.count_step(), "is closed")
             return
+        before = () if run.folder is None else run.folder.lines
         run.account.count_step()
         self.counted += 1
-        run.known.add(self.counted)
         if run.folder is not None:
-            run.folder.own.add(self.counted)
-            run.folder.counted |= run.known
+            self._wrote(run, before, self.counted)
+        run.known.add(self.counted)
         if completes:  # else it is killed between the log and the noise, or all is interrupted there
             run.account.complete_step()
             self.released += 1
@@ -206,7 +273,7 @@ class Accounts(RuleBasedStateMachine):
         lines = 1 if run.account.spend_log._run is None else 2
         if line > lines:
             return
-        left = line
+        left, before = line, run.folder.lines
 
         def full(file: int) -> None:
             nonlocal left
@@ -219,8 +286,7 @@ class Accounts(RuleBasedStateMachine):
             self._refused(run, lambda: run.account.count_step(), "could not be written")
         run.broken = True
         run.folder.held = None
-        if line == 2:
-            run.folder.counted |= run.known
+        self._wrote(run, before)
 
     def _refused(self, run: Run, operation: Callable[[], None], match: str) -> None:
         before = self._seen(run)
@@ -231,7 +297,8 @@ class Accounts(RuleBasedStateMachine):
     @staticmethod
     def _seen(run: Run) -> Any:
         account = run.account
-        return (account.state_dict(), account.steps, account.steps_left, account.plan, account.writer, account.recorded)
+        state = {name: value for name, value in account.state_dict().items() if name not in ("spend_logs", "checksum")}
+        return (state, account.steps, account.steps_left, account.plan, account.writer, account.recorded)
 
     # It ends.
 
@@ -262,15 +329,16 @@ class Accounts(RuleBasedStateMachine):
     def save(self, run: Run) -> Saved:
         return self._saved(run)
 
+    def _saved(self, run: Run) -> Saved:
+        return Saved(json.loads(json.dumps(run.account.state_dict())), frozenset(run.known), self._logs(run), run.taken)
+
     @staticmethod
-    def _saved(run: Run) -> Saved:
-        return Saved(json.loads(json.dumps(run.account.state_dict())), frozenset(run.known), run.taken)
+    def _logs(run: Run) -> frozenset[Lines]:
+        return frozenset(run.logs if run.folder is None else run.logs | {run.folder.lines})
 
     @rule(run=runs, saved=saves)
     def load(self, run: Run, saved: Saved) -> None:
-        if run.alive:
-            run.account.load_state_dict(copy.deepcopy(saved.state))
-            run.known |= saved.known
+        if run.alive and self._told(run, run.folder, saved, lambda: run.account.load_state_dict(copy.deepcopy(saved.state))):
             run.taken = saved.taken
 
     @rule(run=runs, saved=saves, what=st.sampled_from(["taken", "steps", "noise_multiplier", "ledgers", "checksum"]))
@@ -293,16 +361,14 @@ class Accounts(RuleBasedStateMachine):
         """Takes steps, and ends without a word while it writes or syncs."""
         if not self.forks or folder.held:
             return
-        released, writes = _of_a_process(folder.path, steps, dies_at)
-        log = SpendLog(folder.path)
-        log.close()
-        found = sum(ledger.steps for ledger in log.ledgers.values()) - len(folder.counted)
-        assert released <= found <= writes
-        new = set(range(self.counted + 1, self.counted + 1 + found))
+        run, before = Run(account_of(), folder, set(self._counted(folder)[0])), folder.lines
+        released, begun = _of_a_process(folder.path, steps, dies_at)
+        found = sum(b'"step"' in line for line in folder.lines[len(before) :])
+        assert released <= found <= begun
+        new = range(self.counted + 1, self.counted + 1 + found)
+        self._wrote(run, before, *new)
         self.counted += found
         self.released += released
-        folder.counted |= new
-        folder.own |= new
 
     # What always holds.
 
@@ -315,7 +381,7 @@ class Accounts(RuleBasedStateMachine):
                 assert account.steps == len(run.known)
                 assert account.taken == run.taken <= account.steps
                 assert account.steps_left >= 0
-                assert account.recorded == (run.folder is not None and run.known <= run.folder.own)
+                assert account.recorded == (run.folder is not None and run.known <= self._counted(run.folder)[1])
                 account.require_as_planned(account.config)
 
 
