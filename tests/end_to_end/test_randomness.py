@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine.strategies import Strategy
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.mechanisms.fresh_randomness import fresh_randomness
@@ -22,7 +23,7 @@ from tests.support.engines import STRATEGIES
 from tests.support.loops import loop, run
 from tests.support.models import VOCABULARY, tiny
 from tests.support.oracle import distance
-from tests.support.ranks import world
+from tests.support.ranks import fresh, world
 from tests.support.trainers import Example, Pad, attached, config, draws, texts, trainer_for, watch, without_dropout
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -106,7 +107,8 @@ def states(path: Path, data: Any, collator: Any, model: Any, **settings: Any) ->
     trainer.train()
     found = []
     for step in (1, 2):
-        saved = torch.load(path / f"checkpoint-{step}" / "rng_state.pth", weights_only=False)
+        name = "rng_state.pth" if Ranks().size == 1 else f"rng_state_{Ranks().rank}.pth"
+        saved = torch.load(path / f"checkpoint-{step}" / name, weights_only=False)
         found.append(
             repr((saved["cpu"].tolist(), saved["python"], [*map(str, saved["numpy"][1].tolist()), saved["numpy"][2:]]))
         )
@@ -134,6 +136,19 @@ def test_saved_states_of_generators_are_those_of_a_neighbouring_dataset(
 
 
 @pytest.mark.sampled(4)
+def states_of_this_rank(path: str, rows: int) -> list[Any]:
+    fresh()
+    return states(
+        Path(path), Augmented(rows), Masks("torch"), with_dropout("numpy"), gradient_accumulation_steps=2, ddp_backend="gloo"
+    )
+
+
+@pytest.mark.complete
+def test_so_they_are_of_every_rank(tmp_path: Path) -> None:
+    found = [world(2).run(states_of_this_rank, str(tmp_path / str(rows)), rows) for rows in (24, 25)]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("jitter", [None, *JITTERS])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_dropout_cannot_be_foreseen_and_generators_stay_as_they_were(

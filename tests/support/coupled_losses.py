@@ -61,7 +61,9 @@ def rows(seed: int, n: int = 60, positives: float = 0.1) -> list[dict[str, Tenso
     return made
 
 
-def checked(loss: Loss, data: Any, *, seed: int = 0, model: nn.Module | None = None) -> PrivateTraining:
+def checked(
+    loss: Loss, data: Any, *, seed: int = 0, model: nn.Module | None = None, collate: Callable[[Any], Any] = default_collate
+) -> PrivateTraining:
     """A training of these rows that has passed its checks; they raise where they refuse it."""
     model = Scores(seed) if model is None else model
     training = PrivateTraining(
@@ -76,7 +78,7 @@ def checked(loss: Loss, data: Any, *, seed: int = 0, model: nn.Module | None = N
         strategy="bookkeeping",
     )
     training.start(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    training.check(training.loader(data, default_collate, steps=1, first_step=0))
+    training.check(training.loader(data, collate, steps=1, first_step=0))
     return training
 
 

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from torch.utils.data import default_collate
 
-from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.distributed import Ranks
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.integrations.accelerate import PrivateLoop, make_private
 from dp_flash_hf.training.recheck import Rechecks, RecheckSchedule
 from tests.support.coupled_losses import Scores, marginal_entropy, of_scores, ranknet, rows, worst_rows
 from tests.support.models import tiny
+from tests.support.ranks import fresh, world
 from tests.support.trainers import Pad, attached, config, trainer_for
 
 
@@ -97,17 +99,24 @@ def test_checks_while_training_change_nothing(
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
-def loop(loss: Any, collate: Any = default_collate, steps: int = 6) -> Iterator[PrivateLoop]:
+def loop(
+    loss: Any,
+    collate: Any = default_collate,
+    steps: int = 6,
+    model: torch.nn.Module | None = None,
+    accelerator: Accelerator | None = None,
+    **privacy: Any,
+) -> Iterator[PrivateLoop]:
     """A loop of one's own, step by step."""
-    model = Scores()
+    model = Scores() if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     private = make_private(
         model=model,
         optimizer=optimizer,
         train_dataset=rows(0, positives=0.5),
         collate_fn=collate,
-        accelerator=Accelerator(cpu=True),
-        config=config(),
+        accelerator=accelerator or Accelerator(cpu=True),
+        config=config(**privacy),
         expected_batch_size=8,
         steps=steps,
         loss_fn=loss,
@@ -191,6 +200,67 @@ def test_a_collator_that_begins_to_mix_later_ends_training(collator: type[Turnin
     with pytest.raises(PrivacyError, match=r"while training, before step 4, .*collator m(ix|ak)es"):
         next(steps)
     assert taken == [1, 2, 3]
+
+
+class NearlyUniform(Scores):
+    """A term of the batch's mean probabilities is rounded away in bfloat16 as long as they are all alike."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                parameter.mul_(0.01)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().forward(x.to(self.head.weight.dtype))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_term_between_units_is_found_under_autocast() -> None:
+    with pytest.raises((PrivacyError, UnsupportedError), match="unit"):
+        next(loop(marginal_entropy, accelerator=Accelerator(cpu=True, mixed_precision="bf16")))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_a_term_that_bfloat16_hides_at_first_is_found_when_it_has_grown(how: str, always: list[int]) -> None:
+    """Nothing shows before the first step, and training ends when it does."""
+    model = NearlyUniform(torch.bfloat16 if how == "weights" else torch.float32)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if how == "autocast" else "no")
+    steps = loop(marginal_entropy, steps=60, model=model, accelerator=accelerator, noise_multiplier=0.1)
+    next(steps)
+    with pytest.raises(PrivacyError, match=r"while training, .*of which nothing was released: .*unit"):
+        list(steps)
+
+
+def of_one_rank(steps: int, bad: int) -> tuple[str, int, bool]:
+    """(error, steps counted, whether weights moved since the last release) where the collator of one rank begins to mix."""
+    fresh()
+    collate = Centred()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecheckSchedule, "due", lambda *args: True)
+        model = Scores()
+        private, before, error = None, None, ""
+        try:
+            for private in loop(of_scores, collate, model=model):
+                before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+                collate.turned = Ranks().rank == bad and private.report().steps >= steps
+        except PrivacyError as found:
+            error = str(found)
+    assert private is not None
+    assert before is not None
+    moved = not torch.equal(before, torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+    return error, private.report().steps, moved
+
+
+@pytest.mark.parametrize("bad", [0, pytest.param(1, marks=pytest.mark.complete)])
+def test_what_one_rank_finds_ends_training_on_all(bad: int) -> None:
+    """Nothing of that step is released on any of them."""
+    found = world(2).run(of_one_rank, 2, bad)
+    assert [(steps, moved) for _, steps, moved in found] == [(2, False)] * 2
+    assert "collator m" in found[bad][0]
+    assert all("before step 3, of which nothing was released" in error for error, _, _ in found)
 
 
 def test_a_check_that_failed_ends_the_training_for_good(always: list[int]) -> None:

@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import default_collate
 
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.training import preflight
 from tests.support.coupled_losses import COUSINS, HONEST, NAMED, Loss, Scores, checked, of_classes, of_pairs_in_a_row, rows
+from tests.support.loops import loop, run
+from tests.support.models import VOCABULARY
 from tests.support.trainers import attached, texts, trainer_for
 
 SEEDS = pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 20), marks=pytest.mark.complete)], ids=str)
@@ -46,6 +51,88 @@ def test_an_honest_loss_of_every_kind_of_label_is_accepted(loss: Loss, seeds: ra
     if loss is not of_pairs_in_a_row:  # which is zero for all rows that are apart already, and says nothing of how it divides
         assert checked(loss, rows(0, positives=0.0)).checked
         assert checked(loss, rows(0, n=2)).checked
+
+
+def through_a_trainer(loss: Loss, data: Any, path: Path) -> None:
+    class Custom(hf.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return loss(model, inputs)
+
+    attached(trainer := trainer_for(Scores(), path, data, cls=Custom, collator=default_collate))
+    trainer.train()
+
+
+def through_a_loop(loss: Loss, data: Any, path: Path) -> None:
+    private, _, optimizer = loop(Scores(), train_dataset=data, collate_fn=default_collate, loss_fn=loss)
+    run(private, optimizer)
+
+
+ALSO = [pytest.param(loss, marks=pytest.mark.complete) for loss in (*NAMED[1:], *COUSINS)]
+
+
+@pytest.mark.parametrize("train", [through_a_trainer, through_a_loop], ids=name_of)
+@pytest.mark.parametrize("loss", [NAMED[0], *ALSO], ids=name_of)
+def test_it_is_refused_where_people_put_it(loss: Loss, train: Any, tmp_path: Path, fresh_accelerate: None) -> None:
+    """In an overridden `Trainer.compute_loss`, and as `loss_fn` of `make_private`."""
+    for seed in range(3 if loss is not NAMED[0] else 1):
+        with pytest.raises((PrivacyError, UnsupportedError)):
+            train(loss, rows(seed), tmp_path)
+
+
+@pytest.mark.parametrize("train", [through_a_trainer, through_a_loop], ids=name_of)
+@pytest.mark.parametrize(
+    "loss", [HONEST[0], *(pytest.param(loss, marks=pytest.mark.complete) for loss in HONEST[1:-2])], ids=name_of
+)
+def test_and_an_honest_one_trains_there(loss: Loss, train: Any, tmp_path: Path, fresh_accelerate: None) -> None:
+    train(loss, rows(0), tmp_path)
+
+
+class Similar(nn.Module):
+    """Cosine similarity of two texts: their mean embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(VOCABULARY, 8)
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return torch.cosine_similarity(self.mean(one), self.mean(other), dim=1)
+
+    def mean(self, ids: Tensor) -> Tensor:
+        mask = (ids > 0).to(self.table.weight.dtype).unsqueeze(1)
+        mean: Tensor = (mask @ self.table(ids)).squeeze(1) / mask.sum(2)
+        return mean
+
+
+def pairs(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Two int64 (rows, length), padded with zeros, and scores."""
+    batch = {"score": torch.stack([example["score"] for example in examples])}
+    for name in ("one", "other"):
+        length = max(len(example[name]) for example in examples)
+        batch[f"{name}_ids"] = torch.tensor([example[name] + [0] * (length - len(example[name])) for example in examples])
+    return batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_unit_whose_gradient_is_nothing_but_rounding_is_accepted(dtype: torch.dtype) -> None:
+    """Two texts that are the same, with score 1: padding rounds otherwise, a thousand billion times below other gradients."""
+    long, same = list(range(3, 60)), list(range(3, 22))
+    data = [
+        {"one": same, "other": same, "score": 1.0},
+        {"one": long, "other": long[::-2], "score": 0.2},
+        {"one": [7, 3, 8], "other": [6], "score": 0.5},
+        {"one": [4, 4, 9, 50, 51], "other": [12, 13], "score": 0.9},
+    ]
+    for row in data:
+        row["score"] = torch.tensor(row["score"], dtype=dtype)
+    model = Similar().to(dtype)
+    norms = [float(torch.autograd.grad(alike(model, pairs([row])), model.table.weight)[0].norm()) for row in data]
+    assert norms[0] < 1e-4 * max(norms)
+    assert checked(alike, data, model=model, collate=pairs).checked
+
+
+def alike(model: Any, batch: dict[str, Tensor]) -> Any:
+    return mse_loss(model(batch["one_ids"], batch["other_ids"]), batch["score"])
 
 
 class RandomMean(nn.Module):
