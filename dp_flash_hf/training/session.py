@@ -293,11 +293,7 @@ class PrivateTraining:
         if self.rows is None:
             say_of_documents(self.dataset)
         reader = UnitReader(
-            loader,
-            self.adapter,
-            rows=self.rows,
-            max_examples_per_unit=self.config.max_examples_per_unit,
-            n_units=self.n_units,
+            loader, self.adapter, rows=self.rows, max_examples_per_unit=self.config.max_examples_per_unit, n_units=self.n_units
         )
         checks = Checks(engine, self.adapter, reader, cut_padding=self.max_tokens is not None)
         if self.strategy == "auto":

@@ -30,7 +30,7 @@ def unchecked(loss: UnitLoss) -> Iterator[None]:
     """Trainings start at once, with this loss; what their checks would try is for other tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checks, "before_training", lambda self: loss)
-        patch.setattr(Checks, "some_batch", lambda self: ({}, None))
+        patch.setattr(Checks, "tried_batch", lambda self: ({}, None))
         patch.setattr(Checks, "longest_unit", lambda self: 0)
         patch.setattr(Rechecks, "before_step", lambda self: None)
         patch.setattr("dp_flash_hf.training.session.shares_random_numbers", lambda *args, **settings: False)

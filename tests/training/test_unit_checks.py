@@ -100,7 +100,8 @@ class Similar(nn.Module):
 
     def mean(self, ids: Tensor) -> Tensor:
         mask = (ids > 0).to(self.table.weight.dtype).unsqueeze(1)
-        mean: Tensor = (mask @ self.table(ids)).squeeze(1) / mask.sum(2)
+        words = self.table(ids).mT.contiguous()
+        mean: Tensor = (words * mask).sum(2) / mask.sum(2)  # in an order that depends on the length
         return mean
 
 
@@ -113,8 +114,7 @@ def pairs(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_unit_whose_gradient_is_nothing_but_rounding_is_accepted(dtype: torch.dtype) -> None:
+def test_a_unit_whose_gradient_is_nothing_but_rounding_is_accepted() -> None:
     """Two texts that are the same, with score 1: padding rounds otherwise, a thousand billion times below other gradients."""
     long, same = list(range(3, 60)), list(range(3, 22))
     data = [
@@ -124,8 +124,8 @@ def test_a_unit_whose_gradient_is_nothing_but_rounding_is_accepted(dtype: torch.
         {"one": [4, 4, 9, 50, 51], "other": [12, 13], "score": 0.9},
     ]
     for row in data:
-        row["score"] = torch.tensor(row["score"], dtype=dtype)
-    model = Similar().to(dtype)
+        row["score"] = torch.tensor(row["score"])
+    model = Similar()
     norms = [float(torch.autograd.grad(alike(model, pairs([row])), model.table.weight)[0].norm()) for row in data]
     assert norms[0] < 1e-4 * max(norms)
     assert checked(alike, data, model=model, collate=pairs).checked
