@@ -52,7 +52,7 @@ class RecordedLinear(torch.autograd.Function):
         w, b = ctx.tracked
         if b is not None:
             record_bias(b, g, ctx.layout)
-        layout, shape, kept = ctx.layout, x.shape, _rows_with_gradient(g, x.shape[-1])
+        layout, shape, kept = ctx.layout, x.shape, _rows_with_gradient(g, x)
         if kept is not None:
             g = g.reshape(-1, g.shape[-1]).index_select(0, kept)
         if w is not None:
@@ -67,19 +67,22 @@ class RecordedLinear(torch.autograd.Function):
         return (back, *(None,) * 4)
 
 
-def _rows_with_gradient(g: Tensor, d: int) -> Tensor | None:
+def _rows_with_gradient(g: Tensor, x: Tensor) -> Tensor | None:
     """Rows of g ``(*lead, p)`` that are not all zeros, int64; None where leaving out the others would save no time.
 
     The others are padding and what ignored labels leave: they add nothing to any gradient. How long a step takes therefore
     depends on them, as it does on how far texts are padded.
 
+    Whether rows are left out depends on the whole batch. So no result may: where a value of the input is not finite, zero times
+    it is NaN, for which its unit is dropped, and nothing is left out.
+
     Args:
         g: The gradient of a layer's output.
-        d: The width of its input.
+        x: Its input ``(*lead, d)``.
     """
     if g.device.type != "cpu":
         return None  # the host would have to wait for their number
-    g = g.reshape(-1, g.shape[-1])
+    g, d = g.reshape(-1, g.shape[-1]), x.shape[-1]
     speed = cost_model.speed_of(g.device, g.dtype)
 
     def pays(zero: int) -> bool:
@@ -88,7 +91,7 @@ def _rows_with_gradient(g: Tensor, d: int) -> Tensor | None:
     if not pays(len(g)) or not pays(len(g) - int(nonzero_rows(g[:, :_SAMPLE]).sum())):
         return None
     kept = nonzero_rows(g).nonzero().squeeze(1)
-    return kept if len(kept) and pays(len(g) - len(kept)) else None
+    return kept if len(kept) and pays(len(g) - len(kept)) and bool(x.sum().isfinite()) else None
 
 
 def record_product(weight: Tracked, a: Tensor, g: Tensor, layout: Layout) -> None:
