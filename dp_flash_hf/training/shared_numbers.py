@@ -74,7 +74,8 @@ def shares_random_numbers(
         whole, alone = drawn(batch), drawn(select_unit(batch, units, 0))
         shared = frozenset(draw for draw, times in whole.items() if draw in alone and times < units.n * alone[draw])
         one, other = norms(0, shared), norms(1, shared)
-    return bool(((one - other).abs() > tolerance * torch.maximum(one, other)).any())
+    # An end of their range may make numbers that are not finite, as logarithms of 0 in Gumbel noise: these matter, too.
+    return not bool(((one - other).abs() <= tolerance * torch.maximum(one, other)).all())
 
 
 class _Draws(TorchDispatchMode):

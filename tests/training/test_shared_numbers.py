@@ -58,6 +58,7 @@ SHARED: dict[str, Callable[[], Any]] = {
     "stochastic depth of a batch": lambda: gpt2(lambda x: (torch.rand(()) > 0.05).to(x) + 0.5),
     "one mask for all rows": lambda: gpt2(lambda x: F.dropout(ones(x, 1, 1, x.shape[2]), 0.2)),
     "a number of numpy": lambda: gpt2(lambda x: torch.tensor(1 + np.random.random(), dtype=x.dtype)),
+    "Gumbel noise of a batch": lambda: gpt2(lambda x: 1 - 0.1 * torch.rand((), dtype=x.dtype).log().neg().log()),
     "normal numbers for all rows": lambda: gpt2(lambda x: 1 + torch.randn(x.shape[2], dtype=x.dtype)),
 }
 APART: dict[str, Callable[[], Any]] = {
