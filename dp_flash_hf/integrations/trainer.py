@@ -436,10 +436,13 @@ class DPCallback(SelfAttaching, ExportableState):
         return int(self._own["num_examples"](dataloader))
 
     def _log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        logs = self._evaluation.named(logs)
-        mark(logs, self.mechanism)
+        named = self._evaluation.named(logs)
+        mark(named, self.mechanism)
         trl_trainers.mark_metrics(self.trainer)
-        self._own["log"](logs, *(() if start_time is None else (start_time,)))
+        given = set(named)
+        self._own["log"](named, *(() if start_time is None else (start_time,)))
+        if named is not logs:  # TRL's trainers add metrics to what `evaluate` returns
+            logs.update((name, value) for name, value in named.items() if name not in given)
 
 
 def _stated(trainer: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.mechanisms.fresh_randomness import fresh_randomness, own_generators
 from dp_flash_hf.training.adapter import prepared
 from dp_flash_hf.training.batches import units_of
+from dp_flash_hf.training.tried_units import length_of
 from dp_flash_hf.training.unit_reader import Key, UnitReader
 from dp_flash_hf.units import Units, select_items
 
@@ -46,14 +47,17 @@ def check_collator(reader: UnitReader, keys: Sequence[Key], chance: random.Rando
         return
     examples = reader.examples(keys)
     copies = _copies(reader.collate)
+    longest = max(examples, key=lambda example: length_of(example[0]))  # among the others, so that shapes stay
     for _ in range(rounds):
-        order = chance.sample(range(len(examples)), len(examples))
-        shuffled = [examples[place] for place in order]
-        (_, unit), others = shuffled[-1], shuffled[:-1]
-        exchanged = [*others, (chance.choice(others)[0], unit)]
+        *others, (last, unit) = chance.sample(examples, len(examples))
+        others.insert(chance.randrange(len(examples)), longest)
+        instead = chance.choice([example for example, _ in others if example is not last])
         seed = chance.getrandbits(63)
-        one, other = (_collated(reader, collate, own, seed) for collate, own in zip(copies, (shuffled, exchanged), strict=True))
-        _require_equal(*(_of_others(batch, len(keys), reader) for batch in (one, other)), same_examples=False)
+        one, other = (
+            _of_others(_collated(reader, collate, [*others, (example, unit)], seed), len(others) + 1, reader)
+            for collate, example in zip(copies, (last, instead), strict=True)
+        )
+        _require_equal(one, other, same_examples=False)
         seed = chance.getrandbits(63)
         _require_equal(*(_collated(reader, collate, examples, seed) for collate in copies), same_examples=True)
     _check_memory(reader, examples, chance)

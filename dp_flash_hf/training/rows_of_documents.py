@@ -54,5 +54,11 @@ def documents_of_rows(dataset: Any) -> str | None:
 def _is_full(example: Any) -> bool:
     if not isinstance(example, Mapping) or "input_ids" not in example or "labels" not in example:
         return False
-    ids, labels, mask = (list(example[name]) if name in example else None for name in ("input_ids", "labels", "attention_mask"))
-    return ids == labels and (mask is None or all(mask))
+    ids, labels, mask = (_values(example.get(name)) for name in ("input_ids", "labels", "attention_mask"))
+    return ids is not None and ids == labels and (mask is None or all(mask))
+
+
+def _values(field: Any) -> list[Any] | None:
+    """Of a list, an array or a tensor; None of a number, or of nothing."""
+    found = field.tolist() if hasattr(field, "tolist") else field
+    return list(found) if isinstance(found, (list, tuple)) else None
