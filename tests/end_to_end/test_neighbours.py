@@ -290,7 +290,7 @@ def both(case: Case, *, checked: bool = False) -> tuple[Sums, Sums]:
     return released(case, neighbour=True, checked=checked), released(case, neighbour=False, checked=checked)
 
 
-@pytest.mark.parametrize("n", [15, pytest.param(2000, marks=pytest.mark.complete)])
+@pytest.mark.parametrize("n", [15, pytest.param(400, marks=pytest.mark.complete)])
 def test_one_unit_of_a_small_model_moves_what_is_released_by_its_clipped_gradient(n: int) -> None:
     @examples(n)
     @given(cases(["plain"]))
@@ -300,7 +300,7 @@ def test_one_unit_of_a_small_model_moves_what_is_released_by_its_clipped_gradien
     holds()
 
 
-@pytest.mark.parametrize("n", [6, pytest.param(600, marks=pytest.mark.complete)])
+@pytest.mark.parametrize("n", [6, pytest.param(120, marks=pytest.mark.complete)])
 def test_one_unit_of_a_transformer_moves_what_is_released_by_its_clipped_gradient(n: int) -> None:
     @examples(n)
     @given(cases(["gpt2", "bert", "t5"]))
