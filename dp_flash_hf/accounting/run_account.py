@@ -242,7 +242,7 @@ class RunAccount:
             self.spend_log, self._writer = log, log.name
             self._before = log.last or self._before
         self._merge(saved)
-        if state is not None and (self.spend_log is None or self.spend_log.last is None):
+        if state is not None and (self._before is None or self.spend_log is None or self.spend_log.last is None):
             self._before = state
         self.taken = taken if state is None else state["taken"]
         self._replan()

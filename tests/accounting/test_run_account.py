@@ -53,6 +53,17 @@ def test_a_calibrated_plan_is_continued_with_its_own_noise() -> None:
     assert again.account.plan.epsilon() <= 2.0
 
 
+def test_a_calibrated_plan_keeps_its_noise_when_it_loads_a_checkpoint_of_its_own(path: Path) -> None:
+    """With a log that was new when it began, and so knew of no plan."""
+    mechanism, optimizer = logged(path, target_epsilon=2.0, noise_multiplier=None)
+    plan = mechanism.account.plan
+    step(mechanism, optimizer)
+    state = mechanism.state_dict()
+    step(mechanism, optimizer)
+    mechanism.load_state_dict(state)
+    assert (mechanism.account.plan, mechanism.account.steps_left) == (plan, STEPS - 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

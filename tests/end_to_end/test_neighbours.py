@@ -198,7 +198,8 @@ def cases(draw: Any, models: Sequence[str]) -> Case:
         neighbour=neighbour,
         drawn=frozenset(draw(st.sets(st.sampled_from([unit for unit in units if unit != neighbour])))),
         clipping=draw(st.sampled_from(["flat", "automatic", "per_layer"])),
-        strategy=draw(st.sampled_from(STRATEGIES)),
+        # Of T5 some batches are computed unit by unit, which a strategy asked for by name refuses.
+        strategy=draw(st.sampled_from(("auto", "microbatch") if model == "t5" else STRATEGIES)),
         bound=draw(st.sampled_from([1e-3, 0.5, 30.0])),
         max_examples=draw(st.integers(1, 6)),
         max_tokens=draw(st.sampled_from([None, 4, 20])),

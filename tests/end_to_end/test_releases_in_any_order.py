@@ -395,6 +395,6 @@ def _interrupted(self: Any) -> Any:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("n", "steps"), [(8, 25), pytest.param(100, 80, marks=pytest.mark.complete)])
+@pytest.mark.parametrize(("n", "steps"), [(20, 25), pytest.param(100, 80, marks=pytest.mark.complete)])
 def test_weights_change_by_what_was_released_once_each(n: int, steps: int) -> None:
     run_state_machine_as_test(Training, settings=examples(n, steps=steps))
