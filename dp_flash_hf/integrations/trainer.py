@@ -282,8 +282,7 @@ class DPCallback(SelfAttaching, ExportableState):
                 "the beginning"
             )
         trl_trainers.call_the_head(self._while_training, trainer)
-        # A compiled model is only known by what wraps it.
-        compiled = is_compiled(trainer.model_wrapped)
+        compiled = is_compiled(trainer.model_wrapped)  # which only what wraps a model knows
         require_trained_weights_in_model(trainer, kwargs["optimizer"])
         self.training.start(trainer.model_wrapped if compiled else trainer.model, kwargs["optimizer"])
         self.training.check(loader)
