@@ -429,7 +429,7 @@ def _of_a_process(path: Path, steps: int, dies_at: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("machine", "n", "steps"), [(Accounts, 30, 30), pytest.param(AllAccounts, 100, 60, marks=pytest.mark.complete)]
+    ("machine", "n", "steps"), [(Accounts, 60, 30), pytest.param(AllAccounts, 100, 60, marks=pytest.mark.complete)]
 )
 def test_a_step_that_was_counted_counts_once_and_for_ever(machine: type[Accounts], n: int, steps: int) -> None:
     run_state_machine_as_test(machine, settings=examples(n, steps=steps))
