@@ -190,11 +190,9 @@ def learn_loss(
         for others in ([values[0]], *(values[begin : begin + most] for begin in range(1, len(values), most))):
             tried = _relabelled(batch, units, [likely, *others])
             parts = [select_unit(tried, units, unit) for unit in range(units.n)]
-            given = [label_counts(tried, units, options[0]) if divided else torch.ones(units.n), torch.ones(1)]
-            if divided:
-                given[1] = given[0].sum(0, keepdim=True)
-            means = torch.tensor([loss(part, n) for part, n in zip(parts, given[0].tolist(), strict=True)])
-            whole = loss(tried, float(given[1]))
+            given = label_counts(tried, units, options[0]) if divided else torch.ones(units.n)
+            means = torch.tensor([loss(part, n) for part, n in zip(parts, given.tolist(), strict=True)])
+            whole = loss(tried, float(given.sum()) if divided else 1.0)
             largest = max(largest, abs(whole))
             for option in errors:
                 counts = torch.ones(units.n) if option == "sum" else label_counts(tried, units, option)

@@ -36,7 +36,7 @@ def documents_of_rows(dataset: Any) -> str | None:
     """
     names = column_names(dataset) or []
     for name in _ORIGINS:
-        if name in names and len(set(column(dataset, name))) < len(dataset):
+        if name in names and len(set(map(str, column(dataset, name)))) < len(dataset):
             return (
                 f"several rows are of one document (column {name!r}), and the privacy unit is one row: what is promised is for "
                 f"each row by itself. PrivacyConfig(privacy_unit={name!r}, max_examples_per_unit=...) protects whole documents"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dp_flash_hf.errors import PrivacyError
-from tests.support.trainers import Pad, attached, trainer_for
+from tests.support.trainers import Pad, attached, texts, trainer_for
 
 
 class CutToShortest(Pad):
@@ -104,5 +104,12 @@ class OwnNumbers(Pad):
 
 def test_random_numbers_of_its_own_are_no_memory(tmp_path: Path) -> None:
     dp = attached(trainer := trainer_for("gpt2", tmp_path, collator=OwnNumbers()))
+    trainer.train()
+    assert dp.mechanism.account.steps == 2
+
+
+def test_data_may_be_one_example_many_times(tmp_path: Path) -> None:
+    """The very same object: which of two is exchanged cannot be told by what they are."""
+    dp = attached(trainer := trainer_for("gpt2", tmp_path, [texts()[0]] * 12))
     trainer.train()
     assert dp.mechanism.account.steps == 2
