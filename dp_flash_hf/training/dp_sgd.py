@@ -216,6 +216,8 @@ class DPSGD:
             self._state.require_unchanged()
             if self._draw is not None:
                 self._draw.require_whole(None if self._engine.sharded else self._engine.rounding[0])
+            for parameter in self._engine.parameters:  # what cannot be taken is not counted
+                self._engine.clipped_sum(parameter)
             self.account.count_step()  # before anything of it can be seen
             sums = self._engine.take_sums()
         noise = _StepNoise(

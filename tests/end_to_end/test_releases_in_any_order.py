@@ -253,6 +253,7 @@ class Training(RuleBasedStateMachine):
             and not self.failed
             and account.steps_left > 0
             and len(self.arrived) == PARTS
+            and all(p.grad is None for p in self.model.parameters())  # where all parts are empty, those of before may be there
         )
         self.counted_then = self.counted + 1
         if not possible:

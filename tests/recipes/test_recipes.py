@@ -466,7 +466,7 @@ def test_progress_is_one_line_with_loss_and_epsilon(
         assert lines[-1] == f"step 40 of 40: loss 2.000{', epsilon spent 4.000' if private else ''}, 0 s"
 
 
-QUICK = ["hidden_size=16", "num_layers=1", "num_heads=2", "max_length=16", "logging_steps=1", "per_device_eval_batch_size=256"]
+QUICK = ["hidden_size=16", "num_layers=1", "num_heads=2", "max_length=32", "logging_steps=1", "per_device_eval_batch_size=256"]
 
 
 @pytest.mark.complete

@@ -45,6 +45,19 @@ def test_every_step_is_counted_before_it_can_be_seen(monkeypatch: pytest.MonkeyP
     assert mechanism.account.steps == 1
 
 
+def test_a_step_whose_gradients_are_not_the_engines_is_not_counted() -> None:
+    model = Toy()
+    mechanism, _, optimizer = started(model)
+    mechanism.release()  # of nobody
+    optimizer.step()  # without zero_grad(): what was released is still there
+    with pytest.raises(PrivacyError, match="not made by the engine"):
+        mechanism.release()
+    assert mechanism.account.steps == 1
+    optimizer.zero_grad()
+    mechanism.release()
+    assert mechanism.account.steps == 2
+
+
 def test_steps_out_of_order_update_nothing() -> None:
     model = Toy()
     mechanism, engine, optimizer = started(model)
