@@ -74,6 +74,7 @@ def test_help_loads_nothing_but_the_command_line() -> None:
     assert int(count) < 60
 
 
+@pytest.mark.complete
 def test_with_models_come_the_attention_and_the_patches_only() -> None:
     """Beside Transformers, which waits for neither: attention and patches are imported before any model class is there."""
     script = """
@@ -110,6 +111,7 @@ def ran(model):
 """
 
 
+@pytest.mark.complete
 def test_imported_before_transformers_and_in_a_forked_child() -> None:
     script = f"""
 import os

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.support import ROOT
 from tests.support.kept import kept
 
@@ -19,6 +21,7 @@ def test_every_promise_was_shown_to_have_a_test_that_fails() -> None:
         assert re.search(r"^Shown by: .*\n\n- `tests/", text, re.MULTILINE), number
 
 
+@pytest.mark.complete
 def test_make_test_runs_every_test_that_is_named() -> None:
     """As pytest says: a test all of whose parameters are marked `complete` shows nothing, nor does one that may be skipped."""
     assert re.search(r"^test: .*\n(\t.*\n)*\t\$\(PYTEST\)\n", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)

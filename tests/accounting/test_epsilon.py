@@ -21,6 +21,7 @@ from dp_flash_hf.mechanisms.sampling import PoissonSampler, TruncatedPoissonSamp
 from tests.support.accounts import RUNS, plan_of, pld_epsilon, poisson_event
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("run", RUNS)
 def test_epsilon_is_dp_accountings_and_within_one_percent_of_prv(run: tuple[int, int, float, int, float]) -> None:
     from opacus.accountants import PRVAccountant

@@ -18,6 +18,7 @@ from dp_flash_hf.mechanisms.sampling import PoissonSampler
 from tests.support.accounts import RUNS, fine_pld_epsilon, plan_of, pld_epsilon, poisson_event
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("accountant", ["pld", "prv", "rdp"])
 @pytest.mark.parametrize(
     ("units", "batch", "steps", "epsilon", "delta"), [(10_000, 100, 300, 1.0, 1e-5), (500, 25, 40, 4.0, 1e-4)]
@@ -97,6 +98,7 @@ def test_a_budget_that_hardly_needs_noise_is_met() -> None:
     assert PrivacyPlan.from_config(config, n_units=1000, expected_batch_size=10, steps=1).epsilon() <= 1e9
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("accountant", ["pld", "prv", "rdp"])
 @pytest.mark.parametrize("target", [0.3, 1.5, 4.0])
 def test_max_steps_is_exact(accountant: AccountantName, target: float) -> None:

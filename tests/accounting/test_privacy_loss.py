@@ -78,6 +78,7 @@ def test_one_step_is_that_of_the_definition(q: float, sigma: float, delta: float
     assert one_step_delta(q, sigma, epsilon) <= delta < one_step_delta(q, sigma, epsilon * (1 - HIGH))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("q", "sigma", "doublings", "delta", "interval"),
     [(0.05, 0.8, 3, 1e-18, 1e-3), (0.3, 2.0, 4, 1e-15, 5e-4), (0.01, 0.4, 2, 1e-17, 2e-3), (0.9, 6.0, 4, 1e-18, 5e-4)],
@@ -90,6 +91,7 @@ def test_steps_at_a_delta_that_fourier_transforms_lose(
     assert below <= poisson_epsilon([Steps(q, sigma, 2**doublings)], delta) <= (1 + HIGH) * above
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("q", "sigma", "steps", "delta", "interval"),
     [

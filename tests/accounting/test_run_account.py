@@ -411,6 +411,7 @@ def test_copies_of_a_folder_that_both_went_on_are_merged(alive: bool, path: Path
     assert merged.report().parts == ({"steps": 10, "sampler": merged.account.plan.sampler.to_dict(), "noise_multiplier": 1.0},)
 
 
+@pytest.mark.complete
 def test_a_checkpoint_of_a_copied_output_folder(tmp_path: Path) -> None:
     """As `Trainer` resumes it: 2 steps in both folders, 2 more here, 1 more there, and then 1 in a folder of its own."""
 

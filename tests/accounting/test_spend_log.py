@@ -153,6 +153,7 @@ def killed_beside_a_worker(path: Path) -> None:
     log.close()  # kept open until here
 
 
+@pytest.mark.complete
 def test_a_worker_does_not_keep_the_lock_of_a_killed_run(path: Path) -> None:
     """Data loaders fork; their workers notice some seconds late that the run is gone."""
     run = start(killed_beside_a_worker, path)

@@ -78,7 +78,7 @@ _WITH = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     ("case", "name"),
     [

@@ -64,7 +64,7 @@ pickle.dump(model(IDS).logits.detach(), open(sys.argv[2], "wb"))
 """
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.complete
 @pytest.mark.parametrize("switched", [False, True], ids=["built with it", "switched to it"])
 def test_such_a_model_is_causal_in_another_process_too(switched: bool, tmp_path: Path) -> None:
     """Nothing about it is kept in the process that built it."""

@@ -48,6 +48,7 @@ def test_plan_counts_the_steps_a_budget_affords(capsys: pytest.CaptureFixture[st
     assert float(row[0]) == pytest.approx(plan.epsilon(int(row[2])), abs=5e-4)
 
 
+@pytest.mark.complete
 @pytest.mark.parametrize("task", ["causal-lm", pytest.param("classification", marks=pytest.mark.complete)])
 def test_plan_of_memory_counts_a_step(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """MiB of every part, from a configuration alone: 4 values per parameter with AdamW, fewer activations if checkpointed."""

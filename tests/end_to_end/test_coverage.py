@@ -116,7 +116,7 @@ def verdict_of(task: str, name: str) -> str:
     return examine(task, name).verdict
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("rule", [rule for rule, (task, _) in RULES.items() if task])
 def test_a_thousandth_off_in_one_rule_is_found(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However small the parameter's share of the gradient."""

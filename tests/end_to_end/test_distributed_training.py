@@ -127,7 +127,7 @@ def noisy_loop(kind: str) -> list[int]:
     return [int(checksum(p)) for p in loop(kind, steps=20, noise=True).values()]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.complete
 @pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("fsdp", 2), FOUR_RANKS])
 def test_ranks_hold_the_same_parameters_after_noisy_steps(kind: str, size: int) -> None:
     first, *others = world(size).run(noisy_loop, kind)
@@ -268,7 +268,7 @@ def trl_trained(name: str, path: str) -> tuple[dict[str, Tensor], list[str]]:
     return {key: p.detach().clone() for key, p in trainer.model.named_parameters() if p.requires_grad}, logged
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.complete
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_trl_on_ranks(name: str, tmp_path: Path) -> None:
     """Their losses gather metrics from all ranks, of which some here compute more physical batches than others."""
@@ -303,7 +303,7 @@ def trained_split(path: str, fsdp: int, replicas: int, lora: bool) -> dict[str, 
     return {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.complete
 @pytest.mark.parametrize(
     ("fsdp", "replicas", "lora"),
     [(2, 1, False), (2, 1, True), pytest.param(2, 2, False, marks=pytest.mark.complete)],
@@ -359,6 +359,7 @@ def recorded(path: str, steps: int, failing: bool) -> tuple[str, int, int, bool,
     )
 
 
+@pytest.mark.complete
 def test_a_record_of_several_ranks(tmp_path: Path) -> None:
     """The first rank writes it, all release only what is in it, and all go on from what it holds."""
     path = str(tmp_path / "record")

@@ -39,7 +39,7 @@ def model() -> Any:
     return built
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("way", WAYS)
 def test_empty_texts_add_nothing(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = texts()
@@ -78,7 +78,7 @@ def test_a_user_with_some_empty_texts_is_one_unit_of_the_others(tmp_path: Path, 
     assert distance(got, wanted) <= ROUNDING
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.complete
 @pytest.mark.parametrize("settings", [{}, {"max_tokens_per_device": 16}, {"per_device_train_batch_size": 1}], ids=str)
 def test_empty_labels_add_nothing(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an encoder-decoder: where all rows of a part have them, its labels have no width."""

@@ -56,7 +56,7 @@ def assert_exact(
             model.zero_grad()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_padded_rows(name: str) -> None:
     model, batch = tiny(name), batch_of(name)
@@ -80,6 +80,7 @@ def test_padded_rows_in_every_way(name: str, dtype: torch.dtype) -> None:
     assert_exact(model, loss_of(name, model), batch, each_row(batch), TOLERANCE[dtype], ways=WAYS)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["gpt2", "llama_tied", "qwen3", "phi3", "gemma3"])
 def test_packed_row(name: str) -> None:
     model = tiny(name)
@@ -91,7 +92,7 @@ def test_packed_row(name: str) -> None:
     assert_exact(model, loss_of(name, model), batch, parts, TOLERANCE[inside], units=boundaries, ways=ways)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama"])
 def test_units_of_several_rows(name: str) -> None:
     model, batch = tiny(name), batch_of(name, rows=6)
@@ -138,6 +139,7 @@ def _lora(name: str, **options: Any) -> Any:
     return model.double().eval()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", LORA)
 def test_lora(kind: str) -> None:
     model, batch = _lora("llama", **LORA[kind]), batch_of("llama")

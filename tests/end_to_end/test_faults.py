@@ -76,7 +76,7 @@ DAMAGES: tuple[tuple[str, Callable[[Path], None]], ...] = (
 )
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_skipped(
     name: str, damage: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -99,6 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
     assert steps_in(tmp_path) == 5
 
 
+@pytest.mark.complete
 def test_without_a_whole_checkpoint_training_starts_anew_and_the_books_go_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,6 +226,7 @@ class Diverges(hf.TrainerCallback):
             model.lm_head.weight.fill_(torch.inf)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("save", "outcome"), [("no", "nothing was released"), ("steps", "nothing was saved")])
 def test_a_diverged_training_stops(save: str, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dp_flash_hf.mechanisms.sampling.PoissonSampler.draw", lambda *args: torch.tensor([1, 2, 5]))

@@ -47,7 +47,7 @@ def base_weights(model: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_adapters_get_their_units_clipped_sum(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fast where every trained parameter has a rule; else unit by unit, which says so. Exact in any case."""

@@ -27,7 +27,7 @@ def model_of(name: str, attention: str, dtype: torch.dtype = torch.float64) -> A
     return model
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("every_collator", [False, pytest.param(True, marks=pytest.mark.complete)], ids=["two", "every"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3", "phi3", "opt"])
 def test_families_get_the_sums_of_padded_batches(
@@ -44,7 +44,7 @@ def test_families_get_the_sums_of_padded_batches(
             sums_of(model_of(name, "dp_flash"), tmp_path, monkeypatch, DRAWN, collator=flattening(**FLATTENING[3]))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.complete
 @pytest.mark.parametrize("settings", [{}, {"max_tokens_per_device": 30}, {"per_device_train_batch_size": 2}], ids=str)
 def test_texts_of_one_user_stay_one_unit(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And stay apart as texts: a user alone has several, with boundaries between them."""
@@ -56,6 +56,7 @@ def test_texts_of_one_user_stay_one_unit(settings: dict[str, Any], tmp_path: Pat
         assert distance(flat[0], padded[0]) <= 3 * ROUNDING
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_that_ignores_boundaries_is_refused(

@@ -115,7 +115,7 @@ def states(path: Path, data: Any, collator: Any, model: Any, **settings: Any) ->
     return found
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("collate", "dataset", "jitter"),
@@ -149,6 +149,7 @@ def test_so_they_are_of_every_rank(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("jitter", [None, *JITTERS])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_dropout_cannot_be_foreseen_and_generators_stay_as_they_were(
@@ -200,6 +201,7 @@ def test_the_parts_of_a_step_draw_numbers_of_their_own(monkeypatch: pytest.Monke
     assert len(set(found[-4:])) == 4
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_strategies_agree_under_dropout_in_a_training(gradient_checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two passes repeat the first one's masks, also where layers are computed again in the backward pass."""

@@ -70,6 +70,7 @@ def worst_error(
     return max(errors)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "bert_classifier", "t5"])
 def test_6_1_the_sum_that_gets_noise_is_that_of_the_drawn_units_clipped_one_by_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -209,6 +210,7 @@ def test_6_4_would_fail_for_shuffled_batches_of_one_size(tmp_path: Path, monkeyp
     assert min(sampling_test(tmp_path)[0]) < 1e-6
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("sizes", [(9, 0, 1), (0, 0, 0), (24, 5, 4)])
 def test_6_4_physical_batches_hold_each_drawn_unit_once(
     sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -280,6 +282,7 @@ def updates(path: Path, accumulation: int, steps: int = 8, **changes: Any) -> Te
     return torch.stack(weights).diff(dim=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_6_5_noise_has_std_sigma_times_bound_over_the_expected_batch_once_a_step(accumulation: int, tmp_path: Path) -> None:
     """Promise 5: within 2 %, which is more than 6 standard errors of the estimate."""
@@ -389,6 +392,7 @@ def test_6_6_batch_normalisation_is_refused_by_name(norm: nn.Module, tmp_path: P
 DRAWN = [0, 2, 3, 7, 8, 11, 15]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["gpt2", "bert", "bert_classifier"])
 def test_6_6_label_smoothing_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise 6: handled exactly, against a smoothed loss written out."""

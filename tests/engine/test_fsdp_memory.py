@@ -278,7 +278,7 @@ def chosen(free: list[int], broken: list[bool]) -> tuple[str, list[str], int]:
     return engine.chosen, said, private.report().steps
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.complete
 @pytest.mark.parametrize(
     ("free", "broken", "strategy", "says"),
     [

@@ -162,6 +162,7 @@ def scarce() -> None:
         model.zero_grad()
 
 
+@pytest.mark.complete
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell how much memory is used")
 def test_a_real_shortage_of_memory(tmp_path: Path) -> None:
     process = start(scarce, output=tmp_path / "printed")

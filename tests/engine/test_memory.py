@@ -234,7 +234,7 @@ def chosen(model: Any, batch: dict[str, Any]) -> str:
     return said
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_kind_of_adapter_is_estimated(adapter: str) -> None:
     model = peft.get_peft_model(tiny("llama", torch.float32), ADAPTERS[adapter]())

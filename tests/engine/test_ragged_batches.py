@@ -121,7 +121,7 @@ def test_ragged_encoder_decoders_are_learnt_once_and_exact(name: str) -> None:
     assert sum(len(seen) > 1 for seen in later[len(later) // 2 :]) <= 3  # as rare as new extremes are
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("texts", [(3, 6), (4, 4), (6, 3), (5, 5)])
 def test_lengths_that_equal_each_other_or_the_number_of_rows(texts: tuple[int, int]) -> None:
     """Learnt where source and target are as long as there are rows, used where they are not, and the other way round."""

@@ -84,7 +84,7 @@ def clips(shape: dict[str, Any]) -> list[float]:
     return [norm for norm in each for _ in range(shape["heads"] // shape["groups"])]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_no_two_sequences_are_further_apart_than_the_bound_and_some_are_nearly_as_far(name: str) -> None:
     shape = SEQUENCES[name]
@@ -110,7 +110,7 @@ TOKENS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("name", TOKENS)
 def test_no_token_moves_the_output_further_than_the_bound(name: str) -> None:
     shape = TOKENS[name]

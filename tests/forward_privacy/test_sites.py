@@ -223,6 +223,7 @@ def test_a_recomputed_forward_is_refused() -> None:
         output.sum().backward()
 
 
+@pytest.mark.complete
 def test_a_compiled_call_draws_noise_anew_and_is_recorded() -> None:
     torch._dynamo.reset()
     module, ledger = private_layer(AttentionPrivacy(**GOOD), rows=3)
@@ -249,6 +250,7 @@ def audited_epsilon(one: Tensor, other: Tensor, delta: float) -> float:
     return best
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("shares", [None, [0.2, 0.8]])
 @pytest.mark.parametrize("noise", get_args(Noise))
 def test_an_attacker_who_knows_everything_gains_what_is_reported(

@@ -38,7 +38,7 @@ DRAWS: tuple[list[int], ...] = ([0, 3, 4, 9, 11, 17, 20], [], [5])
 # Training.
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -106,6 +106,7 @@ def test_epochs_spend_the_budget_and_no_more() -> None:
     assert len(private.loader) == 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("first", [True, False])
 def test_prepared_before_or_after(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watch(monkeypatch)
@@ -160,7 +161,7 @@ def stepping(private: PrivateLoop, optimizer: Any) -> Iterator[dict[str, Any]]:
         optimizer.zero_grad()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("taken", [0, 1])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_draw_that_is_looked_at_is_the_next_step(taken: int, workers: int) -> None:
@@ -203,7 +204,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int)
     monkeypatch.setattr(owner, name, failing)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("iterates_again", [False, True])
 @pytest.mark.parametrize("where", ["second part", "sums", "noise"])
 def test_a_draw_whose_backward_failed_is_taken_later(where: str, iterates_again: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,7 @@ def without_privacy(checkpoint: Path, path: Path) -> Path:
     return target
 
 
+@pytest.mark.complete
 def test_a_checkpoint_continues_the_same_books(checkpoint: Path, tmp_path: Path) -> None:
     """Promise 10: state is saved with the checkpoint, public values only."""
     dp = continued(checkpoint, tmp_path)
@@ -153,7 +154,7 @@ def test_privacy_parameters_that_cannot_be_composed_are_an_error(
         continued(checkpoint, tmp_path, **changes)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -131,7 +131,7 @@ def test_two_lines_train_to_the_budget(tmp_path: Path) -> None:
     assert trainer.state.log_history[-1]["privacy/epsilon"] == report.epsilon
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("units", [1117, 23])
 @pytest.mark.parametrize("budget", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 0.1}], ids=str)
 def test_with_a_public_estimate_the_true_number_of_units_is_told_nowhere(
@@ -207,7 +207,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> PaddedSums:
     return sums
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -289,7 +289,7 @@ def pairwise() -> Iterator[Any]:
             yield pytest.param(attention, options, _COMPUTED[c], marks=marks)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("attention", "options", "settings"), pairwise(), ids=str)
 def test_flattened_batches_equal_padded_ones(
     attention: str,
@@ -331,6 +331,7 @@ def test_hf_datasets_keep_their_column_removal(tmp_path: Path) -> None:
     assert dp.report().unit == "all rows with the same 'user'"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("lengths", [False, True])
 def test_grouping_by_length_orders_each_draw_and_no_more(
     lengths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -371,6 +372,7 @@ def test_model_init_makes_the_model_anew(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.complete
 def test_seq2seq_trainer_evaluates_by_generating(tmp_path: Path) -> None:
     data = [{k: example[k] for k in ("input_ids", "labels")} for example in texts()]
     trainer = trainer_for("t5", tmp_path, data, cls=hf.Seq2SeqTrainer, predict_with_generate=True, generation_max_length=4)
@@ -519,6 +521,7 @@ def test_a_killed_run_resumes_in_a_new_process_and_counts_the_step_it_lost(tmp_p
     assert resumed["epsilon"] <= 4.0
 
 
+@pytest.mark.complete
 def test_a_run_may_be_resumed_more_than_once_and_across_epochs(tmp_path: Path) -> None:
     for start, stop in ((None, 5), (5, 7), (7, 14)):
         trainer = trainer_for("gpt2", tmp_path, max_steps=14, save_strategy="steps", save_steps=1)
@@ -572,6 +575,7 @@ def test_detach_after_training_leaves_what_training_leaves(cls: type[hf.Trainer]
     assert dp.report().steps == steps == 2
 
 
+@pytest.mark.complete
 def test_a_detached_trainer_trains_without_privacy_and_can_be_attached_again(tmp_path: Path) -> None:
     never, trainer = (stock(hf.Trainer, tmp_path / name) for name in ("never", "private"))
     dp = attached(trainer)
@@ -625,6 +629,7 @@ def test_detach_during_training_is_an_error_and_after_it_is_none(tmp_path: Path)
     assert "train" not in vars(trainer)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("failing", ["put_first", "refuse_settings", "PrivateTraining"])
 def test_an_attach_that_fails_leaves_nothing_behind(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:

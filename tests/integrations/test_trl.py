@@ -92,7 +92,7 @@ def sft_of(name: str, path: Path) -> Callable[[], Any]:
     return make
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", SFT)
 def test_sft_sums_are_those_of_single_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error_of(sft_of(name, tmp_path), monkeypatch) <= ROUNDING
@@ -114,6 +114,7 @@ def test_padding_free_is_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not any(float(value.abs().max()) for value in flat[1].values())
 
 
+@pytest.mark.complete
 def test_padding_free_users_are_padded_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     users = {"privacy_unit": "user", "max_examples_per_unit": 3, "max_grad_norm": 1.0}
     (padded,), (flat,) = (
@@ -132,6 +133,7 @@ class Forwards(hf.TrainerCallback):
         self.seen.append(self.model.forward)
 
 
+@pytest.mark.complete
 def test_a_trained_head_is_called_and_a_frozen_one_stays_fused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -159,6 +161,7 @@ def test_a_trained_head_is_called_and_a_frozen_one_stays_fused(
 HELD_OUT = "mmm "  # what no training text begins with
 
 
+@pytest.mark.complete
 def test_the_called_head_evaluates_as_the_fused_one(tmp_path: Path) -> None:
     for make in (sft, dpo):
         held_out = (texts(HELD_OUT) if make is sft else pairs(HELD_OUT)).select(range(5))
@@ -180,7 +183,7 @@ def test_the_called_head_evaluates_as_the_fused_one(tmp_path: Path) -> None:
 REFERENCE: dict[bool, dict[str, Any]] = {False: {}, True: {"ref_model": llama(7)}}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.complete
 @pytest.mark.parametrize("name", ["padded", "padding-free", "LoRA"])
 def test_trls_own_defaults_train(name: str, tmp_path: Path) -> None:
     """bfloat16 and gradient checkpointing; the budget is spent and the model moved."""
@@ -197,6 +200,7 @@ def test_trls_own_defaults_train(name: str, tmp_path: Path) -> None:
     assert dp.report().unit == "one training example"
 
 
+@pytest.mark.complete
 def test_a_checkpoint_continues(tmp_path: Path) -> None:
     """From the first of two steps: the second is taken again, and counts twice."""
     for resume, steps in ((None, 2), (str(tmp_path / "checkpoint-1"), 3)):
@@ -261,7 +265,7 @@ def dpo_of(name: str, path: Path) -> Callable[[], Any]:
 _SOME_DPO = {"sigmoid", "hinge", "robust", "two losses", "ld_alpha", "weighting", "precomputed", "truncated", "accumulation"}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in _SOME_DPO or "LoRA" in name else pytest.mark.complete) for name in DPO]
 )
@@ -277,7 +281,7 @@ def test_reward_sums_are_those_of_single_pairs(
     assert error_of(lambda: reward(tmp_path, **changes), monkeypatch) <= ROUNDING
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.complete
 @pytest.mark.parametrize(
     "make", [dpo_of("LoRA", Path()), dpo_of("precomputed", Path()), lambda: reward(Path(), data=margins())]
 )
@@ -296,6 +300,7 @@ def test_the_report_says_that_a_unit_is_a_pair(tmp_path: Path, monkeypatch: pyte
 C = 0.05  # below the norm of every unit's gradient, so that each is clipped
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", [dpo_of("sigmoid", Path()), dpo_of("LoRA", Path()), lambda: reward(Path())])
 def test_one_pair_moves_the_sum_by_at_most_the_bound(
     make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -350,6 +355,7 @@ def test_one_user_moves_the_sum_by_at_most_the_bound_and_rows_as_units_by_more(
     assert apart(*sums) > 1.5 * C
 
 
+@pytest.mark.complete
 def test_users_with_several_pairs_are_clipped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against each user's mean over their pairs, computed pair by pair."""
     make = dpo_of("sigmoid", tmp_path)
@@ -363,6 +369,7 @@ def test_users_with_several_pairs_are_clipped_once(tmp_path: Path, monkeypatch: 
     assert distance(got, clipped_sum(of_user, bound)[0]) <= 5 * ROUNDING
 
 
+@pytest.mark.complete
 def test_sums_over_pairs_are_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = dpo_of("sigmoid", tmp_path)
     (got,), _, _ = sums_of(make, monkeypatch, DRAWN, max_grad_norm=1e6, unit_loss="sum")
@@ -404,6 +411,7 @@ def unmarked(everything: list[dict[str, float]]) -> set[str]:
     return {name for name in names if not name.startswith(("not_private/", "eval_"))}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", [sft, dpo, reward])
 def test_nothing_without_noise_is_logged_unmarked(
     make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -217,7 +217,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("features", FEATURES)
 def test_agrees_with_the_oracle(features: str, device: str) -> None:
     check(problem(RAGGED, device, **FEATURES[features]))
@@ -283,7 +283,7 @@ def test_tiles(tiles: tuple[int, int], features: str, device: str, small_tiles: 
     check(problem(RAGGED, device, heads=(1, 1), **FEATURES[features]))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("features", ["plain", "everything", "dropout"])
 def test_half_precision(features: str, dtype: torch.dtype, device: str) -> None:
@@ -304,6 +304,7 @@ def test_release(dtype: torch.dtype, key: tuple[int, ...], features: str, device
     check(problem(RAGGED, device, heads=heads, dtype=dtype, release=release(heads, device, key), **FEATURES[features]))
 
 
+@pytest.mark.complete
 def test_noise_does_not_touch_gradients(device: str) -> None:
     given = problem(PACKED, device, causal=True, dtype=torch.bfloat16)
     quiet, loud = (given.ours(release=release((2, 1), device, std=std)) for std in (0.0, 1e6))
@@ -338,6 +339,7 @@ def test_a_release_in_half_precision_is_bounded_where_numbers_are_tiny(device: s
     assert 0.5 < float(out.float().norm()) <= 1 + 2**-10
 
 
+@pytest.mark.complete
 def test_the_same_call_gives_the_same_bits(device: str) -> None:
     given = problem(SHORT, device, causal=True, sinks=True, dropout=0.2, dropout_key=DROPOUT_KEY)
     first, second = given.ours(), given.ours()
@@ -362,6 +364,7 @@ def test_nothing_crosses_between_segments(name: str, device: str) -> None:
     assert bool(dirty["query"][:, :, 6:24].isnan().any())
 
 
+@pytest.mark.complete
 def test_strides(device: str) -> None:
     given = problem(SHORT, device, heads=(2, 1))
     turned = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in given.inputs.items()}
@@ -375,6 +378,7 @@ def test_strides(device: str) -> None:
     assert given._replace(inputs=turned).ours()["query"].transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.complete
 def test_constructors(device: str) -> None:
     whole = problem(WHOLE, device)
     packed = problem(SHORT, device)

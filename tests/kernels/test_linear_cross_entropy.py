@@ -220,7 +220,7 @@ def test_labels_that_are_no_words_are_refused(label: int) -> None:
         linear_cross_entropy(c.hidden, c.head, c.labels)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [

@@ -285,6 +285,7 @@ def test_what_is_recorded_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.detach()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("strategy", "frozen"),
     [

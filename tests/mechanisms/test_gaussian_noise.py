@@ -43,6 +43,7 @@ def noise(size: int = 50, *, std: float = 1.0, seed: int = 0, dtype: torch.dtype
     return tensor
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("std", [1e-4, 0.7, 300.0])
 @pytest.mark.parametrize("shape", [(), (3,), (17, 5), (0, 4)])
 def test_noise_is_gaussian_of_the_right_scale_and_independent(std: float, shape: tuple[int, ...]) -> None:

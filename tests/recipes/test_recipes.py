@@ -232,6 +232,7 @@ def test_a_budget_that_cannot_be_met_leaves_nothing(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", ["classification", "full_finetune"])
 def test_all_rows_of_a_user_are_one_unit(recipe: str, rows: Path, classifier: str, decoder: str, tmp_path: Path) -> None:
     table = Dataset.from_csv(str(rows))
@@ -249,6 +250,7 @@ def test_all_rows_of_a_user_are_one_unit(recipe: str, rows: Path, classifier: st
     assert (report.n_units, report.steps) == (64, 2)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["full_finetune", "lora_finetune"])
 def test_language_models_train_on_a_csv(
     name: str, rows: Path, decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -279,7 +281,7 @@ def test_a_finished_run_that_is_started_again_spends_nothing(
         assert report.epsilon <= 8
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("unit", [None, "user"])
 def test_sft_answers_prompts_without_padding(
@@ -319,6 +321,7 @@ def test_sft_cuts_each_row_by_itself() -> None:
     assert sft_lora.truncated(rows, 3)[:] == {"input_ids": [[1, 2, 3], [5]], "labels": [[-100, 2, 3], [5]]}
 
 
+@pytest.mark.complete
 def test_sft_holds_prompts_out_and_shows_answers(
     rows: Path, decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -400,7 +403,7 @@ def test_pretraining_reads_installed_packages_once(monkeypatch: pytest.MonkeyPat
     assert any("differential" in text.lower() for text in texts[2:])  # the description of a package
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.complete
 @pytest.mark.parametrize("prompt", ["prompt", "null"])
 def test_dpo_trains_on_pairs(prompt: str, decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("trl")

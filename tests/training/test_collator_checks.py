@@ -108,6 +108,7 @@ def test_random_numbers_of_its_own_are_no_memory(tmp_path: Path) -> None:
     assert dp.mechanism.account.steps == 2
 
 
+@pytest.mark.complete
 def test_data_may_be_one_example_many_times(tmp_path: Path) -> None:
     """The very same object: which of two is exchanged cannot be told by what they are."""
     dp = attached(trainer := trainer_for("gpt2", tmp_path, [texts()[0]] * 12))

@@ -89,6 +89,7 @@ def longer(part: dict[str, Any]) -> dict[str, Any]:
     return {name: value if name == DRAW else torch.cat([value, value]) for name, value in part.items()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("handle", "match"),
     [
@@ -143,6 +144,7 @@ class During(hf.TrainerCallback):
         setattr(self, event, lambda args, state, control, **kwargs: act(args, control))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("before", "after", "match", "released"), [(2, 1, "1 of 2 parts", 1), (1, 2, "draw 3 was given where parts of draw 2", 2)]
 )
@@ -192,6 +194,7 @@ def test_what_else_runs_the_engine_is_refused(how: str, tmp_path: Path, monkeypa
     assert dp.report().steps == 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", ["in place", "through data", "through numpy", "mixed", "longer", "labels"])
 def test_a_loop_computes_what_was_drawn(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixing units in the loop, or overwriting rows, puts one unit's data into many rows."""

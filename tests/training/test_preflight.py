@@ -51,6 +51,7 @@ def test_ragged_labels_do_not_couple_units(name: str, tmp_path: Path, monkeypatc
     assert coupling(name, tmp_path, monkeypatch) <= (FLOAT64 if name == "bert" else ROUNDING)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_would_fail_with_the_models_own_mean_and_preflight_sees_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +126,7 @@ def built_in(module: nn.Module) -> Any:
 COUPLED = [MeanOfRows(0.01), MeanOfRows(0.0001), BatchStatistics(0.1), RunningStatistics(0.1)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("module", COUPLED, ids=lambda module: f"{type(module).__name__} {module.strength}")
 def test_refuses_layers_that_couple_units(module: MeanOfRows, tmp_path: Path) -> None:
     """Promise 3: proved on the user's own model before any step; with the coupling off, the same model trains."""
@@ -144,6 +146,7 @@ def test_refuses_layers_that_couple_units(module: MeanOfRows, tmp_path: Path) ->
     assert dp.mechanism.account.steps == 2
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("module", COUPLED, ids=lambda module: f"{type(module).__name__} {module.strength}")
 def test_would_train_such_layers_without_preflight(module: MeanOfRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ClippingEngine, "check", lambda *args, **kwargs: None)
@@ -211,6 +214,7 @@ def test_refuses_inputs_that_are_mixed_after_the_collator(tmp_path: Path, monkey
     assert dp.mechanism.account.steps == 2
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_refuses_padding_that_units_feel(name: str, side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,7 @@ def shares(model: Any) -> bool:
         engine.detach()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", SHARED)
 def test_units_that_would_share_random_numbers_are_computed_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes_of_batches(SHARED[kind](), monkeypatch) == [1] * 6
@@ -177,6 +178,7 @@ def test_so_they_are_within_a_budget_of_tokens(monkeypatch: pytest.MonkeyPatch) 
     assert sizes_of_batches(SHARED["layer drop"](), monkeypatch, max_tokens_per_device=32) == [1] * 6
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", APART)
 def test_units_with_numbers_of_their_own_are_computed_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes_of_batches(APART[kind](), monkeypatch) == [3, 3]

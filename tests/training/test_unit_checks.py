@@ -35,6 +35,7 @@ def test_a_loss_that_compares_units_is_refused_whatever_labels_the_tried_ones_ha
             checked(loss, rows(seed), seed=seed)
 
 
+@pytest.mark.sampled(5)
 @SEEDS
 @pytest.mark.parametrize("loss", [*NAMED, *COUSINS], ids=name_of)
 def test_it_is_refused_also_where_all_rows_that_can_be_looked_at_share_a_label(loss: Loss, seeds: range) -> None:
@@ -43,6 +44,7 @@ def test_it_is_refused_also_where_all_rows_that_can_be_looked_at_share_a_label(l
             checked(loss, rows(seed, positives=0.0), seed=seed)
 
 
+@pytest.mark.sampled(4)
 @SEEDS
 @pytest.mark.parametrize("loss", HONEST, ids=name_of)
 def test_an_honest_loss_of_every_kind_of_label_is_accepted(loss: Loss, seeds: range) -> None:

@@ -58,7 +58,7 @@ def registered(self: Any, x: Tensor) -> None:
     self.register_buffer("seen", x.float().mean().detach())
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("keep", "name"), [(count, "count"), (averaged, "average"), (replaced, "count"), (registered, "seen")])
 @pytest.mark.parametrize("public", [False, True])
 def test_state_that_forward_writes_is_refused_unless_public(keep: Any, name: str, public: bool) -> None:
@@ -124,6 +124,7 @@ def nudge(model: Any) -> None:
     model.transformer.wte.weight.data.view(-1)[3] += 1e-6
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("event", "steps"), [("on_substep_end", 0), ("on_step_end", 1), ("on_log", 1)])
 def test_weights_change_in_the_optimizers_step_only(event: str, steps: int, tmp_path: Path) -> None:
     trainer = trainer_for("gpt2", tmp_path, gradient_accumulation_steps=2, max_steps=3)
