@@ -14,7 +14,7 @@ WORKERS := $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 SHARD ?= 1/1
 
-.PHONY: quickstart test test-all test-slow test-newest test-oldest mutants coverage gpu docs
+.PHONY: quickstart test test-all test-slow test-newest test-oldest test-frameworks mutants coverage gpu docs
 
 # On public text: what earlier runs spent on it, which its folder remembers, may be forgotten.
 quickstart: .venv/installed
@@ -42,6 +42,14 @@ test-newest test-oldest: test-%: .venv-%/installed
 	.venv-$*/bin/dp-flash doctor
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n $(WORKERS) --dist worksteal
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n $(WORKERS) --dist worksteal -m coverage --coverage-shard=1/8
+
+# Frameworks on top of Transformers, each in .venv-frameworks/NAME as tests/frameworks/NAME.txt says, and what NAME-no-deps.txt
+# lists without what that asks for; writes docs/frameworks.md. FRAMEWORKS="setfit trl" are some of them.
+FRAMEWORKS ?= $(filter-out %-no-deps,$(basename $(notdir $(wildcard tests/frameworks/*.txt))))
+test-frameworks: $(FRAMEWORKS:%=.venv-frameworks/%/installed)
+	@failed=; for name in $(FRAMEWORKS); do HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-frameworks/$$name/bin/pytest -m frameworks \
+		tests/frameworks/test_$$name.py --frameworks-rows=build/frameworks/$$name.json || failed="$$failed $$name"; done; \
+		$(PYTHON) -m tests.support.frameworks_table build/frameworks; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 # Half an hour: faults planted in the privacy core, each of which a test has to find. With FAULTS=training/dp_sgd.py those of a
 # file, with FAULTS="--sample 20" so many of one.
@@ -87,4 +95,15 @@ docs: .venv/installed-docs
 	@test $* = oldest || : > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet $(if $(filter newest,$*),$(NEWEST_TORCH),$(OLDEST_TORCH))
 	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv-frameworks/%/installed: tests/frameworks/%.txt pyproject.toml
+	@echo "Making .venv-frameworks/$* ..."
+	@$(PYTHON) -m venv .venv-frameworks/$*
+	@install() { .venv-frameworks/$*/bin/python -m pip install --disable-pip-version-check --quiet "$$@" \
+		> .venv-frameworks/$*/pip.log 2>&1 || { cat .venv-frameworks/$*/pip.log >&2; exit 1; }; }; \
+		others=tests/frameworks/$*-no-deps.txt; \
+		install $(TORCH); \
+		install --editable . --requirement $< pytest pytest-timeout; \
+		test ! -e $$others || install --no-deps --requirement $$others
 	@touch $@
