@@ -110,8 +110,8 @@ def _poisson_epsilon(alike: list[Steps], delta: float) -> float:
 def _of_rarely_truncated(entries: tuple[Entry, ...], alike: list[Steps], delta: float) -> float | None:
     """The epsilon of Poisson draws, where it is that of truncated ones too; None where draws are truncated more often.
 
-    A draw of at most max_batch_size units is released as an ordinary Poisson draw is. So with r the probability that any step of
-    the larger dataset draws more, what either dataset releases is within r, in total variation, of what ordinary draws release,
+    A draw of at most max_batch_size units is released as an ordinary Poisson draw is. With r the probability that any step of
+    the larger dataset draws more, what either of them releases is within r, in total variation, of what ordinary draws release,
     which are (epsilon, d)-private; and truncated draws are (epsilon, d + r (1 + e^epsilon))-private, with 1 + e^epsilon at most
     2 e^epsilon.
     """
