@@ -48,7 +48,16 @@ def attach_when_trained() -> None:
 
 
 def require_transformers_trainer(trainer: Any) -> None:
-    """Raise UnsupportedError for what is called a trainer and is none of Transformers'."""
+    """Raise UnsupportedError for what is called a trainer and is none of Transformers', and for parts of what is none.
+
+    setfit's holds one of Transformers' for its encoder, to which it hands the callbacks on: that part would look private.
+    """
+    if any(base.__module__.partition(".")[0] == "setfit" for base in type(trainer).__mro__):
+        raise UnsupportedError(
+            "setfit trains its encoder on pairs of texts, so that one text is in many rows and a row is no unit, and then fits "
+            "its classification head without noise: train AutoModelForSequenceClassification with Trainer and DPCallback "
+            "instead, where each text is one row and the head is trained privately too"
+        )
     if not isinstance(trainer, Trainer):
         raise UnsupportedError(
             f"{type(trainer).__module__}.{type(trainer).__name__} is no transformers.Trainer, so its training loop is not "

@@ -107,3 +107,25 @@ def test_what_is_no_trainer_of_transformers_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UnsupportedError, match=r"test_attaching\.Trainer is no transformers\.Trainer.*make_private"):
         DPCallback(config()).attach(Trainer())  # type: ignore[arg-type]
+
+
+def test_what_setfit_holds_of_transformers_is_refused(tmp_path: Path) -> None:
+    """Its rows are pairs of texts: as a `Trainer` like any other it would train, and protect no text."""
+
+    class Inner(hf.Trainer):
+        pass
+
+    class Outer:
+        pass
+
+    Inner.__module__, Outer.__module__ = "setfit.trainer", "setfit.span.trainer"
+
+    class Derived(Inner):
+        pass
+
+    for trainer in (given(tmp_path, cls=Inner), given(tmp_path, cls=Derived), Outer()):
+        with pytest.raises(UnsupportedError, match=r"pairs of texts.*AutoModelForSequenceClassification"):
+            DPCallback(config()).attach(trainer)
+    handed_on = given(tmp_path, DPCallback(config()), cls=Inner)
+    with pytest.raises(UnsupportedError, match="head without noise"):
+        handed_on.train()
