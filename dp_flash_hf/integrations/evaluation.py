@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from transformers import EarlyStoppingCallback, Trainer
 
 from dp_flash_hf.distributed import Ranks
+from dp_flash_hf.integrations import trl as trl_trainers
 from dp_flash_hf.training.refusals import refuse, takes_metrics
 from dp_flash_hf.training.shared_rows import rows_in_training
 
 logger = logging.getLogger(__name__)
+
+NOT_PRIVATE = "not_private/"  # what the names of values without noise begin with
 
 
 def chosen_by_results(trainer: Trainer) -> bool:
@@ -37,7 +40,7 @@ class EvaluationData:
     def __init__(self) -> None:
         self._known: list[tuple[Any, Any, str]] = []  # training data, evaluation data, what is wrong with them
         self._said: set[str] = set()
-        self._of_training_now = False
+        self._now: Literal["", "held out", "training"] = ""  # which data are being evaluated
 
     def of_training(self, trainer: Trainer, given: Any = None) -> str:
         """What of the evaluation data is training data, in words; "" where nothing was found, or they are None.
@@ -81,17 +84,23 @@ class EvaluationData:
                 f"{found}: results on them hold no noise and are private. They are logged as not_private/..., and nothing may "
                 "be chosen by them; evaluate on data that were held out"
             )
-        self._of_training_now = bool(found)
+        trl_trainers.forget_evaluations(trainer)
+        self._now = "training" if found else "held out"
         try:
             return evaluate(eval_dataset, *args, **kwargs)
         finally:
-            self._of_training_now = False
+            self._now = ""
+
+    @property
+    def on_held_out(self) -> bool:
+        """Whether held-out data are being evaluated."""
+        return self._now == "held out"
 
     def named(self, logs: dict[str, Any]) -> dict[str, Any]:
         """What is logged, under other names while training data are evaluated."""
-        if not self._of_training_now:
+        if self._now != "training":
             return logs
-        return {name if name == "epoch" else f"not_private/{name}": value for name, value in logs.items()}
+        return {name if name == "epoch" else f"{NOT_PRIVATE}{name}": value for name, value in logs.items()}
 
     def _compared(self, training: Any, data: Any, name: str) -> str:
         if data is None or training is None:

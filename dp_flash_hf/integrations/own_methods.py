@@ -174,7 +174,7 @@ def _lost_of_step(trainer: Any, step: Callable[..., Any], data: TrainingData) ->
         for taken in (step, lambda *given: Trainer.training_step(trainer, *given)):
             with fresh_randomness(seed=number, stream="a look at a step"):
                 try:
-                    found.append(_record(trainer, taken, copy.deepcopy(dict(batch)), at))
+                    found.append(_record(trainer, taken, copy.deepcopy(dict(batch)), at, random.Random(number)))
                 except _LostError as error:
                     return str(error)
                 except Exception as error:
@@ -207,7 +207,7 @@ class _LostError(Exception):
     """A step does something that cannot be let run."""
 
 
-def _record(trainer: Any, step: Callable[..., Any], batch: dict[str, Any], at: int) -> _Record:
+def _record(trainer: Any, step: Callable[..., Any], batch: dict[str, Any], at: int, chance: random.Random) -> _Record:
     model, losses, given = trainer.model, [], []
 
     def compute_loss(called: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -218,7 +218,7 @@ def _record(trainer: Any, step: Callable[..., Any], batch: dict[str, Any], at: i
             torch.is_autocast_enabled(trainer.args.device.type),
         )
         given.append((dict(inputs), args, kwargs, context))
-        losses.append(torch.tensor(random.uniform(1, 2), device=trainer.args.device, requires_grad=True))
+        losses.append(torch.tensor(chance.uniform(1, 2), device=trainer.args.device, requires_grad=True))
         return losses[-1]
 
     def forward(*_: Any) -> None:

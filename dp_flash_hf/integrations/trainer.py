@@ -25,7 +25,7 @@ from dp_flash_hf.integrations import trl as trl_trainers
 from dp_flash_hf.integrations.attaching import SelfAttaching, require_transformers_trainer
 from dp_flash_hf.integrations.checkpoints import Checkpoint
 from dp_flash_hf.integrations.evaluation import EvaluationData
-from dp_flash_hf.integrations.logs import mark, show_epsilon
+from dp_flash_hf.integrations.logs import PrivateLogs, show_epsilon
 from dp_flash_hf.integrations.replacing import put_first, replace_attribute
 from dp_flash_hf.integrations.trainer_adapter import TrainerAdapter
 from dp_flash_hf.integrations.trainer_settings import refuse_search, refuse_settings, require_trained_weights_in_model
@@ -112,6 +112,7 @@ class DPCallback(SelfAttaching, ExportableState):
         self._while_training: ExitStack | None = None  # what the end of `train` undoes
         self._saving: Path | None = None  # the checkpoint that is being written
         self._evaluation = EvaluationData()
+        self._logs = PrivateLogs(self._evaluation)
 
     def attach(self, trainer: Trainer) -> DPCallback:
         """Make this trainer train privately.
@@ -152,7 +153,7 @@ class DPCallback(SelfAttaching, ExportableState):
         )
         overrides: dict[str, Callable[..., Any]] = {
             "train": self._train,
-            "log": self._log,
+            "log": lambda *logged, **kwargs: self._logs.log(trainer, own["log"], training.mechanism, *logged, **kwargs),
             "evaluate": partial(self._evaluation.evaluate, trainer, trainer.evaluate),
             "_save_checkpoint": self._save_checkpoint,
             "_get_num_items_in_batch": self._num_items,
@@ -309,6 +310,7 @@ class DPCallback(SelfAttaching, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._logs.mark_added(logs or {}, state.log_history[-1])
         if self._trainer is not None:
             show_epsilon(self._trainer, logs)
 
@@ -433,15 +435,6 @@ class DPCallback(SelfAttaching, ExportableState):
         if self.config.public_n_units is not None and isinstance(dataloader.dataset, WithUnits):
             return self.config.public_n_units
         return int(self._own["num_examples"](dataloader))
-
-    def _log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        named = self._evaluation.named(logs)
-        mark(named, self.mechanism)
-        trl_trainers.mark_metrics(self.trainer)
-        given = set(named)
-        self._own["log"](named, *(() if start_time is None else (start_time,)))
-        if named is not logs:  # TRL's trainers add metrics to what `evaluate` returns
-            logs.update((name, value) for name, value in named.items() if name not in given)
 
 
 def _stated(trainer: Any) -> dict[str, Any]:

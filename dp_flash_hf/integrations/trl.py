@@ -12,45 +12,78 @@ import types
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer
 
 from dp_flash_hf.integrations.replacing import replace_attribute
+from dp_flash_hf.units import IGNORED
 
 logger = logging.getLogger(__name__)
 
-# Rows that one example becomes, for the trainers that were examined (TRL 1.16). A pair's are row i and row i + pairs.
-_ROWS = {"SFTTrainer": 1, "DPOTrainer": 2, "RewardTrainer": 2}
-# Losses of DPOTrainer that are means over pairs, of terms that each depend on one pair.
-_DPO_LOSSES = {
-    "apo_down",
-    "apo_zero",
-    "bco_pair",
-    "discopop",
-    "exo_pair",
-    "hinge",
-    "ipo",
-    "nca_pair",
-    "robust",
-    "sigmoid",
-    "sigmoid_norm",
-    "sppo_hard",
+# Rows that one example becomes, where losses are means over units (examined in TRL 1.16). A pair's are row i and row i + pairs.
+_ROWS = {
+    "SFTTrainer": 1,
+    "GKDTrainer": 1,
+    "KTOTrainer": 1,
+    "DPOTrainer": 2,
+    "RewardTrainer": 2,
+    "CPOTrainer": 2,
+    "TPOTrainer": 2,
 }
-_COUPLED = {
-    "KTOTrainer": "it sets the completions of some rows against the prompts of others",
-    "GRPOTrainer": "a completion is rewarded relative to others",
-    "RLOOTrainer": "a completion is rewarded relative to others",
+# Losses that are means over units, of terms that each depend on one of them; a trainer that is not here has no others.
+_LOSSES = {
+    "DPOTrainer": {
+        "apo_down",
+        "apo_zero",
+        "bco_pair",
+        "discopop",
+        "exo_pair",
+        "hinge",
+        "ipo",
+        "nca_pair",
+        "robust",
+        "sigmoid",
+        "sigmoid_norm",
+        "sppo_hard",
+    },
+    "KTOTrainer": {"apo_zero_unpaired"},
+}
+_ANSWERS = "have answers written and judged once, and give them to DPOTrainer, or KTOTrainer with loss_type='apo_zero_unpaired'"
+_TEACHERS = "have the teacher write answers once, and give them to GKDTrainer with lmbda=0.0 and seq_kd=False, or to SFTTrainer"
+_GROUPS = f"a completion is rewarded relative to the rows beside it, which a Poisson draw may not hold; {_ANSWERS}"
+_WRITES = "the model writes answers while it trains, to all prompts of its own sampler's batch, which is no draw of units"
+# Why the others are refused, and what to use instead.
+_REFUSED = {
+    "ORPOTrainer": "beside a mean over pairs its loss has a mean over the tokens of all chosen answers, so that pairs share a "
+    "denominator; use CPOTrainer with loss_type='simpo' and cpo_alpha=0.0, which needs no reference model either",
+    "GRPOTrainer": _GROUPS,
+    "RLOOTrainer": _GROUPS,
+    "GMPOTrainer": _GROUPS,
+    "AsyncGRPOTrainer": _GROUPS,
+    "SDPOTrainer": f"completions are rewarded and taught by the other ones of their group; {_ANSWERS}",
+    "A2POTrainer": f"what a prompt is worth is counted on training data before the first step, without noise; {_ANSWERS}",
+    "OnlineDPOTrainer": f"{_WRITES}; {_ANSWERS}",
+    "DistillationTrainer": f"{_WRITES}; {_TEACHERS}",
+    "ServerDistillationTrainer": f"{_WRITES}, and sent to a teacher elsewhere; {_TEACHERS}",
+    "AsyncDistillationTrainer": f"{_WRITES}; {_TEACHERS}",
+    "IWOPDTrainer": f"{_WRITES}; {_TEACHERS}",
+    "SDFTTrainer": f"{_WRITES}; {_TEACHERS}",
+    "GOLDTrainer": f"its steps come out of a buffer of several batches, so that a step is no draw of units; {_TEACHERS}",
 }
 _PER_PAIR = ("margin", "ref_chosen_logps", "ref_rejected_logps")  # what a batch of pairs holds once for each of them
+_APART = ("CPOTrainer",)  # whose collators pad chosen and rejected answers by themselves, under names of their own
+_METRICS = ("_metrics", "_stored_metrics")  # by "train" and "eval", what a trainer noted since its last log
 
 
 def examined(trainer: Trainer) -> type | None:
-    """TRL's class of this trainer if it is one of those examined, else None."""
+    """TRL's class of this trainer if it is one of those that can be private, else None."""
     base = _trl_class(trainer)
-    return base if base is not None and base.__name__ in _ROWS and base.__module__.startswith("trl.trainer.") else None
+    return base if base is not None and base.__name__ in _ROWS else None
 
 
 def rows_per_example(trainer: Trainer) -> int:
@@ -86,20 +119,33 @@ def refusals(trainer: Any) -> dict[str, bool]:
         return {}
     name, args = found.__name__, trainer.args
     if examined(trainer) is None:
-        why = _COUPLED.get(name, "whether its loss couples units was not examined")
-        return {f"{name}: {why}; of TRL's trainers, use {', '.join(_ROWS)}": True}
-    losses = sorted(set(getattr(trainer, "loss_types", ())) - _DPO_LOSSES)
+        unknown = f"whether its loss couples units was not examined; of TRL's trainers, use {', '.join(_ROWS)}"
+        return {f"{name}: {_REFUSED.get(name, unknown)}": True}
+    given = getattr(trainer, "loss_types", None) or [getattr(trainer, "loss_type", None)]
+    losses = sorted(set(given) - _LOSSES[name]) if name in _LOSSES else []
     adapters = getattr(trainer.model, "peft_config", {}).values()
     return {
         "packing: a packed row holds texts of several units; set packing=False and padding_free=True, which flattens the units "
         "that were drawn": getattr(args, "packing", False),
-        f"loss_type={losses}: it sorts or averages over all pairs of a batch; use one of {sorted(_DPO_LOSSES)}": bool(losses),
+        f"loss_type={losses}: it sorts or averages over all rows of a batch; use one of {sorted(_LOSSES.get(name, ()))}": bool(
+            losses
+        ),
+        **_of_distillation(trainer),
+        **{
+            f"{alpha}: beside the mean over pairs stands a mean over the tokens of the batch, so that pairs share a "
+            f"denominator; set {alpha}=0.0 in the trainer's config": getattr(trainer, alpha, 0.0) != 0.0
+            for alpha in ("cpo_alpha", "tpo_alpha")
+        },
+        "an encoder-decoder: how its pairs are laid out was not examined; use a decoder": (
+            name in _APART and trainer.is_encoder_decoder
+        ),
+        "generate_during_eval: it shows prompts of the data; set it to False": getattr(args, "generate_during_eval", False),
         "router_aux_loss_coef: the load-balancing loss is computed over all units; set it to 0.0 in the trainer's config": (
-            getattr(trainer, "aux_loss_enabled", False)
+            getattr(trainer, "aux_loss_enabled", False) and hasattr(args, "router_aux_loss_coef")
         ),
         "sync_ref_model: not examined; set it to False": getattr(args, "sync_ref_model", False),
         "use_liger_kernel: its layers were not examined; set it to False": args.use_liger_kernel,
-        "activation_offloading: not examined; set it to False": args.activation_offloading,
+        "activation_offloading: not examined; set it to False": getattr(args, "activation_offloading", False),
         "gradient_checkpointing_kwargs={'selective': True}: not examined; leave it out": bool(
             (args.gradient_checkpointing_kwargs or {}).get("selective")
         ),
@@ -107,7 +153,7 @@ def refusals(trainer: Any) -> dict[str, bool]:
             getattr(trainer, "_is_vision_dataset", False)
         ),
         f"data_collator {type(trainer.data_collator).__name__}: how it pairs rows is not known; use TRL's own": (
-            _ROWS[name] == 2 and not type(trainer.data_collator).__module__.startswith("trl.trainer.")
+            _ROWS[name] == 2 and not type(trainer.data_collator).__module__.startswith("trl.")
         ),
         "prompt learning (prefix or prompt tuning): its virtual tokens were not examined; use LoRA": any(
             getattr(adapter, "is_prompt_learning", False) for adapter in adapters
@@ -115,10 +161,28 @@ def refusals(trainer: Any) -> dict[str, bool]:
     }
 
 
-def as_rows(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any]:
+def _of_distillation(trainer: Any) -> dict[str, bool]:
+    """Who writes the answers that `GKDTrainer` trains on: in `training_step`, which is replaced."""
+    return {
+        "lmbda: the student writes answers in a training step of the trainer's own, which is replaced; set lmbda=0.0": (
+            getattr(trainer, "lmbda", 0.0) != 0.0
+        ),
+        "seq_kd: the teacher writes answers in a training step of the trainer's own, which is replaced; have it write them "
+        "before training, and set seq_kd=False": getattr(trainer, "seq_kd", False),
+    }
+
+
+def as_rows(trainer: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """A collated batch in which every tensor has an entry for each row, so that the rows of a unit can be selected."""
     if rows_per_example(trainer) == 1:
         return dict(batch)
+    if _is_apart(trainer):  # laid out as DPOTrainer's; what they hold besides, no loss reads
+        halves = ("chosen", "rejected")
+        ids, mask, labels = (
+            pad_sequence([row for half in halves for row in batch[f"{half}_{name}"]], batch_first=True, padding_value=padding)
+            for name, padding in (("input_ids", trainer.pad_token_id), ("attention_mask", 0), ("labels", IGNORED))
+        )
+        return {"input_ids": ids, "attention_mask": mask, "completion_mask": (labels != IGNORED).long()}
     return {name: torch.cat([value, value]) if name in _PER_PAIR else value for name, value in batch.items()}
 
 
@@ -126,7 +190,20 @@ def as_collated(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The opposite of `as_rows`, for the batch or some of its pairs."""
     if rows_per_example(trainer) == 1:
         return dict(batch)
+    if _is_apart(trainer):
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
+        parts = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        return {
+            f"{half}_{name}": part
+            for name, value in parts.items()
+            for half, part in zip(("chosen", "rejected"), value.chunk(2), strict=True)
+        }
     return {name: value[: len(value) // 2] if name in _PER_PAIR else value for name, value in batch.items()}
+
+
+def _is_apart(trainer: Trainer) -> bool:
+    base = examined(trainer)
+    return base is not None and base.__name__ in _APART
 
 
 def call_the_head(undo: ExitStack, trainer: Any) -> None:
@@ -181,17 +258,27 @@ def without_metrics(trainer: Any) -> Iterator[None]:
     """Within the context losses note no metrics: afterwards there are those that were noted before."""
     with ExitStack() as undo:
         if examined(trainer) is not None:
-            replace_attribute(undo, trainer, "_metrics", {mode: defaultdict(list) for mode in trainer._metrics})
-            replace_attribute(undo, trainer, "_total_train_tokens", trainer._total_train_tokens)
+            for name in filter(partial(hasattr, trainer), _METRICS):
+                replace_attribute(undo, trainer, name, {mode: defaultdict(list) for mode in ("train", "eval")})
+            if hasattr(trainer, "_total_train_tokens"):
+                replace_attribute(undo, trainer, "_total_train_tokens", trainer._total_train_tokens)
         yield
 
 
-def mark_metrics(trainer: Any) -> None:
-    """Name the metrics of training, which hold no noise, as what they are: `log` of TRL's trainers adds them to the logs."""
-    if examined(trainer) is not None and trainer.model.training:  # as `log` asks: else it adds those of an evaluation
-        metrics = trainer._metrics["train"]
-        for name in [name for name in metrics if not name.startswith("not_private/")]:
-            metrics[f"not_private/{name}"] = metrics.pop(name)
+def forget_evaluations(trainer: Any) -> None:
+    """Drop what was noted in evaluation mode and not logged, which may be of training data: the next log would add it."""
+    if examined(trainer) is not None:
+        for name in filter(partial(hasattr, trainer), _METRICS):
+            getattr(trainer, name)["eval"].clear()
+
+
+def stored_metrics(trainer: Any) -> dict[str, float]:
+    """The metrics of training since the last log, of trainers that would add them beside `loss`, which is called otherwise."""
+    if examined(trainer) is None or not hasattr(trainer, "_stored_metrics"):
+        return {}
+    found = {name: sum(values) / len(values) for name, values in trainer._stored_metrics["train"].items()}
+    trainer._stored_metrics["train"].clear()
+    return found
 
 
 def _trl_class(trainer: Trainer) -> type | None:

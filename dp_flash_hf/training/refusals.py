@@ -13,6 +13,8 @@ from torch.utils.data import IterableDataset
 
 from dp_flash_hf.errors import UnsupportedError
 
+_SCHEDULES = 100  # looked at, where they wrap each other
+
 
 def accelerator_refusals(accelerator: Accelerator) -> dict[str, bool]:
     """Settings of Accelerate under which the guarantee would not hold.
@@ -58,14 +60,21 @@ def takes_metrics(scheduler: Any) -> bool:
     >>> takes_metrics(torch.optim.lr_scheduler.ConstantLR(optimizer))
     False
     """
-    step = getattr(scheduler, "step", None)
-    with suppress(TypeError, ValueError):  # nothing that can be called, or in C
-        names = inspect.signature(step).parameters if step is not None else ()
-        if any("metric" in name or name in ("loss", "val_loss", "score") for name in names):
-            return True
-    held = [getattr(scheduler, name, None) for name in ("scheduler", "lr_scheduler", "_scheduler", "schedulers", "_schedulers")]
-    inner = [one for some in held for one in (some if isinstance(some, (list, tuple)) else [some])]
-    return any(takes_metrics(one) for one in inner if one is not None and one is not scheduler)
+    waiting, seen = [scheduler], list[Any]()
+    while waiting and len(seen) < _SCHEDULES:
+        one = waiting.pop()
+        if one is None or any(one is other for other in seen):  # wrappers may hold each other
+            continue
+        seen.append(one)
+        step = getattr(one, "step", None)
+        with suppress(TypeError, ValueError):  # nothing that can be called, or in C
+            names = inspect.signature(step).parameters if step is not None else ()
+            if any("metric" in name or name in ("loss", "val_loss", "score") for name in names):
+                return True
+        for name in ("scheduler", "lr_scheduler", "_scheduler", "schedulers", "_schedulers"):
+            held = getattr(one, name, None)
+            waiting += held if isinstance(held, (list, tuple)) else [held]
+    return bool(waiting)  # of a wrapper that makes a new one whenever it is asked nothing can be said
 
 
 def refuse(reasons: dict[str, bool]) -> None:

@@ -20,6 +20,7 @@ from dp_flash_hf.accounting.run_account import RunAccount
 from dp_flash_hf.engine import clipper
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
+from dp_flash_hf.integrations.logs import PrivateLogs
 from dp_flash_hf.integrations.trainer import DPCallback
 from dp_flash_hf.mechanisms.sampling import PoissonSampler
 from dp_flash_hf.training import dp_sgd as mechanism_module
@@ -474,7 +475,7 @@ def test_6_7_nothing_without_noise_is_logged_unmarked(tmp_path: Path, monkeypatc
 
 
 def test_6_7_would_fail_with_the_trainers_own_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DPCallback, "_log", lambda self, logs, start_time=None: self._own["log"](logs))
+    monkeypatch.setattr(PrivateLogs, "log", lambda self, trainer, own, mechanism, logs, start_time=None: own(logs))
     everything, _, _ = logged(tmp_path, monkeypatch)
     assert {"loss", "train_loss"} <= {name for logs in everything for name in logs}
 

@@ -15,6 +15,10 @@ import torch
 import transformers as hf
 import trl
 from torch import Tensor
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from tests.support.oracle import clipped_sum, distance, unit_gradients
 from tests.support.trainers import SETTINGS, attached, draws, watch, without_dropout
@@ -135,6 +139,21 @@ def margins() -> datasets.Dataset:
     return table(lambda row: {**pairs()[row], "margin": 0.1 * row})
 
 
+def triples(prefix: str = "") -> datasets.Dataset:
+    return table(lambda row: {**pairs(prefix)[row], "reference": written(row + 11, 1 + row % 3)})
+
+
+def judged(prefix: str = "") -> datasets.Dataset:
+    """Answers that somebody liked or not."""
+    return table(
+        lambda row: {
+            "prompt": prefix + written(row, 1 + row % 3),
+            "completion": written(row + 5, 1 + row % 4),
+            "label": row % 3 > 0,
+        }
+    )
+
+
 def sft(path: Path, model: Any = None, data: Any = None, *, cls: Any = trl.SFTTrainer, **changes: Any) -> Any:
     return built(cls, trl.SFTConfig, path, model or llama(), data or texts(), changes)
 
@@ -147,8 +166,39 @@ def reward(path: Path, model: Any = None, data: Any = None, *, cls: Any = trl.Re
     return built(cls, trl.RewardConfig, path, model or scorer(), data or pairs(), changes)
 
 
+def kto(path: Path, model: Any = None, data: Any = None, *, cls: Any = trl.KTOTrainer, **changes: Any) -> Any:
+    settings = {
+        "loss_type": "apo_zero_unpaired",
+        "train_sampling_strategy": "random",
+        "desirable_weight": 0.6,
+        "ref_model": llama(7),
+        **changes,
+    }
+    return built(cls, trl.KTOConfig, path, model or llama(), data or judged(), settings)
+
+
+def cpo(path: Path, model: Any = None, data: Any = None, *, cls: Any = CPOTrainer, **changes: Any) -> Any:
+    settings = {"loss_type": "simpo", "cpo_alpha": 0.0, "max_length": 64, **changes}
+    return built(cls, CPOConfig, path, model or llama(), data or pairs(), settings)
+
+
+def orpo(path: Path, model: Any = None, data: Any = None, *, cls: Any = ORPOTrainer, **changes: Any) -> Any:
+    return built(cls, ORPOConfig, path, model or llama(), data or pairs(), {"max_length": 64, **changes})
+
+
+def tpo(path: Path, model: Any = None, data: Any = None, *, cls: Any = TPOTrainer, **changes: Any) -> Any:
+    return built(cls, TPOConfig, path, model or llama(), data or triples(), {"tpo_alpha": 0.0, **changes})
+
+
+def gkd(path: Path, model: Any = None, data: Any = None, *, cls: Any = GKDTrainer, **changes: Any) -> Any:
+    settings = {"lmbda": 0.0, "teacher_model": llama(7), **changes}
+    return built(cls, GKDConfig, path, model or llama(), data or chats(), settings)
+
+
 def built(cls: Any, arguments: Any, path: Path, model: Any, data: Any, changes: dict[str, Any]) -> Any:
-    given = {name: changes.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in changes}
+    given = {
+        name: changes.pop(name) for name in ("peft_config", "ref_model", "teacher_model", "eval_dataset") if name in changes
+    }
     settings = {
         **SETTINGS,
         "output_dir": str(path),

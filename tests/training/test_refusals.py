@@ -59,6 +59,20 @@ def optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
 
 
+def ring(n: int, *beside: Any) -> Any:
+    """Wrappers of which each holds the next one, and the last the first."""
+    wrappers = [Wrapped(None) for _ in range(n)]
+    for number, wrapper in enumerate(wrappers):
+        wrapper.scheduler = [wrappers[(number + 1) % n], *beside]
+    return wrappers[0]
+
+
+class Endless:
+    @property
+    def scheduler(self) -> Any:
+        return Endless()
+
+
 SCHEDULES: dict[str, tuple[Callable[[], Any], bool]] = {
     "a subclass": (lambda: Plateau(optimizer()), True),
     "of Transformers": (lambda: hf.optimization.GreedyLR(optimizer()), True),
@@ -71,6 +85,10 @@ SCHEDULES: dict[str, tuple[Callable[[], Any], bool]] = {
     ),
     "one by epochs": (lambda: Wrapped(torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer(), 3)), False),
     "none": (lambda: None, False),
+    "wrapped by itself": (lambda: ring(1), False),
+    "wrapped by one that it wraps": (lambda: ring(3), False),
+    "that, and one of them by results": (lambda: ring(3, Plateau(optimizer())), True),
+    "another wrapper whenever it is asked": (Endless, True),
 }
 
 
