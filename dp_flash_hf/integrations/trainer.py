@@ -41,7 +41,7 @@ logger = logger_of_all_ranks(__name__)
 
 
 class DPCallback(SelfAttaching, ExportableState):
-    """Differentially private training for a `Trainer` or `Seq2SeqTrainer`, and TRL's SFT, DPO and reward trainers.
+    """Differentially private training for a `Trainer` or `Seq2SeqTrainer`, and TRL's trainers of examples and pairs.
 
     Two lines are added to a training::
 
