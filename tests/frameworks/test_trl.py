@@ -62,7 +62,7 @@ def bema(path: Path, every: int = 400, **changes: Any) -> Any:
     return trainer
 
 
-EXACT: dict[str, Callable[[Path], Any]] = {
+EXACT: dict[str, Callable[..., Any]] = {
     "SFTTrainer": sft,
     "SFTTrainer, padding_free": partial(sft, padding_free=True, max_length=None),
     "SFTTrainer, loss_type='dft', on completions": partial(sft, data=completions(), loss_type="dft"),
@@ -201,7 +201,13 @@ def test_what_is_no_mean_over_units_is_refused(name: str, tmp_path: Path, row: C
 
 
 # Of the trainers that need a server or a library more, the class is enough to be refused.
-BY_CLASS = ("AsyncGRPOTrainer", "A2POTrainer", "SDPOTrainer", "ServerDistillationTrainer", "AsyncDistillationTrainer")
+BY_CLASS: tuple[str, ...] = (
+    "AsyncGRPOTrainer",
+    "A2POTrainer",
+    "SDPOTrainer",
+    "ServerDistillationTrainer",
+    "AsyncDistillationTrainer",
+)
 BY_CLASS += ("IWOPDTrainer", "SDFTTrainer", "GOLDTrainer")
 
 
@@ -219,7 +225,7 @@ def test_all_trainers_have_a_row() -> None:
     assert tried == trl_trainers._ROWS.keys() | trl_trainers._REFUSED.keys()
 
 
-COUPLED = (
+COUPLED: tuple[str, ...] = (
     "ORPOTrainer",
     "CPOTrainer, cpo_alpha=1.0",
     "KTOTrainer, loss_type='kto'",
