@@ -330,6 +330,8 @@ class RunAccount:
             continued = plan.after(spent, max(0, min(before["steps"] - taken, left)))
             if continued.epsilon() <= self.config.target_epsilon:
                 return continued
+        elif left <= 0:
+            return self._nothing_after(spent)  # likewise, and what differs is not the noise
         sampler = plan.sampler
         return PrivacyPlan.from_config(
             self.config,
@@ -383,7 +385,7 @@ def known_logs(state: dict[str, Any]) -> Heads:
 
 
 def _furthest(some: Heads, others: Heads) -> Heads:
-    return {first: max(some.get(first, (0, "")), others.get(first, (0, ""))) for first in some | others}
+    return {first: max(heads[first] for heads in (some, others) if first in heads) for first in some | others}
 
 
 def _checksum(state: dict[str, Any]) -> int:

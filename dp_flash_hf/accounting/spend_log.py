@@ -93,12 +93,14 @@ class SpendLog:
         self._end = 0
         self._file: int | None = None
         try:
+            made = [folder for folder in self.path.parents if not folder.exists()]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 raise PrivacyError(f"the spend log {self.path} is not a file: remove it, or choose another folder")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._sync_folder()
+            for folder in (self.path.parent, *(one.parent for one in made)):  # which hold what is new
+                _sync_folder(folder)
             self._read()
         except BlockingIOError as error:
             self.close()
@@ -211,7 +213,6 @@ class SpendLog:
     def _read(self) -> None:
         assert self._file is not None
         with open(os.dup(self._file), "rb") as file:
-            file.seek(0)
             content = file.read()
         whole, newline, torn = content.rpartition(b"\n")
         for number, text in enumerate(whole.split(b"\n") if newline else (), start=1):
@@ -265,13 +266,13 @@ class SpendLog:
         if self._file is None:
             raise PrivacyError(f"the spend log {self.path} is closed: nothing may be released any more; start the run again")
         found = self._chained(line)
-        text = memoryview(json.dumps({**line, "hash": found}, sort_keys=True).encode() + b"\n")
+        text = json.dumps({**line, "hash": found}).encode() + b"\n"
         try:
             if os.fstat(self._file).st_nlink == 0:
                 raise OSError("it was deleted while in use")
-            written = 0
-            while written < len(text):
-                written += os.write(self._file, text[written:])
+            rest = memoryview(text)
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
             os.fsync(self._file)
         except OSError as error:
             self._undo()
@@ -288,13 +289,6 @@ class SpendLog:
         with contextlib.suppress(OSError):  # an incomplete line is removed when the file is opened again, too
             os.ftruncate(self._file, self._end)
         self.close()
-
-    def _sync_folder(self) -> None:
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 @dataclasses.dataclass
@@ -324,6 +318,14 @@ class SpendLogReplica:
 
     def close(self) -> None:
         """The first rank does it."""
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 os.register_at_fork(after_in_child=SpendLog.close_all)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dp_flash_hf.accounting.epsilon import chi_square, of_computed_noise
+from dp_flash_hf.accounting.epsilon import chi_square, epsilon_of, of_computed_noise
 from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.errors import UnsupportedError
 from dp_flash_hf.mechanisms.config import AccountantName
@@ -38,6 +38,15 @@ def test_epsilon_is_dp_accountings_and_within_one_percent_of_prv(run: tuple[int,
 def test_epsilon_of_the_published_example() -> None:
     # The figure the design quotes for Poisson sampling: SST-2's size, sigma 0.6, three epochs.
     assert plan_of(RUNS[0]).epsilon() == pytest.approx(5.85, abs=0.01)
+
+
+def test_full_batches_are_exact() -> None:
+    """They add up to one Gaussian mechanism, whose delta is known (Balle and Wang 2018), whatever noise each had."""
+    every = PoissonSampler(500, 500)
+    epsilon = epsilon_of("pld", (((every, 8.0), 30), ((every, 4.0), 10)), 1e-5)
+    mu = math.sqrt(30 / 8.0**2 + 10 / 4.0**2)
+    above, below = (float(stats.norm.cdf(sign * mu / 2 - epsilon / mu)) for sign in (1, -1))
+    assert above - math.exp(epsilon) * below == pytest.approx(1e-5, rel=1e-6)
 
 
 def test_rdp_is_opacus_and_an_upper_bound() -> None:
@@ -163,8 +172,18 @@ def test_what_an_accountant_cannot_is_refused_and_says_who_can() -> None:
     assert plan_of(tiny).epsilon() > plan_of((*tiny[:4], 1e-12)).epsilon()
     truncated = Ledger()
     truncated.record(TruncatedPoissonSampler(1000, 10, 30), 1.0, 5)
-    with pytest.raises(UnsupportedError, match="sampling='poisson' with accountant='pld'"):
-        truncated.epsilon(1e-15)
+    for delta in (0.98e-12, 1e-15):
+        with pytest.raises(UnsupportedError, match="sampling='poisson' with accountant='pld'"):
+            truncated.epsilon(delta)
+    assert truncated.epsilon(1e-12) > truncated.epsilon(1e-9)
+
+    class Otherwise(TruncatedPoissonSampler):
+        """It could draw in any way."""
+
+    other = Ledger()
+    other.record(Otherwise(1000, 10, 30), 1.0, 5)
+    with pytest.raises(UnsupportedError, match="no accountant knows truncated_poisson sampling as Otherwise draws it"):
+        other.epsilon(1e-5)
 
 
 def test_hopelessly_little_noise_is_no_privacy_rather_than_no_memory() -> None:

@@ -26,7 +26,7 @@ def test_state_is_public_json_and_continues() -> None:
     mechanism, _, optimizer = started(Toy())
     mechanism.release()
     optimizer.step()
-    state = json.loads(json.dumps(mechanism.state_dict()))
+    state = json.loads(json.dumps(mechanism.state_dict(), sort_keys=True))  # in another order
     plan = {"config", "sampler", "noise_multiplier", "steps", "extended"}
     assert state.keys() == plan | {"ledgers", "taken", "spend_logs", "checksum"}
     again = dpsgd()
@@ -64,6 +64,16 @@ def test_a_calibrated_plan_keeps_its_noise_when_it_loads_a_checkpoint_of_its_own
     assert (mechanism.account.plan, mechanism.account.steps_left) == (plan, STEPS - 2)
 
 
+def test_a_calibrated_plan_that_continues_a_checkpoint_is_kept_by_a_new_log(path: Path) -> None:
+    first = taken(dpsgd(target_epsilon=2.0, noise_multiplier=None), 1)
+    again = dpsgd(steps=5 * STEPS, target_epsilon=2.0, noise_multiplier=None).account
+    again.load_state_dict(first.state_dict())
+    plan, log = again.plan, SpendLog(path)
+    again.open_spend_log(log)
+    log.close()
+    assert (again.plan, again.steps_left, plan.noise_multiplier) == (plan, STEPS - 1, first.account.plan.noise_multiplier)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -81,6 +91,17 @@ def test_a_calibrated_plan_keeps_its_noise_when_it_loads_a_checkpoint_of_its_own
 def test_what_cannot_be_added_up_is_refused(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(PrivacyError, match=match):
         dpsgd(**changes).load_state_dict(taken(dpsgd(), 1).state_dict())
+
+
+def test_truncated_draws_go_on_as_they_were_or_not_at_all() -> None:
+    truncated: dict[str, Any] = {"sampling": "truncated_poisson", "max_batch_size": 20, "accountant": "pld"}
+    state = taken(dpsgd(**truncated), 1).state_dict()
+    again = dpsgd(**truncated).account
+    again.load_state_dict(state)
+    assert (again.steps, again.steps_left) == (1, STEPS - 1)
+    for changes in ({"expected": 6}, {"max_grad_norm": 3.0}, {"sampling": "poisson", "max_batch_size": None}):
+        with pytest.raises(PrivacyError, match="no privacy filter is known"):
+            dpsgd(**{**truncated, **changes}).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +175,19 @@ def test_a_plan_made_longer_afterwards_is_said() -> None:
     assert [EXTENDED_NOT_COVERED in m.report().not_covered for m in (first, longer, again, same)] == [False, True, True, False]
 
 
+def test_a_plan_made_longer_by_a_run_that_is_lost_is_said_too(path: Path) -> None:
+    """The log has it, and the checkpoint before it, from which the first plan is gone on with, has not."""
+    first = taken(dpsgd(), 1)
+    longer, optimizer = logged(path, steps=STEPS + 4)
+    longer.load_state_dict(first.state_dict())
+    run(longer, optimizer, 1)
+    again = dpsgd().account
+    log = SpendLog(path)
+    again.begin(log, first.state_dict())
+    log.close()
+    assert (first.account.extended, longer.account.extended, again.extended) == (False, True, True)
+
+
 @pytest.mark.parametrize("changes", [{"noise_multiplier": 2.0}, {"target_epsilon": 50.0, "noise_multiplier": None}])
 def test_a_training_that_is_done_is_not_planned_anew(changes: dict[str, Any]) -> None:
     done = taken(dpsgd(), STEPS)
@@ -162,6 +196,17 @@ def test_a_training_that_is_done_is_not_planned_anew(changes: dict[str, Any]) ->
     assert (again.account.steps_left, again.epsilon(), again.spent_epsilon()) == (0, done.epsilon(), done.epsilon())
     with pytest.raises(PrivacyError, match="planned steps are spent"):
         taken(again, 1)
+
+
+@pytest.mark.parametrize("changes", [{"max_grad_norm": 3.0}, {"unit_loss": "sum"}], ids=str)
+def test_a_training_that_is_done_keeps_its_budget_whatever_else_is_changed(changes: dict[str, Any]) -> None:
+    """Noise is calibrated to what it was, and one step more would not keep the budget."""
+    budget: dict[str, Any] = {"target_epsilon": 2.0, "noise_multiplier": None}
+    done = taken(dpsgd(**budget), STEPS)
+    again = dpsgd(**budget, **changes)
+    again.load_state_dict(done.state_dict())
+    assert again.account.plan.noise_multiplier == done.account.plan.noise_multiplier
+    assert (again.account.steps_left, again.epsilon()) == (0, done.epsilon())
 
 
 def test_what_is_left_has_the_noise_that_was_asked_for_whatever_was_loaded_before() -> None:
@@ -217,7 +262,7 @@ def test_incomplete_state_is_refused(missing: str) -> None:
         dpsgd().load_state_dict(state)
 
 
-def test_a_fresh_start_continues_the_spend_log(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fresh_start_continues_the_spend_log(path: Path) -> None:
     """With noise given, all steps that are wanted are taken, and epsilon is that of all."""
     mechanism, optimizer = logged(path)
     run(mechanism, optimizer, 2)
@@ -327,12 +372,13 @@ def test_a_cut_is_missed_after_steps_in_another_folder_too(path: Path, tmp_path:
         back.load_state_dict(unlogged.state_dict())
 
 
-def test_a_log_that_was_cut_and_went_on_is_seen(path: Path) -> None:
+@pytest.mark.parametrize(("cut", "more"), [(1, 5), (2, 1)], ids=["and is longer now", "and is as long"])
+def test_a_log_that_was_cut_and_went_on_is_seen(cut: int, more: int, path: Path) -> None:
     mechanism, optimizer = logged(path, steps=20)
     run(mechanism, optimizer, 3)
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-cut]))
     again, optimizer = logged(path, steps=20)
-    run(again, optimizer, 5)  # nobody knows yet
+    run(again, optimizer, more)  # nobody knows yet
     again, _ = logged(path, steps=20)
     with pytest.raises(PrivacyError, match=MISSING.format(4, "they are not the same")):
         again.load_state_dict(mechanism.state_dict())
@@ -365,12 +411,12 @@ def test_a_state_of_an_earlier_version_does_not_miss_lines_and_says_so(path: Pat
     mechanism, optimizer = logged(path, steps=20)
     run(mechanism, optimizer, 3)
     state = mechanism.state_dict()
-    del state["spend_logs"]
+    del state["spend_logs"], state["extended"]
     state["checksum"] = _checksum(state)
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
     again, optimizer = logged(path, steps=20)
     again.load_state_dict(state)
-    assert (again.account.steps, again.account.recorded) == (3, False)
+    assert (again.account.steps, again.account.recorded, again.account.extended) == (3, False, False)
     assert "of an earlier version" in caplog.text
     assert "are not missed" in caplog.text
 
@@ -472,6 +518,56 @@ def test_kinds_of_step_are_kept_apart(path: Path) -> None:
     assert again.spent_epsilon() == ledger.epsilon(1e-3)
     with pytest.raises(PrivacyError, match=r"seed: None in earlier runs of .*spend.jsonl, 1 now.*another folder"):
         logged(path, seed=1)
+
+
+BUDGET: dict[str, Any] = {"target_epsilon": 2.0, "noise_multiplier": None}
+COUNTS = "steps on record{} are not in this model: lost after a checkpoint, or of an earlier training. They count"
+
+
+@pytest.mark.parametrize(
+    ("changes", "now", "in_weights", "lost", "steps", "said"),
+    [
+        ({}, {}, 0, 0, 5, []),
+        ({}, {}, 2, 0, 5, []),
+        ({}, {}, 1, 2, 5, [": epsilon will be {epsilon:.4g} at delta 0.001"]),
+        ({}, {}, 1, 2, 2, [": epsilon will be {epsilon:.4g} at delta 0.001"]),
+        ({}, {}, 2, 2, 2, []),  # nothing of it is still to come
+        (BUDGET, BUDGET, 3, 2, 8, [", so training ends 2 of 8 steps early"]),
+        (BUDGET, {**BUDGET, "target_epsilon": 6.0}, 7, 1, 8, [", and the noise of the remaining steps is higher for it"]),
+    ],
+)
+@pytest.mark.parametrize("beside_a_log", [True, False])
+def test_what_was_found_of_earlier_runs_is_said(
+    changes: dict[str, Any],
+    now: dict[str, Any],
+    in_weights: int,
+    lost: int,
+    steps: int,
+    said: list[str],
+    beside_a_log: bool,
+    path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """How many steps are lost, and what comes of it: for the length of the training, its noise, or its epsilon."""
+    first, again = dpsgd(steps=steps, **changes).account, dpsgd(steps=steps, **now).account
+    first.open_spend_log(SpendLog(path))
+    for number in range(in_weights + lost):
+        first.count_step()
+        if number < in_weights:
+            first.complete_step()
+    first.close()
+    caplog.set_level("INFO")
+    caplog.clear()
+    if beside_a_log:
+        log = SpendLog(path)
+        again.begin(log, first.state_dict())
+        log.close()
+    else:
+        again.load_state_dict(first.state_dict())
+    found = [f"continuing after {again.steps} noisy steps: noise multiplier {again.plan.noise_multiplier:.4g}"]
+    where = f" ({path})" if beside_a_log else ""
+    says = [f"{lost} noisy {COUNTS.format(where)}{what.format(epsilon=again.epsilon())}" for what in said]
+    assert caplog.messages == (found if again.steps else []) + says
 
 
 # A training that begins: with a spend log, and perhaps a checkpoint.

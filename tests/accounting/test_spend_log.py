@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import inspect
 import json
 import os
+import pickle
 import resource
 import signal
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,13 @@ import pytest
 import torch
 import transformers as hf
 
+from dp_flash_hf.accounting.ledger import Ledger
 from dp_flash_hf.accounting.spend_log import FILE_NAME, SpendLog
 from dp_flash_hf.errors import PrivacyError
 from dp_flash_hf.mechanisms.sampling import PoissonSampler
 from dp_flash_hf.training import dp_sgd
 from tests.support.accounts import KEY
-from tests.support.forks import exit_code, start
+from tests.support.forks import exit_code, forked, start
 from tests.support.gates import EXPECTED, N, logged, read, run, started, step, steps_in
 from tests.support.models import Toy
 from tests.support.trainers import texts
@@ -54,6 +58,22 @@ def test_every_step_is_read_back(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line.get("step") for line in lines] == [None, 1, 2, None, 1, 2, 3]
+    assert log.head == {lines[0]["hash"]: (7, lines[-1]["hash"])}
+
+
+def test_what_was_spent_in_other_places_is_kept_with_the_first_step(path: Path) -> None:
+    elsewhere = Ledger()
+    elsewhere.record(PoissonSampler(N, EXPECTED), 1.5, 4)
+    log = SpendLog(path)
+    log.begin(RUN, {"another run": elsewhere})
+    log.append()
+    log.close()
+    again = read(path)
+    assert {name: ledger.entries for name, ledger in again.ledgers.items()} == {
+        "another run": elsewhere.entries,
+        log.name: (((PoissonSampler(N, EXPECTED), 1.0), 1),),
+    }
+    assert again.written == {log.name: 1}  # none of its lines counts the others
 
 
 def test_a_run_whose_kind_of_step_changes_counts_on(path: Path) -> None:
@@ -81,14 +101,20 @@ def test_a_run_without_a_step_leaves_no_line(before: int, path: Path) -> None:
     assert path.read_bytes() == old
 
 
+def chained(*lines: Mapping[str, Any]) -> str:
+    """A file of these lines, with the hashes that belong to them."""
+    content, last = "", ""
+    for line in lines:
+        last = hashlib.sha256(f"{last}{json.dumps(line, sort_keys=True)}".encode()).hexdigest()[:32]
+        content += json.dumps({**line, "hash": last}, sort_keys=True) + "\n"
+    return content
+
+
 def test_a_file_of_an_earlier_version_is_refused(path: Path) -> None:
     """Its name for all runs was that of its copies too."""
     path.parent.mkdir()
-    content, last = "", ""
     run_line = {"record": "record-0123456789abcdef", "key": KEY, "fingerprint": "", "run": RUN, "others": {}}
-    for line in (run_line, {"step": 1}):
-        last = hashlib.sha256(f"{last}{json.dumps(line, sort_keys=True)}".encode()).hexdigest()[:32]
-        content += json.dumps({**line, "hash": last}, sort_keys=True) + "\n"
+    content = chained(run_line, {"step": 1})
     path.write_text(content)
     with pytest.raises(PrivacyError, match=r"spend.jsonl was written by an earlier version.*another folder, and count"):
         SpendLog(path)
@@ -128,6 +154,57 @@ def test_a_missing_line_is_noticed(lost: int, path: Path) -> None:
         SpendLog(path)
 
 
+def test_lines_that_say_what_cannot_be_are_noticed(path: Path) -> None:
+    """Also where their hashes belong to them: a step that is missing, and a run of another log, whose data may be others."""
+    written(path, 2)
+    run_line, one, two = (
+        {name: value for name, value in json.loads(line).items() if name != "hash"} for line in path.read_text().splitlines()
+    )
+    another, missing = {**run_line, "writer": "another run"}, "damaged .a step is missing before it"
+    path.write_text(chained(run_line, one, two, another, one))
+    assert steps_in(path) == 3
+    for lines, match in (
+        ((one,), f"line 1: {missing}"),
+        ((run_line, two), f"line 2: {missing}"),
+        ((run_line, one, two, another, two), f"line 5: {missing}"),
+        ((run_line, one, {**another, "key": KEY}, one), "line 3: damaged .it is of another log"),
+    ):
+        path.write_text(chained(*lines))
+        with pytest.raises(PrivacyError, match=match):
+            SpendLog(path)
+
+
+def test_a_log_is_missed_beside_what_knows_it_and_may_be_new_elsewhere(path: Path) -> None:
+    written(path, 2)
+    log, new = SpendLog(path), SpendLog(path.with_name("new"))
+    known, other = log.head, {"the first line of another log": (9, "its last one")}
+    for beside in (False, True):
+        log.require_continues(known | other, "the checkpoint", beside=beside)
+        new.require_continues({}, "the checkpoint", beside=beside)
+    log.require_continues(other, "the checkpoint")
+    new.require_continues(known, "the checkpoint")
+    with pytest.raises(PrivacyError, match=r"run/new is missing, and the checkpoint is of a run that wrote one"):
+        new.require_continues(known, "the checkpoint", beside=True)
+    ((first, (lines, last)),) = known.items()
+    for held, match in (((lines + 1, last), "knows 4 lines .* it has 3"), ((lines, "another"), "they are not the same")):
+        with pytest.raises(PrivacyError, match=match):
+            log.require_continues({first: held}, "the checkpoint")
+    log.close()
+    new.close()
+
+
+def test_other_ranks_count_as_the_one_that_writes(path: Path) -> None:
+    written(path, 2)
+    log = SpendLog(path)
+    replica = pickle.loads(pickle.dumps(log.replica()))  # as ranks give it to each other
+    log.begin(RUN, {})
+    for _ in range(2):
+        log.append()
+        replica.append()
+        assert replica.written == log.written
+    log.close()
+
+
 def test_the_hub_does_not_get_it() -> None:
     """Pushing an output folder leaves out names that begin so: the file's key and hash would tell of private text."""
     for push in (hf.Trainer.push_to_hub, hf.Trainer._push_from_checkpoint):
@@ -141,6 +218,24 @@ def test_two_runs_cannot_write_one_log(path: Path) -> None:
         SpendLog(path)
     log.close()
     SpendLog(path).close()
+
+
+def test_a_fork_has_the_log_closed(path: Path) -> None:
+    """It could outlive the run, and hold its lock, or write lines of its own."""
+    log = SpendLog(path)
+    log.begin(RUN, {})
+
+    def append() -> bytes:
+        try:
+            log.append()
+        except PrivacyError as error:
+            return str(error).encode()
+        return b"it did"
+
+    assert b"is closed" in forked(append)
+    log.append()  # and the run goes on
+    log.close()
+    assert steps_in(path) == 1
 
 
 def killed_beside_a_worker(path: Path) -> None:
@@ -207,6 +302,8 @@ def test_a_line_that_fits_in_part_is_taken_back(path: Path) -> None:
             log.append()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    with pytest.raises(PrivacyError, match="is closed"):  # there is room again, but a step was not released
+        log.append()
     assert path.read_bytes().endswith(b"\n")
     assert steps_in(path) == 2
 
@@ -218,6 +315,33 @@ def test_folders_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/dev/full")
     with pytest.raises(PrivacyError, match="is not a file"):
         SpendLog(tmp_path / "link")
+
+
+def test_a_log_that_is_refused_or_closed_leaves_nothing_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def unsupported(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    written(path, 1)
+    before = opened()
+    log = SpendLog(path)
+    with pytest.raises(PrivacyError, match="another run is writing"):
+        SpendLog(path)
+    assert opened() == before + 1
+    log.close()
+    log.close()
+    damaged, link = path.with_name("damaged"), path.with_name("link")
+    damaged.write_bytes(path.read_bytes()[1:])
+    link.symlink_to("/dev/full")
+    for place, match in ((damaged, "line 1: damaged"), (link, "is not a file")):
+        with pytest.raises(PrivacyError, match=match):
+            SpendLog(place)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(PrivacyError, match=r"cannot be opened .*No locks available"):
+        SpendLog(path)
+    assert opened() == before
 
 
 def test_a_log_deleted_while_in_use_stops_the_run(path: Path) -> None:
@@ -260,6 +384,34 @@ def test_the_log_is_synced_before_noise(path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dp_sgd, "add_gaussian_noise_", noised)
     mechanism.release()
     assert done == ["fsync", "fsync", "noise"]  # what the run is, and its first step
+
+
+def test_a_new_log_and_a_line_that_was_removed_stay_so_after_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders are synced of which it, and what was made for it, are entries; so is the end of a file that was cut."""
+    done: list[tuple[str, int]] = []
+
+    def noting(name: str) -> Callable[..., None]:
+        real = getattr(os, name)
+
+        def noted(file: int, *args: int) -> None:
+            real(file, *args)
+            done.append((name, os.fstat(file).st_ino))
+
+        return noted
+
+    for name in ("fsync", "ftruncate"):
+        monkeypatch.setattr(os, name, noting(name))
+    path = tmp_path / "folder" / "of a run" / "spend"
+    SpendLog(path).close()
+    file, folder, *above = (place.stat().st_ino for place in (path, *path.parents))
+    assert done == [("fsync", folder), ("fsync", above[0]), ("fsync", tmp_path.stat().st_ino)]
+    written(path, 2)
+    os.truncate(path, path.stat().st_size - 10)
+    done.clear()
+    assert steps_in(path) == 1
+    assert done == [("fsync", folder), ("ftruncate", file), ("fsync", file)]
 
 
 def test_another_dataset_is_refused(path: Path) -> None:

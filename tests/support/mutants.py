@@ -44,10 +44,18 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/kernels/test_keystream.py::test_a_cuda_device_has_chacha20_with_a_block_of_its_own_for_each_call",
         "tests/kernels/test_keystream.py::test_a_key_of_another_length_is_refused",
     ),
-    "accounting/epsilon.py": ("tests/accounting/test_epsilon.py", "tests/accounting/test_plan.py"),
+    "accounting/epsilon.py": (
+        "tests/accounting/test_epsilon.py",
+        "tests/accounting/test_ledger.py::test_a_ledger_of_the_plans_steps_spends_the_plans_epsilon",
+        "tests/accounting/test_plan.py",
+    ),
     "accounting/ledger.py": ("tests/accounting/test_ledger.py", "tests/accounting/test_run_account.py"),
     "accounting/privacy_filter.py": ("tests/accounting/test_privacy_filter.py",),
-    "accounting/run_account.py": ("tests/accounting/test_run_account.py", "tests/accounting/test_spend_log.py"),
+    "accounting/run_account.py": (
+        "tests/accounting/test_run_account.py",
+        "tests/accounting/test_spend_log.py",
+        "tests/training/test_watched_state.py::test_settings_are_those_of_the_start",
+    ),
     "accounting/spend_log.py": ("tests/accounting/test_spend_log.py",),
     "engine/clipper.py": ("tests/engine/test_clipper.py",),
     "engine/gradient_buffer.py": (
