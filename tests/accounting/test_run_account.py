@@ -170,9 +170,11 @@ def test_a_plan_made_longer_afterwards_is_said() -> None:
     longer.load_state_dict(first.state_dict())
     again = dpsgd(steps=STEPS + 4)
     again.load_state_dict(taken(longer, 1).state_dict())
-    same = dpsgd()
+    same, not_begun = dpsgd(), dpsgd(steps=STEPS + 4)
     same.load_state_dict(first.state_dict())
-    assert [EXTENDED_NOT_COVERED in m.report().not_covered for m in (first, longer, again, same)] == [False, True, True, False]
+    not_begun.load_state_dict(dpsgd().state_dict())
+    said = [EXTENDED_NOT_COVERED in m.report().not_covered for m in (first, longer, again, same, not_begun)]
+    assert said == [False, True, True, False, False]
 
 
 def test_a_plan_made_longer_by_a_run_that_is_lost_is_said_too(path: Path) -> None:
@@ -416,9 +418,12 @@ def test_a_state_of_an_earlier_version_does_not_miss_lines_and_says_so(path: Pat
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
     again, optimizer = logged(path, steps=20)
     again.load_state_dict(state)
-    assert (again.account.steps, again.account.recorded, again.account.extended) == (3, False, False)
+    assert (again.account.steps, again.account.recorded) == (3, False)
     assert "of an earlier version" in caplog.text
     assert "are not missed" in caplog.text
+    elsewhere = dpsgd(steps=20).account
+    elsewhere.load_state_dict(state)
+    assert not elsewhere.extended
 
 
 @pytest.mark.parametrize("alive", [False, True])
