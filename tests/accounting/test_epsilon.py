@@ -101,12 +101,12 @@ def test_truncated_poisson_is_accounted_for_both_neighbours(n: int, batch: int, 
 
 def test_truncated_poisson_takes_the_worse_neighbour() -> None:
     # Which neighbour is worse depends on the run; dataset_size is the size of the larger of the two datasets.
-    for sampler, sigma, worse in (
-        (TruncatedPoissonSampler(4, 1, 1), 5.0, 4),
-        (TruncatedPoissonSampler(1000, 50, 60), 4.0, 1001),
+    for sampler, sigma, steps, worse in (
+        (TruncatedPoissonSampler(5, 1, 1), 2.0, 5, 5),
+        (TruncatedPoissonSampler(1000, 50, 60), 4.0, 50, 1001),
     ):
         ledger = Ledger()
-        ledger.record(sampler, sigma, 50)
+        ledger.record(sampler, sigma, steps)
         direct = {
             size: pld_epsilon(
                 [
@@ -114,7 +114,7 @@ def test_truncated_poisson_takes_the_worse_neighbour() -> None:
                         dp_accounting.TruncatedSubsampledGaussianDpEvent(
                             size, sampler.sampling_rate, sampler.max_batch_size, sigma
                         ),
-                        50,
+                        steps,
                     )
                 ],
                 1e-5,
@@ -122,7 +122,8 @@ def test_truncated_poisson_takes_the_worse_neighbour() -> None:
             for size in (sampler.n_units, sampler.n_units + 1)
         }
         assert max(direct, key=direct.__getitem__) == worse
-        assert ledger.epsilon(1e-5) == pytest.approx(direct[worse], rel=5e-3)
+        assert max(direct.values()) > 1.003 * min(direct.values())  # or the other could pass for it
+        assert 0.9999 * direct[worse] < ledger.epsilon(1e-5) < 1.005 * direct[worse]
 
 
 def test_where_draws_are_hardly_ever_truncated_they_are_accounted_as_plain_ones() -> None:

@@ -178,14 +178,15 @@ def test_a_plan_made_longer_afterwards_is_said() -> None:
 
 
 def test_a_plan_made_longer_by_a_run_that_is_lost_is_said_too(path: Path) -> None:
-    """The log has it, and the checkpoint before it, from which the first plan is gone on with, has not."""
+    """The log has it, and the checkpoint before it, from which a plan goes on that is no longer than the first, has not."""
     first = taken(dpsgd(), 1)
     longer, optimizer = logged(path, steps=STEPS + 4)
     longer.load_state_dict(first.state_dict())
     run(longer, optimizer, 1)
-    again = dpsgd().account
+    again = dpsgd(steps=STEPS - 1).account
     log = SpendLog(path)
     again.begin(log, first.state_dict())
+    assert again.plan.steps == STEPS
     log.close()
     assert (first.account.extended, longer.account.extended, again.extended) == (False, True, True)
 
@@ -200,14 +201,15 @@ def test_a_training_that_is_done_is_not_planned_anew(changes: dict[str, Any]) ->
         taken(again, 1)
 
 
-@pytest.mark.parametrize("changes", [{"max_grad_norm": 3.0}, {"unit_loss": "sum"}], ids=str)
-def test_a_training_that_is_done_keeps_its_budget_whatever_else_is_changed(changes: dict[str, Any]) -> None:
-    """Noise is calibrated to what it was, and one step more would not keep the budget."""
-    budget: dict[str, Any] = {"target_epsilon": 2.0, "noise_multiplier": None}
-    done = taken(dpsgd(**budget), STEPS)
-    again = dpsgd(**budget, **changes)
+@pytest.mark.parametrize("noise", [{"noise_multiplier": 1.0}, {"noise_multiplier": None, "target_epsilon": 2.0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"steps": STEPS - 1}, {"max_grad_norm": 3.0}, {"unit_loss": "sum"}], ids=str)
+def test_a_training_that_is_done_has_no_step_left_whatever_else_is_changed(
+    changes: dict[str, Any], noise: dict[str, Any]
+) -> None:
+    """Nor is one looked for: where noise is calibrated, to what it was, one step more would not keep the budget."""
+    done = taken(dpsgd(**noise), STEPS)
+    again = dpsgd(**noise, **changes)
     again.load_state_dict(done.state_dict())
-    assert again.account.plan.noise_multiplier == done.account.plan.noise_multiplier
     assert (again.account.steps_left, again.epsilon()) == (0, done.epsilon())
 
 
@@ -618,14 +620,16 @@ def test_a_training_that_begins_is_planned_once(path: Path, monkeypatch: pytest.
     assert calibrated == [10 - STEPS]
 
 
-def test_a_training_that_begins_anew_has_no_steps_in_its_weights(path: Path) -> None:
-    spent_with_other_noise(path)
+@pytest.mark.parametrize("in_the_log", [0, STEPS])
+def test_a_training_that_begins_anew_has_no_steps_in_its_weights(in_the_log: int, path: Path) -> None:
+    if in_the_log:
+        spent_with_other_noise(path)
     account = taken(dpsgd(steps=9), 2).account
     assert (account.taken, account.lost_steps) == (2, 0)
     log = SpendLog(path)
     account.begin(log)
     log.close()
-    assert (account.taken, account.lost_steps, account.steps) == (0, 2 + STEPS, 2 + STEPS)
+    assert (account.taken, account.lost_steps, account.steps) == (0, 2 + in_the_log, 2 + in_the_log)
     assert account.steps_left == 9
 
 
