@@ -32,7 +32,7 @@ test: .venv/installed-dev
 test-all: test docs
 	$(PYTEST) -m 'complete or coverage' --coverage-shard=$(SHARD)
 
-# About an hour: kill storms, memory as it is measured, every configuration of every kernel. One at a time, for they measure.
+# About an hour: kill storms, memory as it is measured, every configuration of every kernel, clusters. One at a time, for they measure.
 test-slow: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 

@@ -94,7 +94,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seen = Counter[str]()
     for item in items:
         marker = item.get_closest_marker("sampled")
-        if marker is not None and item.get_closest_marker("complete") is None:
+        if marker is not None and not any(item.get_closest_marker(name) for name in ("complete", "coverage")):
             test = item.nodeid.partition("[")[0]
             if seen[test] % marker.args[0]:
                 item.add_marker(pytest.mark.complete)

@@ -72,7 +72,7 @@ def test_padded_rows_in_float32(name: str) -> None:
     assert_exact(model, loss_of(name, model), batch, each_row(batch), TOLERANCE[torch.float32], ways=ways)
 
 
-@pytest.mark.complete
+@pytest.mark.coverage
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_padded_rows_in_every_way(name: str, dtype: torch.dtype) -> None:

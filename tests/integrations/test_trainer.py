@@ -281,11 +281,11 @@ _ATTENTION = ("sdpa", "eager", "dp_flash")
 
 
 def pairwise() -> Iterator[Any]:
-    """Every attention with every collator, in one of the ways to compute a draw; in the other ways for `make test-all`."""
+    """Every attention with every collator, in one of the ways to compute a draw; in the other ways for sweeps."""
     for a, o, c in product(*(range(len(values)) for values in (_ATTENTION, FLATTENING, _COMPUTED))):
         attention, options = _ATTENTION[a], FLATTENING[o]
         if attention == "dp_flash" or options.get("return_position_ids", True):  # the others read boundaries off positions
-            marks = () if (a + o + c) % len(_COMPUTED) == 0 else pytest.mark.complete
+            marks = () if (a + o + c) % len(_COMPUTED) == 0 else pytest.mark.coverage
             yield pytest.param(attention, options, _COMPUTED[c], marks=marks)
 
 

@@ -60,7 +60,7 @@ def too_large(builds: Sequence[Build]) -> list[Build]:
     return [build for build in builds if build.shared > SHARED_MEMORY[build.chip]]
 
 
-@pytest.mark.complete
+@pytest.mark.slow
 def test_default_configurations(pytestconfig: pytest.Config) -> None:
     """Head widths 64 and 128 in bfloat16, exact and privatised; norms, clipped sums, and cross entropies."""
     assert pytestconfig.cache is not None

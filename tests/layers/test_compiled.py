@@ -209,7 +209,7 @@ def test_ragged_batches_of_one_graph_equal_the_oracle(name: str, attention: str)
     check_family(name, attention, backend="aot_eager", dtype=torch.float64, tolerance=1e-11)
 
 
-@pytest.mark.complete
+@pytest.mark.coverage
 @ATTENTION
 @pytest.mark.parametrize(
     "name", ["llama", "llama_tied", "qwen3", "bert", "gemma3", "opt", "roberta", "distilbert", "bert_classifier"]
@@ -219,7 +219,7 @@ def test_more_families_equal_the_oracle(name: str, attention: str) -> None:
     check_family(name, attention, backend="aot_eager", dtype=torch.float64, tolerance=1e-11)
 
 
-@pytest.mark.complete
+@pytest.mark.coverage
 @ATTENTION
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "qwen3"])
 @pytest.mark.parametrize("strategy", ["bookkeeping", "two_pass"])

@@ -499,7 +499,7 @@ def test_torchrun_on_one_machine_starts_again_what_died(data: Path, tmp_path: Pa
     assert f"resuming from {tmp_path / 'run' / 'checkpoint-1'}" in printed
 
 
-@pytest.mark.complete
+@pytest.mark.slow
 def test_torchrun_on_several_machines(data: Path, tmp_path: Path) -> None:
     """Two agents of one process each, whose rendezvous is at HOST."""
     _, command = commands("torchrun")
@@ -519,7 +519,7 @@ def test_accelerate_launch_on_one_machine(data: Path, tmp_path: Path) -> None:
     check(tmp_path / "run", 1)
 
 
-@pytest.mark.complete
+@pytest.mark.slow
 def test_accelerate_launch_on_several_machines(data: Path, tmp_path: Path) -> None:
     """Two launchers of one process each; where there is no GPU, gloo joins them."""
     _, command, _ = commands("accelerate launch")
@@ -587,7 +587,7 @@ def test_ray_train_with_two_workers(data: Path, tmp_path: Path) -> None:
     assert "LOAD_FAST" not in printed  # what dill reads, and datasets hashes, reached dill and no log
 
 
-@pytest.mark.complete
+@pytest.mark.slow
 def test_ray_train_goes_on_when_a_worker_dies(data: Path, tmp_path: Path) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     printed = on_local_ray("dying.py", data, tmp_path, restarts=1)

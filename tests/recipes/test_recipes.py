@@ -516,7 +516,7 @@ def all_docstrings() -> list[str]:
 """
 
 
-@pytest.mark.complete
+@pytest.mark.slow
 def test_the_whole_quickstart_learns(tmp_path: Path) -> None:
     """From uniform over bytes (ln 259 = 5.56) to knowing the common letters and words."""
     command = [sys.executable, "-m", "dp_flash_hf.recipes.quickstart", f"output_dir={tmp_path}"]
