@@ -62,6 +62,7 @@ def bema(path: Path, every: int = 400, **changes: Any) -> Any:
     return trainer
 
 
+BETA = 0.01  # so that no pair keeps the margin of a hinge, where its gradient would be 0
 EXACT: dict[str, Callable[..., Any]] = {
     "SFTTrainer": sft,
     "SFTTrainer, padding_free": partial(sft, padding_free=True, max_length=None),
@@ -74,12 +75,12 @@ EXACT: dict[str, Callable[..., Any]] = {
     "KTOTrainer, loss_type='apo_zero_unpaired'": kto,
     "KTOTrainer, the same, precompute_ref_log_probs": partial(kto, precompute_ref_log_probs=True),
     **{
-        f"CPOTrainer, loss_type='{loss}', cpo_alpha=0.0": partial(cpo, loss_type=loss)
+        f"CPOTrainer, loss_type='{loss}', cpo_alpha=0.0": partial(cpo, loss_type=loss, beta=BETA)
         for loss in ("simpo", "sigmoid", "hinge", "ipo")
     },
     "CPOTrainer, the same, alpha=0.2 (AlphaPO)": partial(cpo, alpha=0.2),
     **{
-        f"TPOTrainer, loss_type='{loss}', tpo_alpha=0.0": partial(tpo, loss_type=loss)
+        f"TPOTrainer, loss_type='{loss}', tpo_alpha=0.0": partial(tpo, loss_type=loss, beta=BETA)
         for loss in ("sigmoid", "hinge", "ipo", "tpo-l")
     },
     **{f"GKDTrainer, beta={beta}, lmbda=0.0": partial(gkd, beta=beta) for beta in (0.0, 0.5, 1.0)},
