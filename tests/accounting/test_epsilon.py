@@ -142,6 +142,11 @@ def test_where_draws_are_hardly_ever_truncated_they_are_accounted_as_plain_ones(
     plain.record(PoissonSampler(10**6, 1000), 0.8, 10_000)
     for delta in (1e-8, 1e-18):
         assert plain.epsilon(delta) <= large.epsilon(delta) <= 1.001 * plain.epsilon(delta)
+    # Of all steps together one is truncated too often for an epsilon of 4; of each alone, or for one of 0, it would not be.
+    more = Ledger()
+    more.record(TruncatedPoissonSampler(10**6, 1000, 1330), 0.8, 10_000)
+    with pytest.raises(UnsupportedError, match="unless draws are hardly ever truncated"):
+        more.epsilon(1e-15)
 
 
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
