@@ -185,9 +185,12 @@ def _from_boundaries(boundaries: Tensor, rows: tuple[int, ...], remedy: str) -> 
 def leading_shape(batch: Batch) -> tuple[int, ...]:
     """(rows, length) of a batch: the leading sizes of its first integer tensor with two dimensions or more, else of its first.
 
-    Raises ValueError when the batch holds no tensor.
+    Without any tensor, (rows,) of its first list. Raises ValueError when the batch holds neither.
     """
     tensors = [v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0]
+    lists = [v for v in batch.values() if isinstance(v, list)]
+    if not tensors and lists:
+        return (len(lists[0]),)
     if not tensors:
         raise invalid(
             "batch", expected="a mapping with at least one tensor", actual=list(batch), remedy="pass the model's inputs"

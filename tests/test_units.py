@@ -156,6 +156,7 @@ def test_leading_shape() -> None:
     assert leading_shape({"pixel_values": torch.zeros(4, 3, 8, 8), "labels": ids(1, 2, 3, 4)}) == (4, 3)
     assert leading_shape({"mask": torch.zeros(2, 5), "input_ids": torch.zeros(2, 7, dtype=torch.long)}) == (2, 7)
     assert leading_shape({"labels": ids(1, 2), "note": "x"}) == (2,)
+    assert leading_shape({"question": ["a", "b", "c"], "answer": ["d", "e", "f"]}) == (3,)
     for empty in ({}, {"a": 1}, {"a": torch.tensor(1.0)}):
         with pytest.raises(ValueError, match="batch: expected"):
             leading_shape(empty)

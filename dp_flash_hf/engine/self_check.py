@@ -12,6 +12,14 @@ from dp_flash_hf.engine.physical_batch import PhysicalBatch
 from dp_flash_hf.errors import PrivacyError
 
 
+class UnusedParametersError(PrivacyError):
+    """Parameters that the loss does not depend on require gradients. `names` are all of theirs."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        super().__init__(f"these parameters require gradients but the loss does not depend on them: {names[:8]}; freeze them")
+
+
 class Trial(NamedTuple):
     """One batch, computed without leaving a trace.
 
@@ -48,9 +56,7 @@ def self_check(
         raise PrivacyError(f"the model cannot be checked in evaluation mode, without dropout: {error}") from error
     scale = max(float(alone.norms.max()), 1e-12) if batch.units.n else 1.0
     if whole.unused:
-        raise PrivacyError(
-            f"these parameters require gradients but the loss does not depend on them: {whole.unused[:8]}; freeze them"
-        )
+        raise UnusedParametersError(whole.unused)
     if not abs(float(whole.loss - alone.loss)) <= tolerance * max(abs(float(alone.loss)), 1e-3):  # so written, NaN fails too
         raise PrivacyError(
             f"the loss couples units: {float(whole.loss):.6g} in one batch, {float(alone.loss):.6g} as the sum of each alone; "

@@ -52,7 +52,9 @@ def refusals(trainer: Any, own: Methods) -> dict[str, bool]:
     Returns:
         For `refuse`; empty where they are Transformers' own, or do the same.
     """
-    if trainer.train_dataset is None or not any(_overridden(method, name) for name, method in own.items()):
+    if trainer.train_dataset is None or isinstance(trainer.train_dataset, Mapping):  # of which no units are drawn
+        return {}
+    if not any(_overridden(method, name) for name, method in own.items()):
         return {}
     try:
         data = training_data(trainer, own)
@@ -84,8 +86,16 @@ class TrainingData:
     order: str | None
 
 
-def training_data(trainer: Any, own: Methods) -> TrainingData:
+def training_data(trainer: Any, own: Methods, unit_column: str | None = None) -> TrainingData:
     """The data and collator of the loader that the trainer itself makes, which may leave out columns and wrap the collator.
+
+    Transformers' own loader leaves out columns that the model does not take. One of another class may make a text of every
+    column: where its collator works without the column that says whose a row is, it is not shown that.
+
+    Args:
+        trainer: with its data.
+        own: `methods_of` the trainer, before anything was replaced.
+        unit_column: `PrivacyConfig.privacy_unit`.
 
     Raises:
         UnsupportedError: the loader reads other data than `train_dataset`, or some rows more often than others.
@@ -105,11 +115,38 @@ def training_data(trainer: Any, own: Methods) -> TrainingData:
                 loader = own["get_train_dataloader"]()
                 _require_same_rows(loader, trainer.train_dataset, where)
                 order = _order(loader, where)
+                collate = _without_column(loader, unit_column)
         except UnsupportedError:
             raise
         except Exception as error:
             raise UnsupportedError(f"{where}: it cannot be looked at, as it raises {type(error).__name__}: {error}") from error
-    return TrainingData(loader.dataset, loader.collate_fn, order)
+    return TrainingData(loader.dataset, collate, order)
+
+
+@dataclass(frozen=True)
+class _WithoutColumn:
+    """A collator that is given rows without this column."""
+
+    collate: Callable[[list[Any]], Any]
+    name: str
+
+    def __call__(self, rows: list[Any]) -> Any:
+        return self.collate([{name: value for name, value in row.items() if name != self.name} for row in rows])
+
+
+def _without_column(loader: Any, name: str | None) -> Callable[[list[Any]], Any]:
+    """The loader's collator, without this column if its rows have that and it works without."""
+    given: Callable[[list[Any]], Any] = loader.collate_fn
+    rows = [copy.deepcopy(loader.dataset[row]) for row in range(min(2, len(loader.dataset)))] if name is not None else []
+    if name is None or not rows or not all(isinstance(row, Mapping) and name in row for row in rows):
+        return given
+    without = _WithoutColumn(given, name)
+    try:
+        with same_randomness(given):
+            without(rows)
+    except Exception:  # it needs the column
+        return given
+    return without
 
 
 def _require_same_rows(loader: Any, dataset: Any, where: str) -> None:

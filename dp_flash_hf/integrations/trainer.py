@@ -28,14 +28,14 @@ from dp_flash_hf.integrations.evaluation import EvaluationData
 from dp_flash_hf.integrations.logs import PrivateLogs, show_epsilon
 from dp_flash_hf.integrations.replacing import put_first, replace_attribute
 from dp_flash_hf.integrations.trainer_adapter import TrainerAdapter
-from dp_flash_hf.integrations.trainer_settings import refuse_search, refuse_settings, require_trained_weights_in_model
-from dp_flash_hf.layers.compiled import is_compiled
+from dp_flash_hf.integrations.trainer_settings import refuse_search, refuse_settings, trained_module
 from dp_flash_hf.mechanisms.config import PrivacyConfig
 from dp_flash_hf.reporting.report import PrivacyReport
 from dp_flash_hf.training.batches import UNITS, PoissonBatches, WithUnits, steps_per_epoch
 from dp_flash_hf.training.dp_sgd import DPSGD
 from dp_flash_hf.training.session import PrivateTraining, require_finite_weights
 from dp_flash_hf.training.tried_units import lengths_of_units
+from dp_flash_hf.training.unused import start_without_unused
 
 logger = logger_of_all_ranks(__name__)
 
@@ -283,10 +283,8 @@ class DPCallback(SelfAttaching, ExportableState):
                 "the beginning"
             )
         trl_trainers.call_the_head(self._while_training, trainer)
-        compiled = is_compiled(trainer.model_wrapped)  # which only what wraps a model knows
-        require_trained_weights_in_model(trainer, kwargs["optimizer"])
-        self.training.start(trainer.model_wrapped if compiled else trainer.model, kwargs["optimizer"])
-        self.training.check(loader)
+        model = trained_module(trainer, kwargs["optimizer"])
+        start_without_unused(self.training, model, kwargs["optimizer"], loader, self._while_training)
 
     def on_pre_optimizer_step(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -394,7 +392,7 @@ class DPCallback(SelfAttaching, ExportableState):
             raise PrivacyError(
                 "train_dataset changed since attach: call dp.detach() and dp.attach(trainer) once the data are final"
             )
-        data = own_methods.training_data(trainer, self._own)
+        data = own_methods.training_data(trainer, self._own, self.config.privacy_unit)
         if data.order is not None:
             logger.warning(f"rows are not taken in the order of {data.order}: each step draws its units at random, all alike")
         account = self.mechanism.account

@@ -9,10 +9,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.integrations.integration_utils import WandbCallback
 
-from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.integrations import own_methods
 from dp_flash_hf.integrations import trl as trl_trainers
 from dp_flash_hf.integrations.evaluation import EvaluationData
+from dp_flash_hf.layers.compiled import is_compiled
 from dp_flash_hf.training.refusals import accelerator_refusals, refuse
 
 
@@ -74,26 +75,39 @@ def refuse_settings(trainer: Trainer, own: own_methods.Methods, evaluation: Eval
     refuse(refused)
 
 
-def require_trained_weights_in_model(trainer: Trainer, optimizer: Any) -> None:
-    """Raise PrivacyError where the optimizer updates weights that a loss or another part of the trainer holds beside the model.
+class _Together(nn.ModuleDict):
+    """A model and what is trained beside it; `config` is the model's."""
 
-    Gradients of these are neither clipped nor given noise.
+    def __init__(self, model: nn.Module, beside: dict[str, nn.Module]) -> None:
+        super().__init__({"model": model, **beside})
+        self.config = getattr(model, "config", None)
+
+
+def trained_module(trainer: Any, optimizer: Any) -> nn.Module:
+    """What the trainer trains: its model; or the model and what it holds beside, as one module, over which units are clipped.
+
+    The latter where the optimizer also updates weights of modules that are attributes of the trainer: of a loss, say.
+
+    Raises:
+        UnsupportedError: there are such weights beside a model that is compiled, or on several processes.
     """
-    known = {id(parameter) for parameter in trainer.model.parameters()} if trainer.model is not None else set()
-    updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    found = [
-        f"trainer.{owner}.{name} (of {type(module).__name__})"
-        for owner, module in vars(trainer).items()
-        if isinstance(module, nn.Module)
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad and id(parameter) in updated - known
-    ]
-    if found:
-        raise PrivacyError(
-            f"the optimizer also updates weights that are not the model's: {', '.join(found[:5])}. They would be trained "
-            "without noise; freeze them with requires_grad_(False) before the trainer is made, or use a loss without weights "
-            "of its own"
+    # Only what wraps a model knows whether it is compiled.
+    model: nn.Module = trainer.model_wrapped if is_compiled(trainer.model_wrapped) else trainer.model
+    updated = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad} - set(model.parameters())
+    beside = {
+        name: module
+        for name, module in vars(trainer).items()
+        if isinstance(module, nn.Module) and not updated.isdisjoint(module.parameters())
+    }
+    if not beside:
+        return model
+    if model is not trainer.model or trainer.accelerator.num_processes > 1:
+        names = [f"trainer.{owner} (a {type(module).__name__})" for owner, module in beside.items()]
+        raise UnsupportedError(
+            f"the optimizer also updates weights beside the model, of {', '.join(names)}, which is supported in one process "
+            "and without torch_compile: leave that off, or freeze them with requires_grad_(False) before the trainer is made"
         )
+    return _Together(model, beside)
 
 
 def refuse_search(*args: Any, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ import torch
 from dp_flash_hf.distributed import Ranks
 from dp_flash_hf.engine.clipping_engine import ClippingEngine
 from dp_flash_hf.engine.layout_probing import training_mode
-from dp_flash_hf.errors import PrivacyError
+from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.training.adapter import TrainingAdapter
 from dp_flash_hf.training.batches import without_trailing_padding
 from dp_flash_hf.training.collator_checks import check_collator
@@ -161,7 +161,12 @@ class Checks:
                 labelled += int((scale > 0).sum())
                 for tried in (batch, *self._with_other_labels(loss, batch, units, examples, chance)[1:]):
                     with training_mode(self.engine.model, False), self.engine.without_microbatching(), self.engine.eagerly():
-                        self.engine.backward(loss, tried, units, scale)
+                        try:
+                            self.engine.backward(loss, tried, units, scale)
+                        except RuntimeError as error:
+                            if "inplace operation" not in str(error):
+                                raise
+                            raise _overwrites() from error
                         self.engine.model.zero_grad()
                     if bool((self.engine.norms > 0).any()):
                         return chosen
@@ -330,6 +335,14 @@ class Checks:
             return  # every unit is computed by itself, and sees no other
         with engine.eagerly():
             check_interaction(engine, loss, batches, units, chance, rounds, tolerance=self._with_equal_shapes(precise))
+
+
+def _overwrites() -> UnsupportedError:
+    return UnsupportedError(
+        "in evaluation mode, in which the checks compute gradients, the model overwrites values that its backward pass needs. "
+        "Where a module does so to save memory and has no dropout, keep it in training mode by a subclass with "
+        "`def train(self, mode=True): return super().train(True)`"
+    )
 
 
 def _secret_chance() -> random.Random:

@@ -91,7 +91,13 @@ def refuse(reasons: dict[str, bool]) -> None:
 
 
 def refuse_data(dataset: Any) -> None:
-    """Raise UnsupportedError for data from which units cannot be drawn: streams, and rows that hold texts of several units."""
+    """Raise UnsupportedError for data of which no units can be drawn: streams, several sets, rows of several units' texts."""
+    if isinstance(dataset, Mapping):
+        raise UnsupportedError(
+            f"train_dataset is {len(dataset)} data sets by name ({', '.join(map(str, dataset))}), and each step draws from all "
+            "rows at one rate: give it one data set. If they have the same columns and loss, datasets.concatenate_datasets("
+            "list(train_dataset.values())) makes them one; if not, train on one after the other, and add their epsilons up"
+        )
     if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset):
         raise UnsupportedError(
             "Poisson sampling needs a train_dataset with a length and random access: load it whole, not streaming"

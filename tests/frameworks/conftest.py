@@ -31,11 +31,11 @@ def row(request: pytest.FixtureRequest, record_property: Callable[[str, object],
 
 @pytest.fixture
 def run_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Runs the one script of docs/guides/frameworks/NAME.md in an empty folder, and returns the names it defined."""
+    """Runs the first script of docs/guides/frameworks/NAME.md in an empty folder, and returns the names it defined."""
 
     def run(name: str, **given: Any) -> dict[str, Any]:
         page = f"docs/guides/frameworks/{name}.md"
-        (block,) = pages.blocks(page, "python")
+        block = pages.blocks(page, "python")[0]
         names: dict[str, Any] = {"__name__": "__main__", **given}
         monkeypatch.chdir(tmp_path)
         exec(compile(block.text, page, "exec"), names)

@@ -245,3 +245,37 @@ def test_the_collator_and_columns_of_a_loader_of_their_own_are_used(
     wanted, norms = clipped_sum(unit_gradients(model.eval(), loss_of("bert", model), parts), C, scale=scale)
     assert norms.min() < C < norms.max()
     assert distance(sums[0], wanted) <= ROUNDING
+
+
+def named(rows: list[Any]) -> dict[str, Any]:
+    """The columns that a collator is shown."""
+    return {name: rows for name in rows[0]}
+
+
+def needs_users(rows: list[Any]) -> dict[str, Any]:
+    return {"user": [row["user"] for row in rows], **named(rows)}
+
+
+@pytest.mark.parametrize(("collate", "shown"), [(named, False), (needs_users, True)], ids=["makes texts", "needs it"])
+@pytest.mark.parametrize("table", [False, True], ids=["list", "datasets"])
+def test_a_loader_of_all_columns_is_not_shown_the_one_of_units(collate: Any, shown: bool, table: bool, tmp_path: Path) -> None:
+    def own(self: Any) -> DataLoader[Any]:
+        rows = self.train_dataset
+        return DataLoader(rows, collate_fn=collate, sampler=RandomSampler(rows), batch_size=2)
+
+    rows: Any = [{**example, "user": row // 2} for row, example in enumerate(texts())]
+    rows = datasets.Dataset.from_list(rows) if table else rows
+    trainer = trainer_for("gpt2", tmp_path, rows, cls=subclass(get_train_dataloader=own))
+    for unit, expected in (("user", shown), (None, True)):
+        data = own_methods.training_data(trainer, own_methods.methods_of(trainer), unit)
+        batch = data.collate([data.dataset[0], data.dataset[1]])
+        assert ("user" in batch) is expected
+        assert "input_ids" in batch
+
+
+def test_the_columns_of_the_stock_loader_are_those_that_it_chose(tmp_path: Path) -> None:
+    """Where the model takes whose text it is, it gets that."""
+    rows: Any = [{**example, "user": row // 2} for row, example in enumerate(texts())]
+    trainer = trainer_for("gpt2", tmp_path, rows, collator=named)
+    data = own_methods.training_data(trainer, own_methods.methods_of(trainer), "user")
+    assert "user" in data.collate([data.dataset[0]])

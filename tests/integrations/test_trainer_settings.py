@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import transformers as hf
 from torch.utils.data import IterableDataset
 
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
-from tests.support.trainers import attached, texts, trainer_for
+from dp_flash_hf.integrations import trainer_settings
+from tests.support.oracle import clipped_sum, distance, unit_gradients
+from tests.support.trainers import Pad, attached, draws, texts, trainer_for, watch
 
 
 class Stream(IterableDataset[Any]):
@@ -155,12 +158,54 @@ def test_hyperparameter_search_is_refused_at_once_and_given_back(tmp_path: Path)
     assert "hyperparameter_search" not in vars(trainer)
 
 
-def test_weights_that_a_loss_holds_beside_the_model_are_named(tmp_path: Path) -> None:
-    trainer = trainer_for("gpt2", tmp_path)
-    trainer.loss = torch.nn.Linear(2, 2)
-    trainer.loss.bias.requires_grad_(False)
-    trainer.optimizer = torch.optim.SGD([*trainer.model.parameters(), *trainer.loss.parameters()], lr=0.1)
-    dp = attached(trainer)
-    with pytest.raises(PrivacyError, match=r"not the model's: trainer\.loss\.weight \(of Linear\)\. They"):
-        trainer.train()
-    assert dp.mechanism.account.steps == 0
+class HeadBeside(hf.Trainer):
+    """A loss with weights of its own, which the optimizer updates too."""
+
+    head: torch.nn.Linear
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        labels = inputs.pop("labels")
+        return torch.nn.functional.cross_entropy(self.head(model(**inputs).logits), labels)
+
+
+def with_head(path: Path, *, frozen_bias: bool) -> Any:
+    trainer = trainer_for("bert_classifier", path, cls=HeadBeside, max_steps=1)
+    torch.manual_seed(3)
+    trainer.head = torch.nn.Linear(3, 3).double()
+    trainer.head.bias.requires_grad_(not frozen_bias)
+    trainer.optimizer = torch.optim.SGD([*trainer.model.parameters(), *trainer.head.parameters()], lr=0.0)
+    return trainer
+
+
+@pytest.mark.parametrize("frozen_bias", [False, True])
+def test_weights_that_a_loss_holds_beside_the_model_are_clipped_with_it(
+    frozen_bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [0, 3, 4, 9, 11]
+    alone = with_head(tmp_path, frozen_bias=frozen_bias)
+    parts = [Pad(classes=True)([texts()[row]]) for row in drawn]
+    both = torch.nn.ModuleDict({"model": alone.model, "head": alone.head}).eval()
+    single = unit_gradients(both, lambda part: alone.compute_loss(alone.model, dict(part)), parts)
+    bound = float(clipped_sum(single, 1.0)[1].median())
+    seen = watch(monkeypatch)
+    draws(monkeypatch, drawn)
+    trainer = with_head(tmp_path, frozen_bias=frozen_bias)
+    attached(trainer, max_grad_norm=bound)
+    trainer.train()
+    assert {"head.weight", "head.bias"} - seen.sums[0].keys() == ({"head.bias"} if frozen_bias else set())
+    assert distance(seen.sums[0], clipped_sum(single, bound)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("why", ["processes", "compiled"])
+def test_weights_beside_the_model_are_refused_where_they_were_not_tried(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    wrapped = torch.nn.Sequential(model)
+    monkeypatch.setattr(trainer_settings, "is_compiled", lambda module: why == "compiled" and module is wrapped)
+    trainer = SimpleNamespace(
+        model=model, model_wrapped=wrapped, head=head, accelerator=SimpleNamespace(num_processes=1 + (why == "processes"))
+    )
+    optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    with pytest.raises(UnsupportedError, match=r"trainer\.head \(a Linear\).*one process.*freeze"):
+        trainer_settings.trained_module(trainer, optimizer)
+    head.requires_grad_(False)  # as it says
+    assert trainer_settings.trained_module(trainer, optimizer) is (wrapped if why == "compiled" else model)

@@ -107,6 +107,15 @@ def test_data_without_random_access_are_refused(data: Any) -> None:
         refuse_data(data)
 
 
+@pytest.mark.parametrize("kind", [dict, datasets.DatasetDict])
+def test_several_data_sets_are_refused_with_how_to_make_them_one(kind: Any) -> None:
+    one = datasets.Dataset.from_list([{"input_ids": [1]}])
+    several = kind(news=one, mail=one)
+    with pytest.raises(UnsupportedError, match=r"2 data sets by name \(news, mail\).*concatenate_datasets"):
+        refuse_data(several)
+    refuse_data(datasets.concatenate_datasets(list(several.values())))
+
+
 @pytest.mark.parametrize("data", [PACKED, datasets.Dataset.from_list(PACKED)], ids=["list", "datasets"])
 def test_rows_of_several_units_are_refused(data: Any) -> None:
     with pytest.raises(UnsupportedError, match=r"packed rows.*one text per row"):
