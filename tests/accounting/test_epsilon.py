@@ -103,6 +103,7 @@ def test_truncated_poisson_takes_the_worse_neighbour() -> None:
     # Which neighbour is worse depends on the run; dataset_size is the size of the larger of the two datasets.
     for sampler, sigma, steps, worse in (
         (TruncatedPoissonSampler(5, 1, 1), 2.0, 5, 5),
+        (TruncatedPoissonSampler(2, 1, 1), 5.0, 50, 3),
         (TruncatedPoissonSampler(1000, 50, 60), 4.0, 50, 1001),
     ):
         ledger = Ledger()
