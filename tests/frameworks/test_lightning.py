@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.accelerator import Accelerator
 
 from dp_flash_hf.errors import PrivacyError, UnsupportedError
 from dp_flash_hf.integrations.accelerate import make_private

@@ -38,7 +38,7 @@ FRAMEWORK = "llamafactory"
 def trainer(cls: type, path: Path, finetuning: dict[str, Any] | None = None, **settings: Any) -> Any:
     arguments = {**SETTINGS, "output_dir": str(path), "max_steps": len(STEPS), **settings}
     args = hf.Seq2SeqTrainingArguments(**arguments)
-    args.fp8 = False  # a field of its own arguments, whose class needs versions that it pins
+    args.fp8 = False  # type: ignore[attr-defined]  # a field of its own arguments, whose class needs versions that it pins
     return cls(
         model=model(),
         args=args,

@@ -43,7 +43,7 @@ def trainer(folder: Path, path: Path, *callbacks: Any) -> Any:
 
     body = SentenceTransformer(modules=[modules.Transformer(str(folder)), modules.Pooling(16)], device="cpu")
     args = setfit.TrainingArguments(output_dir=str(path), max_steps=2, batch_size=4, report_to="none", save_strategy="no")
-    model = setfit.SetFitModel(model_body=body, model_head=LogisticRegression())
+    model = setfit.SetFitModel(model_body=body, model_head=LogisticRegression())  # type: ignore[no-untyped-call]
     return setfit.Trainer(model=model, args=args, train_dataset=data(), callbacks=list(callbacks))
 
 

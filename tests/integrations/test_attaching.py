@@ -123,7 +123,8 @@ def test_what_setfit_holds_of_transformers_is_refused(tmp_path: Path) -> None:
     class Derived(Inner):
         pass
 
-    for trainer in (given(tmp_path, cls=Inner), given(tmp_path, cls=Derived), Outer()):
+    trainers: list[Any] = [given(tmp_path, cls=Inner), given(tmp_path, cls=Derived), Outer()]
+    for trainer in trainers:
         with pytest.raises(UnsupportedError, match=r"pairs of texts.*AutoModelForSequenceClassification"):
             DPCallback(config()).attach(trainer)
     handed_on = given(tmp_path, DPCallback(config()), cls=Inner)

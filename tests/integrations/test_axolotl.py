@@ -46,7 +46,7 @@ def test_a_training_that_was_not_private_is_an_error(plugin: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [None, 8.0, ["target_epsilon"], {}, {"target_epsilon": 8.0}, {"epsilon": 8.0}, {**PRIVACY, 1: 2}]
+    "settings", [None, 8.0, ["target_epsilon"], {}, {"target_epsilon": 8.0}, {"epsilon": 8.0}, dict([*PRIVACY.items(), (1, 2)])]
 )
 def test_other_settings_are_refused_by_name(settings: Any, plugin: Any) -> None:
     with pytest.raises(ValueError, match=r"privacy: expected a section .*target_epsilon"):
