@@ -20,9 +20,9 @@ from dp_flash_hf.training.refusals import accelerator_refusals, refuse
 def refuse_settings(trainer: Trainer, own: own_methods.Methods, evaluation: EvaluationData) -> None:
     """Raise UnsupportedError for everything under which the guarantee would not hold, all of it in one message.
 
-    It is asked when `DPCallback` is attached and again when training begins. It knows settings and callbacks, and looks at
-    methods that `DPCallback` takes the place of; what code does inside `compute_loss`, a collator or the model, `preflight`
-    finds out.
+    It is asked when `DPCallback` is attached and again when training begins. It knows settings, callbacks and TRL's trainers,
+    and looks at methods that `DPCallback` takes the place of, unless TRL's are refused already; what code does inside
+    `compute_loss`, a collator or the model, `preflight` finds out.
 
     Args:
         trainer: Transformers' or TRL's, as it is now.
@@ -34,7 +34,9 @@ def refuse_settings(trainer: Trainer, own: own_methods.Methods, evaluation: Eval
     config = getattr(trainer.model, "config", None)
     text_config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
     optim = str(getattr(args.optim, "value", args.optim))  # of an enumeration, whose own names are capitals
+    by_trl = trl_trainers.refusals(trainer)
     refused = {
+        **by_trl,
         "fp16: its loss scaling skips steps depending on the data; use bf16=True or float32": args.fp16,
         "auto_find_batch_size: retries depend on the data; set per_device_train_batch_size": args.auto_find_batch_size,
         "DataParallel: each replica sees part of a batch; launch one process for each device (torchrun), with DDP or FSDP2": (
@@ -69,8 +71,7 @@ def refuse_settings(trainer: Trainer, own: own_methods.Methods, evaluation: Eval
         "output_router_logits: the load-balancing loss is computed over all units; set config.output_router_logits=False": (
             getattr(text_config, "output_router_logits", False)
         ),
-        **own_methods.refusals(trainer, own),
-        **trl_trainers.refusals(trainer),
+        **({} if any(by_trl.values()) else own_methods.refusals(trainer, own)),
     }
     refuse(refused)
 
