@@ -98,8 +98,8 @@ def test_several_reasons_come_in_one_message(tmp_path: Path) -> None:
 
 
 def test_trl_trainers_are_refused_by_name(tmp_path: Path) -> None:
-    trainer = trainer_for("gpt2", tmp_path, cls=type("KTOTrainer", (hf.Trainer,), {"__module__": "trl.trainer.kto_trainer"}))
-    assert_refused(trainer, "KTOTrainer: it sets the completions")
+    trainer = trainer_for("gpt2", tmp_path, cls=type("GRPOTrainer", (hf.Trainer,), {"__module__": "trl.trainer.grpo_trainer"}))
+    assert_refused(trainer, "GRPOTrainer: a completion is rewarded relative to")
 
 
 @pytest.mark.parametrize("settings", [{"lr_scheduler_type": "reduce_lr_on_plateau"}, {"load_best_model_at_end": True}], ids=str)

@@ -518,6 +518,7 @@ def test_cpo_logs_what_it_stored_in_training(tmp_path: Path) -> None:
 def test_looks_at_training_data_would_be_logged_as_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative: what is learnt on training data in evaluation mode must be forgotten."""
     monkeypatch.setattr(trl_trainers, "without_metrics", lambda trainer: nullcontext())
+    monkeypatch.setattr(trl_trainers, "forget_evaluations", lambda trainer: None)
     everything, trainer = logged(sft, tmp_path)
     during = next(logs for logs in everything if "eval_loss" in logs)
     assert during["eval_entropy"] != pytest.approx(trainer.evaluate()["eval_entropy"], rel=1e-4, abs=1e-5)
