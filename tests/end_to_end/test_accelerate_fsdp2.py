@@ -207,7 +207,7 @@ def looped(replicas: int = 0, precision: str | None = None, strategy: Strategy =
     return plain_names(model)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.complete
 @pytest.mark.parametrize(
     ("size", "replicas", "strategy"),
     [

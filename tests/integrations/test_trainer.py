@@ -560,6 +560,7 @@ def test_detach_undoes_attach_attribute_by_attribute(cls: type[hf.Trainer], tmp_
     dp.detach()  # nothing is attached
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("cls", [hf.Trainer, hf.Seq2SeqTrainer])
 def test_detach_after_training_leaves_what_training_leaves(cls: type[hf.Trainer], tmp_path: Path) -> None:
     """Nothing differs but what differs in a twin that was trained without privacy, and the history."""

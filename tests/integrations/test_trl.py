@@ -295,7 +295,7 @@ OTHERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", OTHERS)
 def test_sums_of_others_are_those_of_single_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them and of their losses in tests/frameworks/test_trl.py."""
@@ -469,7 +469,7 @@ def test_nothing_without_noise_is_logged_unmarked(
     assert unmarked(logged(make, tmp_path)[0]) >= {"num_tokens"}
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("make", [sft, dpo, reward, cpo])
 def test_what_is_logged_unmarked_is_the_same_whatever_the_training_data(make: Callable[..., Any], tmp_path: Path) -> None:
     """With weights that stay: metrics of held-out data are of those alone, by what they are and not by what they are called."""

@@ -45,6 +45,7 @@ def model_mean(self: UnitLoss, batch: Any) -> Tensor:
     return self.model_loss(dict(batch), None)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_ragged_labels_do_not_couple_units(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise 3: no unit's gradient depends on how many labels others have (gpt2 sums and divides, bert takes a mean)."""

@@ -20,7 +20,7 @@ from tests.support.trainers import Pad, config, draws, texts, watch, without_dro
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.estimates_memory
 @pytest.mark.parametrize("collate", [Pad(), hf.DataCollatorWithFlattening()])  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize(("free", "whole"), [(2**40, "bookkeeping"), (2**10, "two_pass")])
