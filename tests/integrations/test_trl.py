@@ -295,7 +295,7 @@ OTHERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", OTHERS)
 def test_sums_of_others_are_those_of_single_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them and of their losses in tests/frameworks/test_trl.py."""
@@ -484,7 +484,6 @@ def test_what_is_logged_unmarked_is_the_same_whatever_the_training_data(make: Ca
     assert any("eval_loss" in logs for logs in found[0])
 
 
-@pytest.mark.sampled(1)
 @pytest.mark.parametrize("make", [sft, dpo, cpo])
 def test_metrics_of_training_data_in_evaluation_are_marked_too(make: Callable[..., Any], tmp_path: Path) -> None:
     """Those that TRL's `log` adds, in an evaluation of training data; what `predict` left behind of them is dropped."""
