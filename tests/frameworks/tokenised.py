@@ -1,9 +1,11 @@
-"""Tokenised texts as the causal trainers of frameworks take them, and the tiny model that they train."""
+"""Tokenised texts as the causal trainers of frameworks take them, the tiny model that they train, and a tiny encoder."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers as hf
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -31,3 +33,11 @@ def model() -> Any:
 
 def collator() -> Any:
     return hf.DataCollatorForSeq2Seq(tokenizer(), label_pad_token_id=-100)
+
+
+def save_encoder(path: Path) -> None:
+    """Write an encoder with its tokenizer, the same each time."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(1)
+    hf.BertModel(hf.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)).save_pretrained(path)
+    tokenizer().save_pretrained(path)

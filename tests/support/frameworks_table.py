@@ -28,6 +28,12 @@ What was tried with frameworks on top of Transformers, each in an environment of
 
 guides/frameworks/*
 ```
+
+flair (0.15.1), spaCy-transformers (1.4.0) and span-marker (1.8.1) ask for transformers < 5, and cannot be installed
+beside this library. Save the encoder there with `save_pretrained`, and train it in another environment: as
+`AutoModelForTokenClassification` or another model of Transformers with `Trainer` and `DPCallback`, or in a loop of your
+own with `make_private`. The trained encoder can be loaded there again, if that version of Transformers knows its
+architecture. A tagger or pipeline that is then trained there on the same data is not private.
 """
 
 
