@@ -37,7 +37,7 @@ def collator() -> Any:
 
 def save_encoder(path: Path) -> None:
     """Write an encoder with its tokenizer, the same each time."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     torch.manual_seed(1)
     hf.BertModel(hf.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)).save_pretrained(path)
     tokenizer().save_pretrained(path)
