@@ -511,7 +511,7 @@ def test_torchrun_on_several_machines(data: Path, tmp_path: Path) -> None:
     check(tmp_path / "run", 2)
 
 
-@pytest.mark.complete
+@pytest.mark.slow
 def test_accelerate_launch_on_one_machine(data: Path, tmp_path: Path) -> None:
     command, _, _ = commands("accelerate launch")
     command = [*command[:2], "--cpu", "--num_processes", "1", *command[2:]]
