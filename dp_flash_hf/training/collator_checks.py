@@ -41,27 +41,36 @@ def check_collator(reader: UnitReader, keys: Sequence[Key], chance: random.Rando
         reader: of the training data.
         keys: of the examples of one batch; fewer than two are nothing to compare.
         chance: the secret order and numbers of each round.
-        rounds: how many pairs of batches.
+        rounds: how many pairs of batches of all examples; there are half as many of two examples.
     """
     if len(keys) < 2:
         return
     examples = reader.examples(keys)
     copies = _copies(reader.collate)
-    longest = max(examples, key=lambda example: length_of(example[0]))  # among the others, so that shapes stay
-    for _ in range(rounds):
-        *others, (last, unit) = chance.sample(examples, len(examples))
-        instead, _ = chance.choice(others)
-        others.insert(chance.randrange(len(examples)), longest)
+    longest = max(examples, key=_length)  # among the others, so that shapes stay
+    for number in range(rounds + rounds // 2):
+        if number < rounds:
+            *others, last = chance.sample(examples, len(examples))
+            instead = chance.choice(others)
+            others.insert(chance.randrange(len(examples)), longest)
+        elif len(examples) > 2:  # what is collected over a batch differs most in pairs: classes to choose among, say
+            *others, last, instead = sorted(chance.sample(examples, 3), key=_length, reverse=True)
+        else:
+            break
         seed = chance.getrandbits(63)
         one, other = (
-            _of_others(_collated(reader, collate, [*others, (example, unit)], seed), len(others) + 1, reader)
-            for collate, example in zip(copies, (last, instead), strict=True)
+            _of_others(_collated(reader, collate, [*others, (example, last[1])], seed), len(others) + 1, reader)
+            for collate, (example, _) in zip(copies, (last, instead), strict=True)
         )
         _require_equal(one, other, same_examples=False)
         seed = chance.getrandbits(63)
         _require_equal(*(_collated(reader, collate, examples, seed) for collate in copies), same_examples=True)
     _check_memory(reader, examples, chance)
     _check_alone(reader, examples, chance)
+
+
+def _length(example: Example) -> int:
+    return length_of(example[0])
 
 
 def _require_equal(one: Mapping[str, Any], other: Mapping[str, Any], *, same_examples: bool) -> None:

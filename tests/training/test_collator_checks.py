@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dp_flash_hf.errors import PrivacyError
+from tests.support.examples import VOCABULARY
 from tests.support.trainers import Pad, attached, texts, trainer_for
 
 
@@ -79,8 +80,20 @@ class Counting(Pad):
         return batch
 
 
+class FromKindsOfBatch(Pad):
+    """The last token is drawn from the kinds of text in the batch: nearly always all, whatever text is exchanged."""
+
+    def __call__(self, examples: Any) -> Any:
+        batch = super().__call__(examples)
+        kinds = {int(token) % 4 for example in examples for token in example["input_ids"][:3]}
+        drawn = torch.tensor([sum(kinds) + random.randrange(VOCABULARY) for _ in examples])
+        batch["input_ids"][:, -1] = drawn % VOCABULARY
+        return batch
+
+
 @pytest.mark.parametrize(
-    "collator", [CutToShortest, FilledFromOthers, Remembering, HardFromThirdCall, MixingAtRandom, Counting]
+    "collator",
+    [CutToShortest, FilledFromOthers, Remembering, HardFromThirdCall, MixingAtRandom, Counting, FromKindsOfBatch],
 )
 def test_rows_that_depend_on_other_examples_are_refused(collator: type[Pad], tmp_path: Path) -> None:
     dp = attached(trainer := trainer_for("gpt2", tmp_path, collator=collator()))
