@@ -111,7 +111,7 @@ def test_a_trainer_on_gpus() -> None:
         ("plain", False, 1, 1),
         ("activation checkpointing", True, 1, 1),
         *(
-            pytest.param(*case, marks=pytest.mark.complete)
+            pytest.param(*case, marks=pytest.mark.coverage)
             for case in (
                 ("offload", False, 1, 1),
                 ("plain", True, 3, 2),
